@@ -1,0 +1,55 @@
+"""Package metadata of stepsearch_jax; every dependency is pinned here."""
+
+import pathlib
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).parent
+
+# One version of everything, so that two machines run the same numbers.
+_CORE = [
+  "jax==0.10.2",
+  "flax==0.12.8",
+  "optax==0.2.8",
+  "orbax-checkpoint==0.12.8",
+  "transformers==5.23.0",
+  "tensorflow-datasets==4.9.10",
+  # ScaNN ships wheels for Linux x86-64 only; elsewhere search is exact.
+  "scann==1.4.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  "ml-collections==1.1.0",
+  "absl-py==2.5.1",
+  # TFDS needs this to run without TensorFlow.
+  "importlib_resources==7.1.0",
+  "array_record==0.8.6",
+  "numpy==2.4.6",
+  "etils[epath]==1.15.0",
+  "safetensors==0.8.0",
+  "gguf==0.19.0",
+  "pyarrow==26.0.1",
+  "tensorboardX==2.6.5",
+  "tqdm==4.70.1",
+  "matplotlib==3.11.2",
+]
+
+setuptools.setup(
+  name="stepsearch_jax",
+  version="0.1.0",
+  description="StepSearch in JAX: step-wise PPO for search agents",
+  long_description=(_HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["stepsearch_jax*", "configs*"]),
+  install_requires=_CORE,
+  extras_require={
+    "tpu": ["jax[tpu]==0.10.2"],
+    "gpu": ["jax[cuda12]==0.10.2"],
+    "wandb": ["wandb"],
+    "test": [
+      "pytest==9.2.0",
+      "pytest-xdist==3.8.0",
+      "ruff==0.17.6",
+      "scikit-learn==1.9.1",
+    ],
+  },
+)

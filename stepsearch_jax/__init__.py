@@ -1,0 +1,1 @@
+"""StepSearch in JAX: step-wise PPO for language models that search."""

@@ -1,0 +1,159 @@
+"""The records that cross folder boundaries, and the axis letters.
+
+Axis letters used in shapes throughout the project:
+
+  B  trajectories          T  tokens of a trajectory (padded)
+  R  packed rows           S  tokens of a chunk or query side
+  D  model width           V  vocabulary
+  L  layers                K  passages of one search
+  N  anything flattened    P  parallel slots of the rollout cache
+
+This module holds data only. It knows nothing of JAX, tokenizers or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+  """One retrievable paragraph; `id` is unique within its corpus."""
+
+  id: str
+  title: str
+  text: str
+  score: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SubQuestion:
+  """One hop of a decomposition.
+
+  `question` may point at earlier answers as `#1`, `#2`, ... (MuSiQue).
+  `support` is the index into `Question.support` or -1 where unknown.
+  """
+
+  question: str
+  answer: str
+  support: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A multi-hop question with everything its rewards need.
+
+  Attributes:
+    id: unique within its dataset.
+    text: the question as asked.
+    answers: accepted answers, the canonical one first; never empty.
+    source: dataset name, the key of per-source metrics ("musique", ...).
+    search_keys: per sub-question, the accepted search phrases; empty where
+      the dataset has none (the search-key reward is then 0).
+    support: the gold paragraphs; empty where the dataset has none (step
+      rewards are then 0).
+    decomposition: the hops in order; empty where unknown.
+    extra: fields of the source row that nothing here interprets.
+  """
+
+  id: str
+  text: str
+  answers: tuple[str, ...]
+  source: str = ""
+  search_keys: tuple[tuple[str, ...], ...] = ()
+  support: tuple[Passage, ...] = ()
+  decomposition: tuple[SubQuestion, ...] = ()
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+
+class Provenance(enum.IntEnum):
+  """Who wrote a token. Only POLICY tokens are trained and scored."""
+
+  PROMPT = 0
+  POLICY = 1
+  OBSERVATION = 2
+  PAD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """One policy turn and what the environment made of it.
+
+  Attributes:
+    text: the policy's text of this turn, up to and including its action tag.
+    action: "search", "answer" or "invalid".
+    content: the query or the answer, stripped; "" when invalid.
+    documents: passages returned to a search, in rank order.
+    observation: the text fed back; "" when the trajectory ended here.
+    action_position: index in `Trajectory.tokens` of the sampled token that
+      closed the action tag (the last policy token of the turn).
+    answered: True when a search got a result (a valid search in a searching
+      turn); only such turns earn step rewards.
+  """
+
+  text: str
+  action: str
+  content: str
+  documents: tuple[Passage, ...]
+  observation: str
+  action_position: int
+  answered: bool = False
+
+
+@dataclasses.dataclass
+class Trajectory:
+  """One finished rollout, token for token as the policy saw it.
+
+  Attributes:
+    question: what was asked.
+    episode: number of this rollout in the run; with the seed it fixes every
+      random draw.
+    tokens: [T] int32, prompt first; never decoded and re-encoded.
+    provenance: [T] int8, `Provenance` of each token.
+    turn_index: [T] int16, turn that the token belongs to; -1 in the prompt.
+    logprobs: [T] float32, log-probability under the sampling distribution;
+      0 where not sampled.
+    turns: per policy turn.
+    answer: content of the final answer tag, None if never closed.
+    stop_reason: "answer", "max_turns", "context" or "eos".
+    truncated_documents: number of documents cut to fit the observation.
+  """
+
+  question: Question
+  episode: int
+  tokens: np.ndarray
+  provenance: np.ndarray
+  turn_index: np.ndarray
+  logprobs: np.ndarray
+  turns: list[Turn]
+  answer: str | None
+  stop_reason: str
+  truncated_documents: int = 0
+
+  @property
+  def policy_mask(self) -> np.ndarray:
+    """[T] bool, True exactly on sampled tokens: the ONE policy mask."""
+    return self.provenance == Provenance.POLICY
+
+
+@dataclasses.dataclass
+class RolloutBatch:
+  """Trajectories as padded host arrays, the input of the learner.
+
+  Attributes:
+    tokens: [B, T] int32, right-padded.
+    lengths: [B] int32, tokens of each row (not the loss mask's sum).
+    policy_mask: [B, T] float32, 1 exactly on sampled tokens.
+    token_rewards: [B, T] float32, non-zero on policy tokens only.
+    group: [B] int32, equal for rollouts of one question (GRPO).
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  policy_mask: np.ndarray
+  token_rewards: np.ndarray
+  group: np.ndarray
