@@ -1,0 +1,160 @@
+"""Every field of a run, with its default and meaning.
+
+A config file starts from `base()`, changes what it needs and returns it. All
+fields can be overridden on the command line: `--config.ppo.policy_lr=1e-6`.
+"""
+
+import ml_collections
+
+
+def parse_arg(arg, **defaults):
+  """Reads `--config=file.py:key=value,flag` into typed values.
+
+  Args:
+    arg: text behind the colon, or None.
+    **defaults: accepted keys; a value is converted to its default's type and
+      a bare boolean key means True.
+
+  Returns:
+    A ConfigDict with every key of `defaults`.
+
+  Raises:
+    ValueError: a key that is not in `defaults`, or a value of another type.
+  """
+  values = dict(defaults)
+  for part in filter(None, (arg or "").split(",")):
+    key, _, text = part.partition("=")
+    if key not in defaults:
+      raise ValueError(
+        f"unknown config argument {key!r}; accepted: {sorted(defaults)}"
+      )
+    default = defaults[key]
+    if isinstance(default, bool):
+      if text.lower() not in ("", "true", "false", "0", "1"):
+        raise ValueError(f"config argument {key} is a boolean, got {text!r}")
+      values[key] = text.lower() in ("", "true", "1")
+      continue
+    try:
+      values[key] = type(default)(text)
+    except ValueError as error:
+      raise ValueError(
+        f"config argument {key} is of type {type(default).__name__}, "
+        f"got {text!r}"
+      ) from error
+  return ml_collections.ConfigDict(values)
+
+
+def base():
+  """The defaults: method and optimiser as released, sizes for one host."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Exactly one of the two is positive.
+  config.total_steps = 0
+  config.total_epochs = 0.0
+  # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
+  config.algorithm = "steppo"
+
+  config.model = model = ml_collections.ConfigDict()
+  # HF folder or id, *.gguf, package:<name>; empty = random weights of `size`.
+  model.reference = ""
+  model.tokenizer = ""  # Empty = the model's own.
+  model.dtype = "bfloat16"  # Compute type; master weights are float32.
+  model.remat = True
+  model.size = ml_collections.ConfigDict(
+    dict(
+      family="qwen2", hidden=128, mlp=512, layers=4, heads=4, kv_heads=2,
+      vocab=2048,
+    )
+  )
+
+  config.data = data = ml_collections.ConfigDict()
+  # Question file, tfds:<name>:<split>, or "world" for the embedded world.
+  data.train = "world"
+  data.eval = ""  # Empty = held-out part of the world, or of data.train.
+  data.corpus = ""  # Empty = all paragraphs of the question files.
+  data.limit = 0  # Read only this many training questions; 0 = all.
+  data.eval_limit = 0
+  data.holdout = 0.1  # Share of data.train held out when data.eval is empty.
+
+  config.retrieval = retrieval = ml_collections.ConfigDict()
+  # hashed_tfidf, or a BERT-family encoder: folder, HF id, package:<name>.
+  retrieval.encoder = "hashed_tfidf"
+  retrieval.index = ""  # Folder of a ready index; empty = build in workdir.
+  retrieval.topk = 3
+  retrieval.cache = 65536  # Remembered queries.
+
+  config.rollout = rollout = ml_collections.ConfigDict()
+  rollout.template = "stepsearch"
+  rollout.max_turns = 5  # Searching turns; one forced answer turn follows.
+  rollout.slots = 128
+  rollout.context = 4096
+  rollout.block = 32  # Decode steps between two looks of the host.
+  rollout.max_prompt = 2048
+  rollout.max_turn = 800
+  rollout.max_observation = 800
+  rollout.answer_room = 64
+  rollout.retrieval_delay = 2  # Decode blocks until a search is read.
+  rollout.extend_rows = (4, 16)
+  rollout.extend_tokens = (64, 256, 512)
+  rollout.temperature = 1.0
+  rollout.top_k = 0
+  rollout.top_p = 1.0
+
+  config.reward = reward = ml_collections.ConfigDict()
+  reward.preset = "paper"  # paper | released: sets every row of the table.
+  # The four ablation switches of the released code.
+  reward.information_gain = True
+  reward.redundancy_penalty = True
+  reward.search_steps_reward = True
+  reward.search_key_reward = True
+  reward.gamma_key = 0.618
+
+  config.batch = batch = ml_collections.ConfigDict()
+  batch.questions = 128  # A step asks this many questions ...
+  batch.rollouts = 1  # ... this many times each (GRPO wants > 1).
+
+  config.ppo = ppo = ml_collections.ConfigDict()
+  ppo.gamma = 1.0
+  ppo.lam = 1.0
+  ppo.clip_ratio = 0.2
+  ppo.value_clip = 0.5
+  ppo.entropy_coef = 0.001
+  ppo.kl_coef = 0.001
+  ppo.kl_estimator = "kl"  # kl | abs | mse | low_var_kl
+  ppo.kl_controller = "fixed"  # fixed | adaptive
+  ppo.kl_target = 0.1
+  ppo.kl_horizon = 10000
+  ppo.kl_loss_coef = 0.001  # With grpo the KL is a loss, not a reward.
+  ppo.epochs = 1
+  ppo.mini_batch = 32  # Trajectories per optimiser step.
+  ppo.micro_rows = 16  # Packed rows per forward/backward pass.
+  ppo.policy_lr = 5e-7
+  ppo.value_lr = 5e-7
+  ppo.policy_warmup_ratio = 0.285
+  ppo.value_warmup_ratio = 0.05
+  ppo.critic_warmup = 0  # Steps that train the value model only.
+  ppo.weight_decay = 0.01
+  ppo.grad_clip = 1.0
+
+  # Imitation of scripted trajectories before step 0; 0 steps = none.
+  config.warm_start = warm_start = ml_collections.ConfigDict()
+  warm_start.steps = 0
+  warm_start.rows = 32
+  warm_start.lr = 1e-3
+  warm_start.trajectories = 4000
+
+  config.eval = evaluation = ml_collections.ConfigDict()
+  evaluation.every = 0  # Steps between evaluations; 0 = first and last only.
+
+  config.checkpoint = checkpoint = ml_collections.ConfigDict()
+  checkpoint.every = 50
+  checkpoint.keep = 2
+
+  config.mesh = mesh = ml_collections.ConfigDict()
+  mesh.data = -1  # -1 = all devices that the other axes leave.
+  mesh.fsdp = 1
+  mesh.tensor = 1
+
+  config.log = log = ml_collections.ConfigDict()
+  log.wandb_project = ""
+  return config

@@ -1,0 +1,230 @@
+"""Checkpoints of a run: learner state, cursor and fingerprint, via orbax.
+
+A checkpoint is complete or absent: orbax writes to a temporary folder and
+renames it. Everything a step depends on is inside or follows from the step
+number (the question stream and all random keys are functions of it), so a
+resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+
+class CheckpointMismatchError(ValueError):
+  """The checkpoint belongs to another model or other data."""
+
+
+def fingerprint(**parts: Any) -> dict[str, str]:
+  """Short hashes by which a checkpoint recognises its model and data."""
+  return {
+    name: hashlib.sha256(
+      json.dumps(value, sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]
+    for name, value in parts.items()
+  }
+
+
+class Checkpointer:
+  """Saves and restores the state of one run in `workdir/checkpoints`."""
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    identity: Mapping[str, str],
+    keep: int = 2,
+  ):
+    """Opens the folder.
+
+    Args:
+      workdir: local folder or bucket path.
+      identity: `fingerprint` of this run's model and data.
+      keep: how many checkpoints to retain; the best one is kept besides.
+    """
+    self._folder = epath.Path(workdir).resolve() / "checkpoints"
+    self._identity = dict(identity)
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+      item_names=("policy", "rest", "meta"),
+    )
+
+  def save(self, step: int, policy, rest, meta: Mapping[str, Any]) -> None:
+    """Writes a checkpoint in the background; a repeated step is a no-op.
+
+    Args:
+      step: optimiser steps done.
+      policy: policy parameters, apart so that evaluation reads only them.
+      rest: pytree with value model, optimisers and controllers.
+      meta: JSON-able cursor and scores.
+    """
+    if step in self._manager.all_steps():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        policy=ocp.args.StandardSave(policy),
+        rest=ocp.args.StandardSave(rest),
+        meta=ocp.args.JsonSave({**meta, "identity": self._identity}),
+      ),
+    )
+
+  def restore(self, policy, rest) -> tuple[int, Any, Any, dict] | None:
+    """Reads the newest readable checkpoint.
+
+    Args:
+      policy: pytree like the saved one (arrays or shapes with shardings).
+      rest: likewise.
+
+    Returns:
+      (step, policy, rest, meta), or None when there is no checkpoint.
+
+    Raises:
+      CheckpointMismatchError: the checkpoint is of another model or data.
+      ValueError: checkpoints exist but none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        meta = self._meta(step)
+        self._check_identity(step, meta)
+        items = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            policy=ocp.args.StandardRestore(_abstract(policy)),
+            rest=ocp.args.StandardRestore(_abstract(rest)),
+          ),
+        )
+      except CheckpointMismatchError:
+        raise
+      except Exception as error:  # Whatever a damaged file makes orbax raise.
+        logging.error(
+          "checkpoint %s/%d cannot be read (%s: %s); trying the one before",
+          self._folder, step, type(error).__name__,
+          str(error).split("\n")[0][:200],
+        )
+        continue
+      return step, items["policy"], items["rest"], meta
+    if steps:
+      raise ValueError(
+        f"none of the checkpoints {steps} in {self._folder} can be read; "
+        "remove the folder to start anew"
+      )
+    return None
+
+  def _meta(self, step: int) -> dict:
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["meta"]
+
+  def _check_identity(self, step: int, meta: Mapping[str, Any]) -> None:
+    saved = meta["identity"]
+    for name, ours in self._identity.items():
+      if saved.get(name) != ours:
+        raise CheckpointMismatchError(
+          f"checkpoint {self._folder}/{step} was written for another {name} "
+          f"(saved {saved.get(name)}, this run {ours}): use another --workdir "
+          f"or restore the old {name} settings"
+        )
+
+  def wait(self) -> None:
+    """Blocks until background writes are on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases the writer threads."""
+    self._manager.close()
+
+
+def save_reference(workdir: epath.PathLike, params) -> None:
+  """Writes the frozen reference policy once."""
+  folder = epath.Path(workdir).resolve() / "reference"
+  if not folder.exists():
+    with ocp.StandardCheckpointer() as writer:
+      writer.save(folder, params)
+
+
+def load_reference(workdir: epath.PathLike, like):
+  """Reads what `save_reference` wrote.
+
+  Raises:
+    ValueError: the run has no reference.
+  """
+  folder = epath.Path(workdir).resolve() / "reference"
+  if not folder.exists():
+    raise ValueError(f"{folder} is missing: cannot resume without the "
+                     "reference policy; start in a fresh --workdir")
+  with ocp.StandardCheckpointer() as reader:
+    return reader.restore(folder, _abstract(like))
+
+
+def load_policy(workdir: epath.PathLike, like, step: int | None = None):
+  """Policy of the newest (or a given) checkpoint of a run.
+
+  Args:
+    workdir: run folder.
+    like: pytree of shapes.
+    step: which checkpoint; None for the newest.
+
+  Returns:
+    (step, parameters, meta).
+
+  Raises:
+    ValueError: no such checkpoint, or its shapes differ from `like`.
+  """
+  folder = epath.Path(workdir).resolve() / "checkpoints"
+  if not folder.exists():
+    raise ValueError(f"no checkpoints in {workdir}: expected {folder}")
+  with ocp.CheckpointManager(
+    folder, item_names=("policy", "rest", "meta"),
+    options=ocp.CheckpointManagerOptions(read_only=True),
+  ) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps or (step is not None and step not in steps):
+      raise ValueError(f"no checkpoint {step} in {folder}, there are {steps}")
+    step = steps[-1] if step is None else step
+    saved = manager.item_metadata(step)["policy"]
+    _check_shapes(folder / str(step), saved, like)
+    items = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        policy=ocp.args.StandardRestore(_abstract(like)),
+        meta=ocp.args.JsonRestore(),
+      ),
+    )
+  return step, items["policy"], items["meta"]
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _check_shapes(where, saved, like) -> None:
+  saved, ours = _shapes(saved), _shapes(like)
+  for name in sorted(set(saved) | set(ours)):
+    if saved.get(name) != ours.get(name):
+      raise CheckpointMismatchError(
+        f"{where}: checkpoint of another model: {name} has shape "
+        f"{saved.get(name)} there and {ours.get(name)} in this config"
+      )
+
+
+def _abstract(tree):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+    ),
+    tree,
+  )

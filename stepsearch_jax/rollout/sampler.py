@@ -1,0 +1,393 @@
+"""Device side of the rollout: a slot cache and two compiled programs.
+
+`extend` writes known tokens (prompts, observations) into slots of the cache;
+`decode_block` samples up to a block of tokens in all active slots, leaving
+early when every slot has stopped. The newest token of a slot is `pending`:
+it is known but not yet in the cache, and the next program run feeds it.
+
+This module knows tokens, automaton states and random keys. It must not know
+tags, strings or retrievers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax.models import decoder, heads
+
+_SAMPLE_BLOCK = 128  # Vocabulary entries summed at once by `sample_tokens`.
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+  """Static shape and filter settings of the compiled programs.
+
+  Attributes:
+    slots: P, trajectories that decode side by side.
+    context: T, tokens that a slot can hold.
+    block: decode steps between two looks of the host.
+    top_k: keep this many most likely tokens, 0 for all.
+    top_p: keep the smallest set with this much probability, 1 for all.
+  """
+
+  slots: int
+  context: int
+  block: int = 16
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if not (self.slots > 0 and self.context > 0 and self.block > 0):
+      raise ValueError(f"slots, context and block must be positive: {self}")
+    if self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1: {self}")
+
+
+@flax.struct.dataclass
+class SlotState:
+  """Everything the decode loop carries; one row per slot.
+
+  Attributes:
+    cache: keys and values of all slots.
+    pending: [P] int32, newest token, not yet in the cache.
+    position: [P] int32, position of `pending`.
+    automaton: [P] int32, stop-automaton state before `pending` is followed.
+    active: [P] bool, slot is in the middle of a policy turn.
+    budget: [P] int32, tokens that the turn may still take.
+    episode: [P] int32, rollout number; seeds the slot's randomness.
+    temperature: [P] float32, 0 for greedy.
+  """
+
+  cache: decoder.Cache
+  pending: jax.Array
+  position: jax.Array
+  automaton: jax.Array
+  active: jax.Array
+  budget: jax.Array
+  episode: jax.Array
+  temperature: jax.Array
+
+
+@flax.struct.dataclass
+class BlockOutput:
+  """What one block sampled, copied to the host in one go.
+
+  Attributes:
+    tokens: [P, block] int32, -1 where a slot was not active.
+    logprobs: [P, block] float32, under the temperature-scaled policy.
+    automaton: [P] int32, state after the block; tells which tag closed.
+    active: [P] bool, slot goes on in the next block.
+    steps: [] int32, decode steps that ran.
+  """
+
+  tokens: jax.Array
+  logprobs: jax.Array
+  automaton: jax.Array
+  active: jax.Array
+  steps: jax.Array
+
+
+@flax.struct.dataclass
+class Chunk:
+  """Known tokens for some slots. Padding rows have length 0.
+
+  Attributes:
+    slot: [B] int32.
+    tokens: [B, S] int32.
+    start: [B] int32, position of the first token.
+    length: [B] int32, valid tokens; the last one becomes `pending`.
+    begins_turn: [B] bool, the policy speaks after this chunk.
+    budget, episode, temperature: [B], see `SlotState`.
+  """
+
+  slot: jax.Array
+  tokens: jax.Array
+  start: jax.Array
+  length: jax.Array
+  begins_turn: jax.Array
+  budget: jax.Array
+  episode: jax.Array
+  temperature: jax.Array
+
+
+def init_state(config: decoder.DecoderConfig, spec: SamplerSpec) -> SlotState:
+  """An empty slot cache with every slot inactive."""
+  rows = functools.partial(jnp.zeros, (spec.slots,))
+  return SlotState(
+    cache=decoder.init_cache(config, spec.slots, spec.context, config.dtype),
+    pending=rows(jnp.int32),
+    position=rows(jnp.int32),
+    automaton=rows(jnp.int32),
+    active=rows(jnp.bool_),
+    budget=rows(jnp.int32),
+    episode=rows(jnp.int32),
+    temperature=rows(jnp.float32),
+  )
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """Sets logits outside the top-k / nucleus set to -inf.
+
+  Args:
+    logits: [P, V] float32, already divided by the temperature.
+    top_k: static; 0 keeps all.
+    top_p: static; the token that crosses the threshold is kept (Holtzman et
+      al., 2020). 1 keeps all.
+
+  Returns:
+    [P, V] float32. Nothing is sorted unless a filter asks for it.
+  """
+  if top_k:
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p < 1.0:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
+    before = before - jax.nn.softmax(ranked)
+    kept = jnp.where(before < top_p, ranked, jnp.inf)
+    logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
+  return logits
+
+
+def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Draws one token per row by inverting the cumulative distribution.
+
+  Two levels (sums of blocks, then inside the chosen block) need a single
+  uniform per row and one pass over the vocabulary; Gumbel noise would need V.
+
+  Args:
+    logits: [P, V] float32; -inf is never drawn.
+    uniform: [P] float32 in [0, 1).
+
+  Returns:
+    [P] int32.
+  """
+  rows, vocab = logits.shape
+  pad = -vocab % _SAMPLE_BLOCK
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  weights = jnp.pad(weights, ((0, 0), (0, pad)))
+  weights = weights.reshape(rows, -1, _SAMPLE_BLOCK)
+  mass = weights.sum(-1)
+  upto = jnp.cumsum(mass, axis=-1)
+  target = uniform[:, None] * upto[:, -1:]
+  block = (upto <= target).sum(-1)
+  # Rounding may push the target past the last block that has any mass.
+  last = mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
+  block = jnp.minimum(block, last)[:, None]
+  inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
+  before = jnp.take_along_axis(upto - mass, block, axis=1)
+  index = (before + jnp.cumsum(inside, axis=-1) <= target).sum(-1)
+  last = _SAMPLE_BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+  # A run of zero weight right after the target must not be entered either.
+  index = jnp.minimum(index, last)
+  return (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
+
+
+def _uniforms(key, episode, position):
+  """One draw per row that depends on (seed, episode, position) alone."""
+
+  def draw(e, p):
+    return jax.random.uniform(
+      jax.random.fold_in(jax.random.fold_in(key, e), p), dtype=jnp.float32
+    )
+
+  return jax.vmap(draw)(episode, position)
+
+
+def _select(logits, state, key, spec):
+  """Chooses the next token of every slot; returns (tokens, logprobs)."""
+  greedy = state.temperature == 0
+  scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
+  drawn = sample_tokens(
+    filter_logits(scaled, spec.top_k, spec.top_p),
+    _uniforms(key, state.episode, state.position),
+  )
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  tokens = jnp.where(greedy, best, drawn)
+  chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def extend(params, state, chunk, *, config, spec, kv_length):
+  """Writes known tokens into the cache; see `Chunk`.
+
+  The last token of a row stays out of the cache as its slot's `pending`.
+
+  Returns:
+    The new `SlotState`.
+  """
+  offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None]
+  stored = offsets < chunk.length[:, None] - 1
+  positions = jnp.where(stored, chunk.start[:, None] + offsets, spec.context)
+  _, cache = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    chunk.tokens,
+    positions,
+    cache=state.cache.replace(slots=chunk.slot),
+    kv_length=kv_length,
+  )
+  last = jnp.maximum(chunk.length - 1, 0)
+  newest = jnp.take_along_axis(chunk.tokens, last[:, None], axis=1)[:, 0]
+  # Rows without tokens point past the last slot and are dropped.
+  slot = jnp.where(chunk.length > 0, chunk.slot, spec.slots)
+
+  def put(field, value):
+    return field.at[slot].set(value, mode="drop")
+
+  return SlotState(
+    cache=cache.replace(slots=None),
+    pending=put(state.pending, newest),
+    position=put(state.position, chunk.start + last),
+    automaton=put(state.automaton, jnp.zeros_like(chunk.slot)),
+    active=put(state.active, chunk.begins_turn),
+    budget=put(state.budget, chunk.budget),
+    episode=put(state.episode, chunk.episode),
+    temperature=put(state.temperature, chunk.temperature),
+  )
+
+
+def decode_block(params, state, table, key, *, config, spec, first_stop,
+                 kv_length):
+  """Samples up to `spec.block` tokens in every active slot.
+
+  Args:
+    params: policy parameters.
+    state: slots; donated.
+    table: [states, V] stop automaton.
+    key: run's sampling key.
+    config: decoder configuration.
+    spec: sampler settings.
+    first_stop: automaton states from here on end a turn.
+    kv_length: static bound on the positions reached inside the block.
+
+  Returns:
+    (`SlotState`, `BlockOutput`).
+  """
+  model = decoder.Decoder(config)
+  weight = heads.unembedding(params)
+
+  def step(carry):
+    i, state, tokens, logprobs = carry
+    where = jnp.where(state.active, state.position, spec.context)
+    hidden, cache = model.apply(
+      {"params": params["trunk"]},
+      state.pending[:, None],
+      where[:, None],
+      cache=state.cache,
+      kv_length=kv_length,
+    )
+    logits = jnp.einsum(
+      "pd,vd->pv", hidden[:, 0], weight.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    token, logprob = _select(logits, state, key, spec)
+    on = state.active
+    automaton = table[state.automaton, token]
+    budget = state.budget - 1
+    going = on & (automaton < first_stop) & (budget > 0)
+    state = state.replace(
+      cache=cache,
+      pending=jnp.where(on, token, state.pending),
+      position=jnp.where(on, state.position + 1, state.position),
+      automaton=jnp.where(on, automaton, state.automaton),
+      active=going,
+      budget=jnp.where(on, budget, state.budget),
+    )
+    tokens = tokens.at[:, i].set(jnp.where(on, token, -1))
+    logprobs = logprobs.at[:, i].set(jnp.where(on, logprob, 0.0))
+    return i + 1, state, tokens, logprobs
+
+  def unfinished(carry):
+    return (carry[0] < spec.block) & carry[1].active.any()
+
+  shape = (spec.slots, spec.block)
+  steps, state, tokens, logprobs = jax.lax.while_loop(
+    unfinished,
+    step,
+    (
+      jnp.int32(0),
+      state,
+      jnp.full(shape, -1, jnp.int32),
+      jnp.zeros(shape, jnp.float32),
+    ),
+  )
+  output = BlockOutput(tokens, logprobs, state.automaton, state.active, steps)
+  return state, output
+
+
+def reshard_cast(params, dtype):
+  """Casts training weights to the decode type, once per update."""
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+class Sampler:
+  """The compiled programs for one model and one set of shapes.
+
+  `kv_length` is rounded up to a few buckets, so the number of compiled
+  variants is bounded by `len(kv_buckets)` times the chunk shapes in use.
+  """
+
+  def __init__(
+    self,
+    config: decoder.DecoderConfig,
+    spec: SamplerSpec,
+    table: np.ndarray,
+    first_stop: int,
+  ):
+    """Prepares the programs; nothing is compiled yet."""
+    # A cached forward is never differentiated: remat would only cost time.
+    config = dataclasses.replace(config, remat=False)
+    self.config = config
+    self.spec = spec
+    self._table = jnp.asarray(table, jnp.int32)
+    self._extend = jax.jit(
+      functools.partial(extend, config=config, spec=spec),
+      static_argnames="kv_length",
+      donate_argnums=1,
+    )
+    self._decode = jax.jit(
+      functools.partial(
+        decode_block, config=config, spec=spec, first_stop=first_stop
+      ),
+      static_argnames="kv_length",
+      donate_argnums=1,
+    )
+    self._cast = jax.jit(functools.partial(reshard_cast, dtype=config.dtype))
+    buckets = {spec.context}
+    length = spec.context
+    while length > 256:
+      length = -(-length // 2)
+      buckets.add(length)
+    self.kv_buckets = tuple(sorted(buckets))
+
+  def init_state(self) -> SlotState:
+    """See `init_state`."""
+    return init_state(self.config, self.spec)
+
+  def decode_params(self, params):
+    """Policy parameters in the type and layout of the decode programs."""
+    if all(x.dtype == self.config.dtype for x in jax.tree.leaves(params)):
+      return params
+    return self._cast(params)
+
+  def _bucket(self, length: int) -> int:
+    return next(b for b in self.kv_buckets if b >= length)
+
+  def extend(self, params, state: SlotState, chunk: Chunk, upto: int):
+    """Runs `extend`; `upto` bounds the positions of the chunk's tokens."""
+    return self._extend(params, state, chunk, kv_length=self._bucket(upto))
+
+  def decode_block(self, params, state: SlotState, key, upto: int):
+    """Runs `decode_block`; `upto` bounds the positions it may reach."""
+    bound = self._bucket(min(upto, self.spec.context))
+    return self._decode(params, state, self._table, key, kv_length=bound)
+
+  def compilations(self) -> int:
+    """Number of program variants compiled so far."""
+    return self._extend._cache_size() + self._decode._cache_size()
