@@ -1,0 +1,101 @@
+"""Policy and value heads, and the parameter trees around the trunk.
+
+A policy is `{"trunk": ..., "head": {"kernel": [V, M]}}`, without "head" when
+the embedding is tied. A value model is `{"trunk": ..., "value_head":
+{"kernel": [M, 1], "bias": [1]}}` (verl's token-classification critic). All
+trees are plain nested dicts of arrays; layers are stacked on axis 0.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax.models import decoder
+
+
+def _boxed_trunk(config: decoder.DecoderConfig, key):
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return decoder.Decoder(config).init(key, tokens, tokens)["params"]
+
+
+def init_trunk(config: decoder.DecoderConfig, key: jax.Array):
+  """Random trunk parameters."""
+  return nn.unbox(_boxed_trunk(config, key))
+
+
+def init_policy(config: decoder.DecoderConfig, key: jax.Array):
+  """Random policy parameters."""
+  trunk_key, head_key = jax.random.split(key)
+  params = {"trunk": init_trunk(config, trunk_key)}
+  if not config.tie_embeddings:
+    shape = (config.vocab_size, config.hidden_size)
+    params["head"] = {
+      "kernel": 0.02 * jax.random.normal(head_key, shape, config.param_dtype)
+    }
+  return params
+
+
+def value_from_policy(policy, key: jax.Array):
+  """A value model on a copy of the policy's trunk, with a small new head."""
+  width = policy["trunk"]["embedding"].shape[1]
+  dtype = policy["trunk"]["embedding"].dtype
+  kernel = 0.02 * jax.random.normal(key, (width, 1), dtype)
+  return {
+    "trunk": jax.tree.map(jnp.copy, policy["trunk"]),
+    "value_head": {"kernel": kernel, "bias": jnp.zeros((1,), dtype)},
+  }
+
+
+def init_value(config: decoder.DecoderConfig, key: jax.Array):
+  """Random value-model parameters."""
+  trunk_key, head_key = jax.random.split(key)
+  return value_from_policy({"trunk": init_trunk(config, trunk_key)}, head_key)
+
+
+def unembedding(params) -> jax.Array:
+  """Output matrix [V, M] of a policy, tied or not."""
+  if "head" in params:
+    return params["head"]["kernel"]
+  return params["trunk"]["embedding"]
+
+
+def logits(params, hidden: jax.Array) -> jax.Array:
+  """Next-token logits [..., V] float32; for tests and short inputs."""
+  weight = unembedding(params).astype(hidden.dtype)
+  return jnp.einsum(
+    "...m,vm->...v", hidden, weight, preferred_element_type=jnp.float32
+  )
+
+
+def values(params, hidden: jax.Array) -> jax.Array:
+  """State values [...] float32 of hidden states [..., M]."""
+  head = params["value_head"]
+  wide = hidden.astype(jnp.float32)
+  out = wide @ head["kernel"].astype(jnp.float32)
+  return out[..., 0] + head["bias"].astype(jnp.float32)[0]
+
+
+def logical_axes(config: decoder.DecoderConfig, kind: str = "policy"):
+  """Tree of logical axis names like the parameters of `kind`.
+
+  Args:
+    config: decoder configuration.
+    kind: "policy" or "value".
+
+  Returns:
+    Nested dict whose leaves are tuples of axis names.
+  """
+  boxed = jax.eval_shape(lambda k: _boxed_trunk(config, k), jax.random.key(0))
+  trunk = jax.tree.map(
+    lambda leaf: tuple(leaf.names),
+    boxed,
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+  )
+  axes = {"trunk": trunk}
+  if kind == "value":
+    axes["value_head"] = {"kernel": ("embed", None), "bias": (None,)}
+  elif not config.tie_embeddings:
+    axes["head"] = {"kernel": ("vocab", "embed")}
+  return axes
