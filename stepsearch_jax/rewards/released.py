@@ -1,0 +1,192 @@
+"""The released reward, which reads everything back out of decoded text.
+
+Used by the `released` preset and by `tools/score` only. Queries, documents and
+positions are found by regular expressions over the whole string, so warnings
+and prompt examples count as queries, documents keep the next one's label and
+step positions drift (quirks A3-A5, A14-A17, A21, B1-B8). Source:
+verl/utils/reward_score/qa_step.py and verl/trainer/main_ppo.py of the release.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepsearch_jax import types
+from stepsearch_jax.rewards import step_rewards, text_match
+
+_PAIR = re.compile(
+  r"<search>.*?</search>\s*<information>(.*?)</information>", re.DOTALL
+)
+_SEARCH = re.compile(r"<search>.*?</search>", re.DOTALL)
+_TAG = re.compile(r"</?search>")
+_ASSISTANT = "<|im_start|>assistant"
+
+
+def parsed_documents(information: str) -> list[str]:
+  """Document texts of one information block, next labels included (A3)."""
+  pieces = information.strip().split("##>")[1:]
+  return [piece.split("<##")[0].strip() for piece in pieces]
+
+
+def evidence(text: str) -> step_rewards.Evidence:
+  """What the released code sees in a response."""
+  return step_rewards.Evidence(
+    queries=[_TAG.sub("", m).strip() for m in _SEARCH.findall(text)],
+    documents=[parsed_documents(block) for block in _PAIR.findall(text)],
+    answer=text_match.last_answer(text),
+    well_formed=text_match.ends_with_answer(text),
+  )
+
+
+def gold_of_case(
+  target: Any, search_keys: Any, support_docs: Any, well_formed: bool
+) -> step_rewards.Gold:
+  """Gold of a raw row, failing where the released code fails (A24).
+
+  Args:
+    target: answer or list of answers.
+    search_keys: list of groups; () when the row has none.
+    support_docs: list of `{"title", "paragraph_text"}`.
+    well_formed: keys and documents are only looked at when the format holds.
+
+  Raises:
+    RewardError: `kind` names the released code's exception.
+  """
+  answers = [target] if isinstance(target, str) else target
+  if not isinstance(answers, Sequence):
+    raise step_rewards.RewardError(
+      "TypeError", f"target must be a string or a list, got {target!r}"
+    )
+  for answer in answers:
+    if not isinstance(answer, str):
+      raise step_rewards.RewardError(
+        "AttributeError", f"target must hold strings, got {answer!r}"
+      )
+  if not well_formed:
+    return step_rewards.Gold(answers, None, [])
+  if support_docs is None:
+    raise step_rewards.RewardError("TypeError", "support_docs is None")
+  support = []
+  for document in support_docs:
+    if "paragraph_text" not in document:
+      raise step_rewards.RewardError(
+        "KeyError",
+        "a support document needs paragraph_text, found fields "
+        f"{sorted(document)}",
+      )
+    support.append(document["paragraph_text"])
+  if search_keys is None:
+    raise step_rewards.RewardError("TypeError", "search_keys is None")
+  # A plain string falls apart into characters (A13).
+  groups = [list(group) for group in search_keys]
+  return step_rewards.Gold(answers, groups, support)
+
+
+def score_case(
+  spec: step_rewards.RewardSpec, case: Mapping[str, Any]
+) -> step_rewards.TurnRewards:
+  """Scores a row with `response`, `target`, `search_keys`, `support_docs`.
+
+  Raises:
+    RewardError: the row cannot be scored.
+  """
+  seen = evidence(case["response"])
+  keys = case.get("search_keys")
+  if not case.get("has_search_keys", "search_keys" in case):
+    keys = ()
+  goal = gold_of_case(
+    case["target"], keys, case.get("support_docs"), seen.well_formed
+  )
+  return step_rewards.score(spec, seen, goal)
+
+
+def step_positions(
+  response_ids: Sequence[int],
+  encode: Callable[[str], Sequence[int]],
+  decode: Callable[[Sequence[int]], str],
+) -> list[int]:
+  """Token of each answered search by re-encoding the decoded prefix.
+
+  A pair may begin at an unanswered search; its first closing tag counts (B8).
+  """
+  text = decode(response_ids)
+  ends = [
+    text.index("</search>", pair.start()) + len("</search>")
+    for pair in _PAIR.finditer(text)
+  ]
+  return [len(encode(text[:end])) - 1 for end in ends]
+
+
+def reward_row(
+  scores: step_rewards.TurnRewards,
+  positions: Sequence[int],
+  length: int,
+  valid: int,
+  step_scale: float,
+) -> np.ndarray:
+  """One row of the released reward tensor.
+
+  Args:
+    scores: of the trajectory.
+    positions: from `step_positions`.
+    length: padded response length.
+    valid: tokens of the response; 0 puts the score last (B5).
+    step_scale: the released constant; the row gets (1 + scale) times it (B1).
+
+  Returns:
+    [length] float32.
+
+  Raises:
+    IndexError: a drifted position lies outside the row (B4).
+  """
+  row = np.zeros(length, np.float32)
+  for position, step in zip(positions, scores.step_scores, strict=False):
+    if position >= length:
+      raise IndexError(
+        f"index {position} is out of bounds for dimension 0 with size {length}"
+      )
+    row[position] = step
+  row += np.float32(step_scale) * row
+  row[valid - 1] = scores.score
+  return row
+
+
+def scored_text(full_text: str) -> str:
+  """The part of prompt + response that is scored (A21, B7)."""
+  if _ASSISTANT in full_text:
+    return full_text.split(_ASSISTANT)[-1].strip()
+  return full_text
+
+
+def mix_evidence(
+  spec: step_rewards.RewardSpec,
+  sampled: step_rewards.Evidence,
+  trajectory: types.Trajectory,
+  tokenizer,
+) -> step_rewards.Evidence:
+  """Evidence with the released text sources where the spec asks for them."""
+  text = tokenizer.decode(trajectory.tokens.tolist(), skip_special=False)
+  for name in ("<|im_end|>", "<|endoftext|>"):
+    text = text.removesuffix(name)
+  parsed = evidence(scored_text(text))
+  by_text = parsed if spec.scored_text == "regex" else sampled
+  by_document = parsed if spec.document_text == "parsed" else sampled
+  return step_rewards.Evidence(
+    by_text.queries, by_document.documents, by_text.answer, by_text.well_formed
+  )
+
+
+def trajectory_positions(trajectory: types.Trajectory, tokenizer) -> list[int]:
+  """`step_positions` of a rollout, counted from its first token."""
+  start = int((trajectory.turn_index < 0).sum())
+  response = trajectory.tokens[start:].tolist()
+  positions = step_positions(
+    response,
+    tokenizer.encode,
+    lambda ids: tokenizer.decode(ids, skip_special=False),
+  )
+  return [start + position for position in positions]

@@ -1,0 +1,107 @@
+"""Exact match and token F1 of answers: the only copy in the project.
+
+SQuAD normalisation (Rajpurkar et al., 2016) in the order of the released
+code: lower case, strip ASCII punctuation, drop articles, squeeze spaces.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def normalize_answer(text: str) -> str:
+  """Lower-cased text without ASCII punctuation, articles, extra spaces."""
+  text = text.lower().translate(_PUNCTUATION)
+  return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+  """1.0 when the normalised prediction equals any normalised gold answer."""
+  ours = normalize_answer(prediction)
+  return float(any(ours == normalize_answer(gold) for gold in golds))
+
+
+def f1(
+  prediction: str | None, golds: Sequence[str], decimals: int | None = None
+) -> float:
+  """Best token F1 over gold answers.
+
+  Args:
+    prediction: text, or None for no answer (scores 0).
+    golds: accepted texts; none gives 0.
+    decimals: round the result (the released reward rounds to 4), None = not.
+  """
+  if prediction is None:
+    return 0.0
+  ours = normalize_answer(prediction).split()
+  counts = collections.Counter(ours)
+  best = 0.0
+  for gold in golds:
+    theirs = normalize_answer(gold).split()
+    overlap = (counts & collections.Counter(theirs)).total()
+    if overlap:
+      precision, recall = overlap / len(ours), overlap / len(theirs)
+      best = max(best, 2 * (precision * recall) / (precision + recall))
+  return best if decimals is None else round(best, decimals)
+
+
+def last_answer(text: str) -> str | None:
+  """Content of the last closed answer block, stripped; None without one."""
+  found = _ANSWER.findall(text)
+  return found[-1].strip() if found else None
+
+
+def ends_with_answer(text: str) -> bool:
+  """Whether the last closed answer block is the end of the text."""
+  end = None
+  for match in _ANSWER.finditer(text):
+    end = match.end()
+  return end is not None and not text[end:].strip()
+
+
+def released_eval_answer(text: str) -> str:
+  """Answer as the released evaluation script extracts it.
+
+  Braces win: of `\\boxed{x}` only `x` is left (quirk D2).
+  """
+  answer = last_answer(text) or ""
+  if "{" in answer:
+    answer = answer.split("{")[-1]
+    if "}" in answer:
+      answer = answer.split("}")[0]
+  return answer.strip()
+
+
+def bootstrap_interval(
+  values: np.ndarray, seed: int, samples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+  """Percentile bootstrap interval of a mean (Efron, 1979).
+
+  Args:
+    values: [N] scores, N >= 1.
+    seed: makes the interval a function of its inputs.
+    samples: resamples.
+    level: coverage.
+  """
+  values = np.asarray(values, np.float64)
+  if not values.size:
+    raise ValueError("an interval needs at least one value")
+  rng = np.random.default_rng(seed)
+  means = np.array([
+    values[rng.integers(0, values.size, values.size)].mean()
+    for _ in range(samples)
+  ])
+  tail = (1 - level) / 2
+  low, high = np.quantile(means, [tail, 1 - tail])
+  return float(low), float(high)
