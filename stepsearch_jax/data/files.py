@@ -1,0 +1,94 @@
+"""Rows of local question and corpus files, with the place of each row.
+
+JSONL, JSON lists and parquet, gzipped or not. Every problem is reported as
+`file:line: what was expected, what was found`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+
+from etils import epath
+
+
+class DataError(ValueError):
+  """A data file is missing or malformed; the message names file and line."""
+
+
+def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
+  """Yields ("file:line", row) of a data file.
+
+  Raises:
+    DataError: the file is missing, of an unknown type, or a row is no object.
+  """
+  path = epath.Path(path)
+  if not path.exists() or path.is_dir():
+    raise DataError(f"{path}: no such file")
+  name = path.name.removesuffix(".gz")
+  if name.endswith(".parquet"):
+    yield from _parquet(path)
+  elif name.endswith((".jsonl", ".json")):
+    yield from _json(path, name)
+  else:
+    raise DataError(
+      f"{path}: unknown file type, expected .jsonl, .json, .parquet (or .gz)"
+    )
+
+
+def _parquet(path: epath.Path) -> Iterator[tuple[str, dict]]:
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(path.open("rb"))
+  except pyarrow.ArrowInvalid as error:
+    raise DataError(f"{path}: not a parquet file: {error}") from error
+  number = 0
+  for batch in file.iter_batches():
+    for row in batch.to_pylist():
+      number += 1
+      yield f"{path}:{number}", row
+
+
+def _json(path: epath.Path, name: str) -> Iterator[tuple[str, dict]]:
+  raw = path.open("rb")
+  binary = gzip.open(raw) if path.name.endswith(".gz") else raw
+  with raw, io.TextIOWrapper(binary, encoding="utf-8") as file:
+    if name.endswith(".json"):
+      head = file.read(1)
+      if head == "[":
+        try:
+          rows = json.loads(head + file.read())
+        except json.JSONDecodeError as error:
+          raise DataError(
+            f"{path}:{error.lineno}: malformed JSON ({error.msg})"
+          ) from error
+        for number, row in enumerate(rows, 1):
+          yield _object(f"{path}:{number}", row)
+        return
+      file = io.StringIO(head + file.read())
+    try:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          yield _object(f"{path}:{number}", _parse(f"{path}:{number}", line))
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+      raise DataError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _parse(where: str, line: str):
+  try:
+    return json.loads(line)
+  except json.JSONDecodeError as error:
+    raise DataError(
+      f"{where}: malformed JSON ({error.msg} at column {error.colno})"
+    ) from error
+
+
+def _object(where: str, row) -> tuple[str, dict]:
+  if not isinstance(row, dict):
+    raise DataError(f"{where}: expected a JSON object, got "
+                    f"{type(row).__name__}")
+  return where, row

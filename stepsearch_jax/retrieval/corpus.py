@@ -1,0 +1,79 @@
+"""Passages to retrieve from, and the hash that identifies a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from stepsearch_jax import types
+from stepsearch_jax.data import files, questions
+
+
+def load_corpus(path: str) -> list[types.Passage]:
+  """Reads a passage file.
+
+  Args:
+    path: rows `{"id", "contents": "title\\ntext"}` or `{"id", "title",
+      "content" | "text"}`; rows with `paragraphs` (MuSiQue) or `context`
+      (HotpotQA) give all their paragraphs, each once.
+
+  Returns:
+    Passages in file order.
+
+  Raises:
+    files.DataError: naming file, line and field.
+  """
+  passages: dict[str, types.Passage] = {}
+  for where, row in files.read_rows(path):
+    for passage in _passages(where, row):
+      known = passages.setdefault(passage.id, passage)
+      if known != passage:
+        raise files.DataError(
+          f"{where}: passage id {passage.id!r} is used twice with other text"
+        )
+  if not passages:
+    raise files.DataError(f"{path}: no passages in the file")
+  return list(passages.values())
+
+
+def _passages(where: str, row: dict) -> Iterable[types.Passage]:
+  if "paragraphs" in row:
+    for p in row["paragraphs"]:
+      yield _identified(p["title"], p["paragraph_text"])
+  elif "context" in row:
+    for title, lines in row["context"]:
+      yield _identified(title, "".join(lines).strip())
+  elif "contents" in row:
+    title, _, text = row["contents"].partition("\n")
+    yield types.Passage(str(row.get("id", where)), title, text)
+  elif "content" in row or "text" in row:
+    text = row.get("content", row.get("text"))
+    yield types.Passage(str(row.get("id", where)), row.get("title", ""), text)
+  else:
+    raise files.DataError(
+      f"{where}: unknown corpus schema, expected contents, content, text, "
+      f"paragraphs or context, found {sorted(row)}"
+    )
+
+
+def _identified(title: str, text: str) -> types.Passage:
+  return types.Passage(questions.paragraph_id(title, text), title, text)
+
+
+def corpus_from_questions(paths: Sequence[str]) -> list[types.Passage]:
+  """All paragraphs of question files, each once."""
+  passages: dict[str, types.Passage] = {}
+  for path in paths:
+    for passage in load_corpus(path):
+      passages.setdefault(passage.id, passage)
+  return list(passages.values())
+
+
+def corpus_hash(passages: Iterable[types.Passage]) -> str:
+  """Identity of a corpus: ids, titles, texts and their order."""
+  digest = hashlib.sha256()
+  for passage in passages:
+    for part in (passage.id, passage.title, passage.text):
+      digest.update(part.encode())
+      digest.update(b"\x00")
+  return digest.hexdigest()[:16]
