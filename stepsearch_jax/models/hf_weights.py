@@ -406,3 +406,8 @@ def load_value(path: str, config: decoder.DecoderConfig):
   if missing:
     tree["value_head"]["bias"] = np.zeros((1,), config.param_dtype)
   return tree
+
+
+def read_tensors(path: str) -> dict[str, np.ndarray]:
+  """All tensors of a safetensors folder by name."""
+  return dict(_read_safetensors(path, list(_safetensors_index(path))))
