@@ -1,0 +1,67 @@
+"""A small search agent on the embedded world, from nothing, on a laptop.
+
+  bash launch/quickstart.sh            (or, inside the environment:)
+  python -m stepsearch_jax.train --config=configs/quickstart.py \
+    --workdir=runs/quickstart
+
+Hardware: 2 CPU cores. Time and score: see the README's table.
+Outcome-only PPO with the same budget: --config=configs/quickstart.py:algorithm=ppo
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  """Config with arguments `algorithm` and `runlocal` (seconds, not minutes)."""
+  arg = common.parse_arg(arg, algorithm="steppo", runlocal=False)
+  config = common.base()
+  config.algorithm = arg.algorithm
+  config.total_steps = 40
+
+  config.model.dtype = "float32"
+  config.model.remat = False
+  config.model.size = dict(
+    family="qwen2", hidden=128, mlp=384, layers=4, heads=4, kv_heads=2,
+    vocab=2048,
+  )
+
+  config.rollout.template = "plain"
+  config.rollout.max_turns = 5
+  config.rollout.slots = 64
+  config.rollout.context = 512
+  config.rollout.block = 8
+  config.rollout.max_prompt = 128
+  config.rollout.max_turn = 32
+  config.rollout.max_observation = 160
+  config.rollout.answer_room = 16
+  config.rollout.extend_rows = (8, 32)
+  config.rollout.extend_tokens = (64, 128)
+
+  config.warm_start.steps = 300
+  config.warm_start.rows = 16
+
+  config.batch.questions = 64
+  config.ppo.mini_batch = 64
+  config.ppo.micro_rows = 8
+  config.ppo.policy_lr = 3e-4
+  config.ppo.value_lr = 1e-3
+  config.ppo.policy_warmup_ratio = 0.05
+
+  config.checkpoint.every = 20
+
+  if arg.runlocal:
+    config.total_steps = 2
+    config.warm_start.steps = 4
+    config.warm_start.trajectories = 64
+    config.batch.questions = 8
+    config.ppo.mini_batch = 8
+    config.rollout.slots = 8
+    config.data.eval_limit = 8
+  return config
+
+
+def sweep(add):
+  """Three seeds of StePPO and of the outcome-only baseline."""
+  for algorithm in ("steppo", "ppo"):
+    for seed in range(3):
+      add(arg=f"algorithm={algorithm}", seed=seed)

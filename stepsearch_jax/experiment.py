@@ -1,0 +1,335 @@
+"""From a ConfigDict to the parts of a run, for the entries.
+
+The last place that sees `config`: everything built here takes explicit
+arguments. Both entries (`train.py`, `evaluate.py`) build their parts through
+this module, so an evaluation plays exactly what training played.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from stepsearch_jax import tokenizer as tokenizer_lib
+from stepsearch_jax import types
+from stepsearch_jax.data import questions as questions_lib
+from stepsearch_jax.data import world
+from stepsearch_jax.env import prompts, search_env
+from stepsearch_jax.models import decoder, heads, hf_weights
+from stepsearch_jax.ppo import learner
+from stepsearch_jax.retrieval import corpus as corpus_lib
+from stepsearch_jax.retrieval import encoder as encoder_lib
+from stepsearch_jax.retrieval import index as index_lib
+from stepsearch_jax.retrieval import retriever as retriever_lib
+from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.rollout import automaton, engine, sampler
+
+STOP_TAGS = ("</search>", "</answer>")
+
+# Estimator of each algorithm, and whether only the answer's F1 is rewarded.
+_ALGORITHMS = {
+  "steppo": ("gae", False),
+  "ppo": ("gae", True),
+  "grpo": ("grpo", True),
+  "reinforce": ("reinforce", True),
+}
+
+
+@dataclasses.dataclass
+class Data:
+  """Questions of a run and the passages that it may retrieve."""
+
+  train: list[types.Question]
+  heldout: list[types.Question]
+  corpus: list[types.Passage]
+
+
+def validate(config) -> None:
+  """Checks what no single part can check.
+
+  Raises:
+    ValueError: naming the field, what was expected and what was given.
+  """
+  if config.algorithm not in _ALGORITHMS:
+    raise ValueError(
+      f"algorithm must be one of {sorted(_ALGORITHMS)}, got "
+      f"{config.algorithm!r}"
+    )
+  if (config.total_steps > 0) == (config.total_epochs > 0):
+    raise ValueError(
+      "set exactly one of total_steps and total_epochs, got "
+      f"{config.total_steps} and {config.total_epochs}"
+    )
+  if config.algorithm == "grpo" and config.batch.rollouts < 2:
+    raise ValueError(
+      "grpo compares rollouts of one question: batch.rollouts must be >= 2, "
+      f"got {config.batch.rollouts}"
+    )
+  rollouts = config.batch.questions * config.batch.rollouts
+  if rollouts < 1 or rollouts % config.ppo.mini_batch:
+    raise ValueError(
+      f"batch.questions * batch.rollouts = {rollouts} must be a positive "
+      f"multiple of ppo.mini_batch = {config.ppo.mini_batch}"
+    )
+  for field, value in (
+    ("rollout.slots", config.rollout.slots),
+    ("ppo.micro_rows", config.ppo.micro_rows),
+  ):
+    shards = _data_shards(config.mesh)
+    if value % shards:
+      raise ValueError(
+        f"{field} = {value} is not divisible by the mesh's {shards} data "
+        "shards (mesh.data * mesh.fsdp)"
+      )
+  if config.rollout.template not in prompts.TEMPLATES:
+    raise ValueError(
+      f"rollout.template must be one of {sorted(prompts.TEMPLATES)}, got "
+      f"{config.rollout.template!r}"
+    )
+
+
+def _data_shards(mesh) -> int:
+  if mesh.data != -1:
+    return mesh.data * mesh.fsdp
+  return max(jax.device_count() // mesh.tensor, 1)
+
+
+def total_steps(config, questions: int) -> int:
+  """Training steps; an epoch asks every question once."""
+  if config.total_steps:
+    return config.total_steps
+  return max(int(config.total_epochs * questions) // config.batch.questions, 1)
+
+
+def load_data(config, workdir: epath.Path) -> Data:
+  """Reads (or generates) questions and corpus.
+
+  Raises:
+    ValueError: a file is missing or malformed (names file and line), or a
+      training question has no supporting paragraphs.
+  """
+  data = config.data
+  if data.train == "world":
+    folder = workdir / "world"
+    if not (folder / "corpus.jsonl").exists():
+      world.write_world(folder, seed=0)
+    train_path, heldout_path, corpus_path = (
+      str(folder / name)
+      for name in ("train.jsonl", "heldout.jsonl", "corpus.jsonl")
+    )
+  else:
+    train_path, heldout_path, corpus_path = data.train, data.eval, data.corpus
+  train = questions_lib.load_questions(
+    train_path, limit=data.limit or None, require_support=True
+  )
+  if heldout_path:
+    heldout = questions_lib.load_questions(heldout_path)
+  else:
+    order = np.random.default_rng(0).permutation(len(train))
+    count = max(int(len(train) * data.holdout), 1)
+    heldout = [train[i] for i in sorted(order[:count])]
+    train = [train[i] for i in sorted(order[count:])]
+  if data.eval_limit:
+    heldout = heldout[: data.eval_limit]
+  if not train or not heldout:
+    raise ValueError(
+      f"data.train = {train_path!r} leaves {len(train)} training and "
+      f"{len(heldout)} evaluation questions; both must be positive"
+    )
+  if corpus_path:
+    passages = corpus_lib.load_corpus(corpus_path)
+  else:
+    files = [path for path in (train_path, heldout_path) if path]
+    passages = corpus_lib.corpus_from_questions(files)
+  return Data(train, heldout, passages)
+
+
+def load_tokenizer(config, workdir: epath.Path, data: Data):
+  """The model's tokenizer, or a BPE trained on the corpus for a new model."""
+  reference = config.model.tokenizer or config.model.reference
+  if reference:
+    return tokenizer_lib.load(reference)
+  folder = workdir / "tokenizer"
+  if not folder.exists():
+    texts = [f"{p.title}\n{p.text}" for p in data.corpus]
+    template = prompts.TEMPLATES[config.rollout.template]
+    texts += [template.render(q.text) for q in data.train]
+    texts += [key for q in data.train for keys in q.search_keys for key in keys]
+    trained = tokenizer_lib.train_bpe(texts, config.model.size.vocab)
+    trained.save(folder)
+  return tokenizer_lib.load(str(folder))
+
+
+def decoder_config(config, tokenizer) -> decoder.DecoderConfig:
+  """Shape of the policy: the reference's own, or `model.size`."""
+  dtype = jnp.dtype(config.model.dtype)
+  if config.model.reference:
+    path = hf_weights.resolve(config.model.reference)
+    loaded = hf_weights.load_config(path)
+    return dataclasses.replace(loaded, dtype=dtype, remat=config.model.remat)
+  size = config.model.size
+  return decoder.DecoderConfig(
+    family=size.family,
+    vocab_size=tokenizer.vocab_size,
+    hidden_size=size.hidden,
+    intermediate_size=size.mlp,
+    num_layers=size.layers,
+    num_heads=size.heads,
+    num_kv_heads=size.kv_heads,
+    head_dim=size.hidden // size.heads,
+    tie_embeddings=True,
+    qkv_bias=True,
+    dtype=dtype,
+    remat=config.model.remat,
+  )
+
+
+def initial_policy(config, model: decoder.DecoderConfig):
+  """Policy parameters before any training."""
+  if config.model.reference:
+    path = hf_weights.resolve(config.model.reference)
+    return hf_weights.load_policy(path, model)
+  return heads.init_policy(model, jax.random.key(config.seed))
+
+
+def load_retriever(config, workdir: epath.Path, data: Data):
+  """Opens the index, building it in the work directory when none is given."""
+  settings = config.retrieval
+  corpus_hash = corpus_lib.corpus_hash(data.corpus)
+  encoder = encoder_lib.load_encoder(settings.encoder)
+  folder = epath.Path(settings.index) if settings.index else workdir / "index"
+  if not folder.exists():
+    if settings.index:
+      raise ValueError(
+        f"retrieval.index = {settings.index!r} does not exist: build it with "
+        "python -m stepsearch_jax.tools.build_index"
+      )
+    logging.info("building an index of %d passages", len(data.corpus))
+    index_lib.build_index(folder, data.corpus, encoder)
+  return retriever_lib.open_retriever(
+    folder,
+    encoder,
+    corpus_hash=corpus_hash,
+    cache_size=settings.cache,
+  )
+
+
+def build_env(config) -> search_env.SearchEnv:
+  """The search environment with the configured protocol."""
+  return search_env.SearchEnv(
+    prompts.TEMPLATES[config.rollout.template],
+    max_turns=config.rollout.max_turns,
+    topk=config.retrieval.topk,
+  )
+
+
+def build_engine(config, model, env, retriever, tokenizer) -> engine.Engine:
+  """The rollout engine over a freshly compiled stop automaton."""
+  rollout = config.rollout
+  stops = automaton.build_automaton(
+    tokenizer.token_bytes(), STOP_TAGS, tokenizer.eos_ids
+  )
+  table = _pad_vocabulary(stops.table, model.vocab_size)
+  programs = sampler.Sampler(
+    model,
+    sampler.SamplerSpec(
+      slots=rollout.slots,
+      context=rollout.context,
+      block=rollout.block,
+      top_k=rollout.top_k,
+      top_p=rollout.top_p,
+    ),
+    table,
+    stops.first_stop,
+  )
+  spec = engine.EngineSpec(
+    max_prompt=rollout.max_prompt,
+    max_turn=rollout.max_turn,
+    max_observation=rollout.max_observation,
+    answer_room=rollout.answer_room,
+    retrieval_delay=rollout.retrieval_delay,
+    extend_rows=tuple(rollout.extend_rows),
+    extend_tokens=tuple(rollout.extend_tokens),
+  )
+  return engine.Engine(programs, env, retriever, tokenizer, spec, config.seed)
+
+
+def _pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
+  """Models may have more rows than the tokenizer has tokens."""
+  if table.shape[1] > vocab:
+    raise ValueError(
+      f"the tokenizer has {table.shape[1]} tokens, the model only {vocab}: "
+      "model.tokenizer and model.reference do not belong together"
+    )
+  extra = np.zeros((table.shape[0], vocab - table.shape[1]), table.dtype)
+  return np.concatenate([table, extra], axis=1)
+
+
+def reward_spec(config) -> step_rewards.RewardSpec:
+  """The preset with the ablation switches of the config."""
+  presets = {
+    "paper": step_rewards.RewardSpec.paper,
+    "released": step_rewards.RewardSpec.released,
+  }
+  reward = config.reward
+  if reward.preset not in presets:
+    raise ValueError(
+      f"reward.preset must be one of {sorted(presets)}, got {reward.preset!r}"
+    )
+  overrides = {k: v for k, v in reward.items() if k != "preset"}
+  return dataclasses.replace(
+    presets[reward.preset](),
+    outcome_only=_ALGORITHMS[config.algorithm][1],
+    **overrides,
+  )
+
+
+def learner_spec(config, steps: int) -> learner.LearnerSpec:
+  """Optimisation settings; warm-up ratios become optimiser steps."""
+  ppo = config.ppo
+  trajectories = config.batch.questions * config.batch.rollouts
+  updates = steps * ppo.epochs * (trajectories // ppo.mini_batch)
+  estimator = _ALGORITHMS[config.algorithm][0]
+  released = config.reward.preset == "released"
+  return learner.LearnerSpec(
+    estimator=estimator,
+    gamma=ppo.gamma,
+    lam=ppo.lam,
+    clip_ratio=ppo.clip_ratio,
+    value_clip=ppo.value_clip,
+    entropy_coef=ppo.entropy_coef,
+    kl_coef=ppo.kl_coef,
+    kl_estimator=ppo.kl_estimator,
+    kl_controller=ppo.kl_controller,
+    kl_target=ppo.kl_target,
+    kl_horizon=ppo.kl_horizon,
+    kl_in_reward=estimator != "grpo",
+    kl_loss_coef=ppo.kl_loss_coef if estimator == "grpo" else 0.0,
+    ppo_epochs=ppo.epochs,
+    mini_batch=ppo.mini_batch,
+    micro_rows=ppo.micro_rows,
+    row_length=config.rollout.context,
+    temperature=config.rollout.temperature,
+    policy_lr=ppo.policy_lr,
+    value_lr=ppo.value_lr,
+    policy_warmup=int(updates * ppo.policy_warmup_ratio),
+    value_warmup=int(updates * ppo.value_warmup_ratio),
+    total_steps=updates,
+    weight_decay=ppo.weight_decay,
+    grad_clip=ppo.grad_clip,
+    critic_warmup=ppo.critic_warmup,
+    mask_scope="attended" if released else "policy",
+    micro_weighting="micro_mean" if released else "token",
+    first_lr_zero=released,
+  )
+
+
+def initial_value(policy, key):
+  """A value model that starts from the policy's trunk (as in verl)."""
+  return jax.jit(functools.partial(heads.value_from_policy))(policy, key)

@@ -1,0 +1,506 @@
+"""The StePPO learner: rollout batch in, updated models out.
+
+Three compiled programs of one shape each ([micro_rows, row_length] packed
+rows): score, accumulate gradients, apply. Longer, shorter or fewer
+trajectories change how many times they run, never what is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax import sharding, types
+from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.ppo import advantages as adv
+from stepsearch_jax.ppo import logprobs, losses, optimizer
+from stepsearch_jax.rollout import batching
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerSpec:
+  """Settings of the update; see `configs/common.py` for the plain ones.
+
+  Attributes:
+    estimator: "gae" (StePPO, PPO), "grpo" or "reinforce".
+    kl_in_reward: subtract kl_coef * KL from every token's reward.
+    kl_loss_coef: weight of KL as a loss (GRPO).
+    mini_batch: trajectories per optimiser step.
+    micro_rows, row_length: shape of one forward/backward pass.
+    policy_warmup, value_warmup: optimiser steps.
+    critic_warmup: training steps that leave the policy alone.
+    mask_scope: "policy" tokens, or "attended" response tokens, for GAE,
+      whitening and value loss (released: C1, C2, C10).
+    micro_weighting: "token", or "micro_mean" (released: C8).
+    first_lr_zero: released warm-up (C9).
+  """
+
+  estimator: str = "gae"
+  gamma: float = 1.0
+  lam: float = 1.0
+  clip_ratio: float = 0.2
+  value_clip: float = 0.5
+  entropy_coef: float = 0.001
+  kl_coef: float = 0.001
+  kl_estimator: str = "kl"
+  kl_controller: str = "fixed"
+  kl_target: float = 0.1
+  kl_horizon: float = 10000.0
+  kl_in_reward: bool = True
+  kl_loss_coef: float = 0.0
+  ppo_epochs: int = 1
+  mini_batch: int = 32
+  micro_rows: int = 16
+  row_length: int = 4096
+  temperature: float = 1.0
+  policy_lr: float = 5e-7
+  value_lr: float = 5e-7
+  policy_warmup: int = 0
+  value_warmup: int = 0
+  weight_decay: float = 0.01
+  grad_clip: float = 1.0
+  critic_warmup: int = 0
+  mask_scope: str = "policy"
+  micro_weighting: str = "token"
+  first_lr_zero: bool = False
+
+  def __post_init__(self):
+    for field, allowed in (
+      ("estimator", ("gae", "grpo", "reinforce")),
+      ("kl_estimator", adv.KL_ESTIMATORS),
+      ("kl_controller", ("fixed", "adaptive")),
+      ("mask_scope", ("policy", "attended")),
+      ("micro_weighting", ("token", "micro_mean")),
+    ):
+      if getattr(self, field) not in allowed:
+        raise ValueError(
+          f"ppo.{field} must be one of {allowed}, got {getattr(self, field)!r}"
+        )
+
+
+@flax.struct.dataclass
+class LearnerState:
+  """Everything that training changes.
+
+  Attributes:
+    step: [] int32, calls of `update`.
+    policy: policy parameters.
+    value: value model parameters; None without a value model.
+    policy_opt, value_opt: optimiser states.
+    kl_coef: [] float32.
+  """
+
+  step: jax.Array
+  policy: Any
+  value: Any
+  policy_opt: Any
+  value_opt: Any
+  kl_coef: jax.Array
+
+
+@dataclasses.dataclass
+class Experience:
+  """A scored batch, [B, T] float32 host arrays indexed by token."""
+
+  batch: types.RolloutBatch
+  logp: np.ndarray
+  reference_logp: np.ndarray
+  values: np.ndarray
+  advantages: np.ndarray
+  returns: np.ndarray
+  scope: np.ndarray
+
+
+@flax.struct.dataclass
+class Micro:
+  """One packed micro-batch, all [micro_rows, row_length]."""
+
+  tokens: jax.Array
+  segment_ids: jax.Array
+  positions: jax.Array
+  mask: jax.Array
+  scope: jax.Array
+  logp: jax.Array
+  reference_logp: jax.Array
+  values: jax.Array
+  advantages: jax.Array
+  returns: jax.Array
+
+
+def _shift(hidden):
+  """Row t holds the state in which token t was chosen."""
+  return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+def _trunk(params, micro, config):
+  hidden, _ = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    micro.tokens,
+    micro.positions,
+    segment_ids=micro.segment_ids,
+  )
+  return _shift(hidden)
+
+
+def policy_scores(params, micro, config, temperature):
+  """(log-probabilities, entropies) [R, S] of the masked tokens."""
+  hidden = _trunk(params, micro, config)
+  logp, entropy = logprobs.token_logprobs(
+    hidden.reshape(-1, hidden.shape[-1]),
+    heads.unembedding(params),
+    micro.tokens.reshape(-1),
+    micro.mask.reshape(-1),
+    temperature,
+  )
+  return logp.reshape(micro.mask.shape), entropy.reshape(micro.mask.shape)
+
+
+def value_scores(params, micro, config):
+  """State values [R, S] float32."""
+  return heads.values(params, _trunk(params, micro, config))
+
+
+class Learner:
+  """Holds the compiled programs; state goes in and comes out."""
+
+  def __init__(
+    self,
+    policy_config: decoder.DecoderConfig,
+    value_config: decoder.DecoderConfig,
+    spec: LearnerSpec,
+    mesh,
+  ):
+    """Prepares the programs; nothing is compiled yet."""
+    self.spec = spec
+    self._configs = {"policy": policy_config, "value": value_config}
+    self._mesh = mesh
+    self._controller = adv.KlController(
+      spec.kl_controller, spec.kl_target, spec.kl_horizon
+    )
+    common = (spec.weight_decay, spec.grad_clip, spec.first_lr_zero)
+    self._policy_tx = optimizer.adamw(
+      spec.policy_lr, spec.policy_warmup, *common
+    )
+    self._value_tx = optimizer.adamw(spec.value_lr, spec.value_warmup, *common)
+    self._score_policy = jax.jit(
+      functools.partial(
+        policy_scores, config=policy_config, temperature=spec.temperature
+      )
+    )
+    self._score_value = jax.jit(
+      functools.partial(value_scores, config=value_config)
+    )
+    self._accumulate = jax.jit(self._gradients, donate_argnums=(1, 2))
+    self._apply = jax.jit(
+      self._optimise, donate_argnums=(0, 1), static_argnames="train_policy"
+    )
+    self._estimate = jax.jit(self._advantages)
+
+  def init_state(self, policy, value) -> LearnerState:
+    """Fresh optimiser states around parameters, placed on the mesh.
+
+    Args:
+      policy: policy parameters.
+      value: value parameters, None unless the estimator is "gae".
+    """
+    policy = self._place(policy, "policy")
+    value = None if value is None else self._place(value, "value")
+    with sharding.scope(self._mesh):
+      return LearnerState(
+        step=jnp.int32(0),
+        policy=policy,
+        value=value,
+        policy_opt=jax.jit(self._policy_tx.init)(policy),
+        value_opt=None if value is None else jax.jit(self._value_tx.init)(
+          value
+        ),
+        kl_coef=jnp.float32(self.spec.kl_coef),
+      )
+
+  def _place(self, params, kind):
+    axes = heads.logical_axes(self._configs[kind], kind)
+    # A copy, so that donating the state never frees the caller's arrays.
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    return jax.device_put(
+      params, sharding.tree_shardings(self._mesh, axes, params)
+    )
+
+  def _packing(self, batch, rows) -> batching.Packing:
+    return batching.pack(
+      rows, batch.lengths, batch.tokens.shape[1], self.spec.row_length,
+      self.spec.micro_rows,
+    )
+
+  def _micros(self, packing, batch, **arrays):
+    """Yields device micro-batches of a packing; absent arrays are zeros."""
+    zeros = np.zeros(batch.tokens.shape, np.float32)
+    names = ("logp", "reference_logp", "values", "advantages", "returns")
+    packed = {name: packing.pack(arrays.get(name, zeros)) for name in names}
+    packed["mask"] = packing.pack(batch.policy_mask)
+    packed["scope"] = packing.pack(arrays.get("scope", batch.policy_mask))
+    packed["tokens"] = packing.pack(batch.tokens)
+    where = sharding.batch(self._mesh)
+    for start in range(0, len(packing.source), self.spec.micro_rows):
+      part = slice(start, start + self.spec.micro_rows)
+      yield jax.device_put(
+        Micro(
+          segment_ids=packing.segment_ids[part],
+          positions=packing.positions[part],
+          **{name: array[part] for name, array in packed.items()},
+        ),
+        where,
+      )
+
+  def prepare(
+    self, state: LearnerState, reference, batch: types.RolloutBatch
+  ) -> tuple[Experience, dict[str, float]]:
+    """Scores a batch under policy, reference and value model.
+
+    Args:
+      state: current models.
+      reference: frozen policy parameters.
+      batch: rollouts with token rewards.
+
+    Returns:
+      (experience, metrics).
+    """
+    spec, shape = self.spec, batch.tokens.shape
+    packing = self._packing(batch, range(shape[0]))
+    outputs = []
+    with sharding.scope(self._mesh):
+      for micro in self._micros(packing, batch):
+        logp, entropy = self._score_policy(state.policy, micro)
+        ours = {"logp": logp, "entropy": entropy}
+        ours["reference"] = self._score_policy(reference, micro)[0]
+        if state.value is not None:
+          ours["values"] = self._score_value(state.value, micro)
+        outputs.append(ours)
+      outputs = jax.device_get(outputs)
+    whole = {
+      name: packing.unpack(np.concatenate([o[name] for o in outputs]), shape)
+      for name in outputs[0]
+    }
+    values = whole.get("values", np.zeros(shape, np.float32))
+    scope = self._scope(batch)
+    coefficient = state.kl_coef if spec.kl_in_reward else jnp.float32(0)
+    advantages, returns, metrics = jax.device_get(
+      self._estimate(
+        batch.token_rewards, values, whole["logp"], whole["reference"],
+        batch.policy_mask, scope, batch.group, coefficient,
+      )
+    )
+    metrics["actor/entropy"] = float(
+      adv.masked_mean(whole["entropy"], batch.policy_mask)
+    )
+    metrics["critic/kl_coeff"] = float(state.kl_coef)
+    metrics["update/padding_share"] = packing.padding_share
+    experience = Experience(
+      batch, whole["logp"], whole["reference"], values, advantages, returns,
+      scope,
+    )
+    return experience, {name: float(v) for name, v in metrics.items()}
+
+  def _scope(self, batch) -> np.ndarray:
+    """Mask of GAE, whitening and value loss."""
+    if self.spec.mask_scope == "policy":
+      return batch.policy_mask
+    steps = np.arange(batch.tokens.shape[1])[None]
+    first = (batch.policy_mask > 0).argmax(axis=1)[:, None]
+    inside = (steps >= first) & (steps < batch.lengths[:, None])
+    return (inside & batch.policy_mask.any(axis=1)[:, None]).astype(np.float32)
+
+  def _advantages(self, rewards, values, logp, reference, mask, scope, group,
+                  kl_coef):
+    """(advantages, returns, metrics) of a whole batch."""
+    spec = self.spec
+    on = mask > 0
+    kl = adv.kl_penalty(logp, reference, spec.kl_estimator)
+    kl = jnp.where(on, kl, 0.0)
+    shaped = rewards - kl_coef * kl
+    values = jnp.where(scope > 0, values, 0.0)
+    if spec.estimator == "gae":
+      estimate = adv.gae if spec.mask_scope == "policy" else adv.gae_released
+      advantages, returns = estimate(shaped, values, scope, spec.gamma,
+                                     spec.lam)
+      advantages = adv.whiten(advantages, scope)
+    elif spec.estimator == "grpo":
+      advantages = returns = adv.grpo(shaped, mask, group)
+    else:
+      advantages = returns = adv.reinforce(shaped, mask, spec.gamma)
+    per_row = kl.sum(-1) / jnp.maximum(on.sum(-1, dtype=jnp.float32), 1.0)
+    error = jnp.where(scope > 0, returns - values, 0.0)
+    metrics = {
+      "critic/kl": per_row.mean(),
+      "critic/rewards/mean": shaped.sum(-1).mean(),
+      "critic/vf_explained_var": 1.0
+      - adv.masked_mean((error - adv.masked_mean(error, scope)) ** 2, scope)
+      / jnp.maximum(
+        adv.masked_mean(
+          (returns - adv.masked_mean(returns, scope)) ** 2, scope
+        ),
+        1e-6,
+      ),
+    }
+    for name, x in (("advantages", advantages), ("returns", returns),
+                    ("values", values)):
+      metrics[f"critic/{name}/mean"] = adv.masked_mean(x, scope)
+      metrics[f"critic/{name}/max"] = jnp.where(scope > 0, x, -jnp.inf).max()
+      metrics[f"critic/{name}/min"] = jnp.where(scope > 0, x, jnp.inf).min()
+    return advantages, returns, metrics
+
+  def update(
+    self, state: LearnerState, experience: Experience
+  ) -> tuple[LearnerState, dict[str, Any]]:
+    """Runs all epochs and mini-batches; `state` is donated.
+
+    Returns:
+      (new state, metrics).
+    """
+    spec, batch = self.spec, experience.batch
+    train_policy = int(state.step) >= spec.critic_warmup
+    history = []
+    rows = np.arange(len(batch.tokens))
+    with sharding.scope(self._mesh):
+      for _ in range(spec.ppo_epochs):
+        for start in range(0, len(rows), spec.mini_batch):
+          part = rows[start : start + spec.mini_batch]
+          state, metrics = self._mini_batch(
+            state, experience, part, train_policy
+          )
+          history.append(metrics)
+    kl = self._kl(experience)
+    coefficient = self._controller.update(float(state.kl_coef), kl, len(rows))
+    state = state.replace(
+      step=state.step + 1, kl_coef=jnp.float32(coefficient)
+    )
+    return state, {
+      name: np.mean([m[name] for m in jax.device_get(history)])
+      for name in history[0]
+    }
+
+  def _kl(self, experience) -> float:
+    mask = experience.batch.policy_mask
+    kl = np.asarray(
+      adv.kl_penalty(
+        jnp.asarray(experience.logp), jnp.asarray(experience.reference_logp),
+        self.spec.kl_estimator,
+      )
+    )
+    return float(((kl * mask).sum(-1) / np.maximum(mask.sum(-1), 1)).mean())
+
+  def _mini_batch(self, state, experience, rows, train_policy):
+    """One optimiser step over `rows`."""
+    batch = experience.batch
+    packing = self._packing(batch, rows)
+    micros = list(
+      self._micros(
+        packing, batch, logp=experience.logp,
+        reference_logp=experience.reference_logp, values=experience.values,
+        advantages=experience.advantages, returns=experience.returns,
+        scope=experience.scope,
+      )
+    )
+    models = {"policy": state.policy}
+    if state.value is not None:
+      models["value"] = state.value
+    grads = jax.tree.map(jnp.zeros_like, models)
+    sums = {name: jnp.float32(0) for name in self._sum_names(state)}
+    counts = jnp.float32(batch.policy_mask[rows].sum()), jnp.float32(
+      experience.scope[rows].sum()
+    )
+    for micro in micros:
+      grads, sums = self._accumulate(
+        models, grads, sums, micro, counts, jnp.float32(len(micros))
+      )
+    state, metrics = self._apply(state, grads, sums,
+                                 train_policy=train_policy)
+    return state, metrics
+
+  def _sum_names(self, state) -> tuple[str, ...]:
+    names = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
+             "actor/entropy_loss", "actor/kl_loss")
+    if state.value is not None:
+      names += ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean")
+    return names
+
+  def _gradients(self, models, grads, sums, micro, counts, micros):
+    """Adds one micro-batch's gradients and metric sums."""
+    spec = self.spec
+    if spec.micro_weighting == "token":
+      scale, value_scale = (1.0 / jnp.maximum(c, 1.0) for c in counts)
+    else:
+      scale, value_scale = (
+        1.0 / (jnp.maximum((m > 0).sum(dtype=jnp.float32), 1.0) * micros)
+        for m in (micro.mask, micro.scope)
+      )
+
+    def loss(models):
+      logp, entropy = policy_scores(
+        models["policy"], micro, self._configs["policy"], spec.temperature
+      )
+      on = micro.mask > 0
+      policy, hit, gap = losses.policy_loss(
+        logp, micro.logp, micro.advantages, micro.mask, spec.clip_ratio
+      )
+      entropies = jnp.where(on, entropy, 0.0).sum()
+      kl = adv.kl_penalty(logp, micro.reference_logp, spec.kl_estimator)
+      kl = jnp.where(on, kl, 0.0).sum()
+      parts = {
+        "actor/pg_loss": policy * scale,
+        "actor/pg_clipfrac": hit * scale,
+        "actor/ppo_kl": gap * scale,
+        "actor/entropy_loss": entropies * scale,
+        "actor/kl_loss": kl * scale,
+      }
+      total = scale * (
+        policy - spec.entropy_coef * entropies + spec.kl_loss_coef * kl
+      )
+      if "value" in models:
+        values = value_scores(models["value"], micro, self._configs["value"])
+        error, clipped = losses.value_loss(
+          values, micro.values, micro.returns, micro.scope, spec.value_clip
+        )
+        parts["critic/vf_loss"] = error * value_scale
+        parts["critic/vf_clipfrac"] = clipped * value_scale
+        parts["critic/vpred_mean"] = value_scale * jnp.where(
+          micro.scope > 0, values, 0.0
+        ).sum()
+        total = total + value_scale * error
+      return total, parts
+
+    new, parts = jax.grad(loss, has_aux=True)(models)
+    return (
+      jax.tree.map(jnp.add, grads, new),
+      {name: sums[name] + parts[name] for name in sums},
+    )
+
+  def _optimise(self, state, grads, sums, train_policy):
+    """One optimiser step; returns (state, metrics)."""
+    metrics = dict(sums)
+    for kind, letter, tx in (("policy", "actor", self._policy_tx),
+                             ("value", "critic", self._value_tx)):
+      if kind not in grads:
+        continue
+      norm = jnp.sqrt(
+        sum(jnp.square(g).sum() for g in jax.tree.leaves(grads[kind]))
+      )
+      metrics[f"{letter}/grad_norm"] = norm
+      if kind == "policy" and not train_policy:
+        continue
+      params, opt = getattr(state, kind), getattr(state, f"{kind}_opt")
+      updates, opt = tx.update(grads[kind], opt, params)
+      params = jax.tree.map(jnp.add, params, updates)
+      state = state.replace(**{kind: params, f"{kind}_opt": opt})
+    return state, metrics
+
+  def compilations(self) -> int:
+    """Program variants compiled so far."""
+    programs = (self._score_policy, self._score_value, self._accumulate,
+                self._apply, self._estimate)
+    return sum(program._cache_size() for program in programs)

@@ -1,0 +1,112 @@
+"""The device mesh and the ONE table from logical to mesh axes.
+
+Models and batches name logical axes only; nothing else in the project writes
+a PartitionSpec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. A dimension that does not divide is replicated.
+RULES = (
+  ("batch", ("data", "fsdp")),
+  ("slots", ("data", "fsdp")),
+  ("vocab", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+  ("embed", "fsdp"),
+  ("act_embed", None),
+  ("norm", None),
+  ("head_dim", None),
+  ("length", None),
+  ("layers", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A (data, fsdp, tensor) mesh over all devices.
+
+  Args:
+    data: data-parallel copies; -1 takes the devices that the others leave.
+    fsdp: shards of parameters and optimiser states.
+    tensor: shards of heads, MLP and vocabulary.
+
+  Raises:
+    ValueError: the product is not the number of devices.
+  """
+  devices = jax.device_count()
+  if data == -1:
+    data = max(devices // (fsdp * tensor), 1)
+  if data * fsdp * tensor != devices:
+    raise ValueError(
+      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
+      f"{data * fsdp * tensor} devices, there are {devices}"
+    )
+  grid = np.asarray(jax.devices()).reshape(data, fsdp, tensor)
+  return Mesh(grid, AXES)
+
+
+def _spec(mesh: Mesh, names, shape) -> PartitionSpec:
+  """Spec of one array; mesh axes are used once and must divide."""
+  table = dict(RULES)
+  used: set[str] = set()
+  out = []
+  for name, size in zip(names, shape, strict=True):
+    if name is not None and name not in table:
+      raise ValueError(f"logical axis {name!r} is not in sharding.RULES")
+    axes = table.get(name)
+    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if not axes or shards == 1 or size % shards or used & set(axes):
+      out.append(None)
+      continue
+    used |= set(axes)
+    out.append(axes if len(axes) > 1 else axes[0])
+  return PartitionSpec(*out)
+
+
+def named(mesh: Mesh, names, shape) -> NamedSharding:
+  """Sharding of an array with logical axis `names`."""
+  return NamedSharding(mesh, _spec(mesh, names, shape))
+
+
+def tree_shardings(mesh: Mesh, axes, shapes):
+  """Shardings of a parameter tree.
+
+  Args:
+    mesh: from `make_mesh`.
+    axes: tree of logical-name tuples (`models.heads.logical_axes`).
+    shapes: tree of arrays or shapes with the same structure.
+  """
+  return jax.tree.map(
+    lambda leaf, names: named(mesh, names, leaf.shape),
+    shapes,
+    axes,
+    is_leaf=lambda x: hasattr(x, "shape"),
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """Rows are split over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh):
+  """Makes the models' logical constraints mean this mesh while tracing."""
+  with mesh, nn.logical_axis_rules(RULES):
+    yield

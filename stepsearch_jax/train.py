@@ -1,0 +1,244 @@
+"""Trains a search agent: rollout, rewards, advantages, update, repeat.
+
+  python -m stepsearch_jax.train --config=configs/quickstart.py \\
+    --workdir=runs/quickstart
+
+The same command resumes a run that was interrupted. Every config field can be
+overridden: `--config.ppo.policy_lr=1e-6`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from stepsearch_jax import (
+  checkpoints,
+  evaluate,
+  experiment,
+  metrics,
+  plots,
+  sharding,
+)
+from stepsearch_jax.data import input_pipeline
+from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.rewards import step_rewards, token_rewards
+from stepsearch_jax.rollout import batching
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Run settings, for instance configs/quickstart.py."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder (local or bucket) for checkpoints and metrics; the "
+  "same folder resumes a run."
+)
+
+
+def train(config, workdir: epath.Path) -> dict:
+  """Runs (or resumes) one training job.
+
+  Args:
+    config: see `configs/common.py`.
+    workdir: receives checkpoints, metrics, predictions and summary.json.
+
+  Returns:
+    The summary that is also written to `summary.json`.
+  """
+  began = time.time()
+  experiment.validate(config)
+  workdir.mkdir(parents=True, exist_ok=True)
+
+  #################################################################
+  # Data, retrieval, tokenizer                                    #
+  #################################################################
+  data = experiment.load_data(config, workdir)
+  tokenizer = experiment.load_tokenizer(config, workdir, data)
+  env = experiment.build_env(config)
+  retriever = experiment.load_retriever(config, workdir, data)
+  stream = input_pipeline.QuestionStream(
+    data.train, config.batch.questions, seed=config.seed
+  )
+  steps = experiment.total_steps(config, len(data.train))
+  logging.info(
+    "%d training questions, %d held out, %d passages, %d steps",
+    len(data.train), len(data.heldout), len(data.corpus), steps,
+  )
+
+  #################################################################
+  # Models, learner, rollout engine                               #
+  #################################################################
+  mesh = sharding.make_mesh(**config.mesh)
+  model = experiment.decoder_config(config, tokenizer)
+  engine = experiment.build_engine(config, model, env, retriever, tokenizer)
+  for question in data.train + data.heldout:
+    engine.prompt_tokens(question)  # A prompt that does not fit stops us now.
+  rewards = experiment.reward_spec(config)
+  spec = experiment.learner_spec(config, steps)
+  learner = learner_lib.Learner(model, model, spec, mesh)
+
+  #################################################################
+  # Resume, or initialise and warm-start                          #
+  #################################################################
+  saver = checkpoints.Checkpointer(
+    workdir, experiment.identity(config, model, data), config.checkpoint.keep
+  )
+  state, reference, step, meta = _begin(
+    config, workdir, data, tokenizer, env, retriever, learner, model, saver
+  )
+  writer = metrics.MetricsWriter(
+    workdir, step, config.log.wandb_project, config.to_dict(),
+    active=jax.process_index() == 0,
+  )
+
+  def evaluation(at: int) -> dict[str, float]:
+    trajectories, _ = evaluate.play(engine, state.policy, data.heldout)
+    evaluate.write_jsonl(
+      workdir / "predictions" / f"step_{at:06d}.jsonl",
+      [evaluate.record(t, tokenizer) for t in trajectories],
+    )
+    return evaluate.summarise(trajectories)
+
+  if "before" not in meta:
+    meta["before"] = evaluation(step)
+    meta["seconds"] = time.time() - began
+    saver.save(step, state.policy, state.replace(policy=None), meta)
+
+  #################################################################
+  # The loop                                                      #
+  #################################################################
+  bar = metrics.Progress(steps, step, active=jax.process_index() == 0)
+  shown = {"EM": meta["before"]["em"]}
+  while step < steps:
+    watch = metrics.Stopwatch()
+    with watch.time("gen"):
+      questions = [
+        question
+        for question in stream.batch(step)
+        for _ in range(config.batch.rollouts)
+      ]
+      first = step * len(questions)
+      trajectories, rollout = engine.run(
+        state.policy,
+        questions,
+        range(first, first + len(questions)),
+        config.rollout.temperature,
+      )
+    with watch.time("reward"):
+      scores = step_rewards.score_trajectories(rewards, trajectories)
+      per_token = [
+        token_rewards.token_rewards(rewards, trajectory, score)
+        for trajectory, score in zip(trajectories, scores, strict=True)
+      ]
+      batch = batching.trajectories_to_batch(
+        trajectories, per_token, config.rollout.context, tokenizer.pad_id
+      )
+    with watch.time("adv"):
+      experience, seen = learner.prepare(state, reference, batch)
+    with watch.time("update"):
+      state, updated = learner.update(state, experience)
+      updated = jax.device_get(updated)
+
+    step += 1
+    values = {
+      **jax.device_get(seen),
+      **updated,
+      **experiment.reward_metrics(trajectories, scores),
+      **experiment.rollout_metrics(rollout),
+      **watch.metrics(),
+    }
+    metrics.check_finite(step, values)
+    last = step == steps
+    if last or (config.eval.every and step % config.eval.every == 0):
+      after = evaluation(step)
+      values |= {f"val/{name}": value for name, value in after.items()}
+      shown["EM"] = after["em"]
+    writer.write(step, values)
+    if last or step % config.checkpoint.every == 0:
+      meta["seconds"] = meta.get("seconds", 0.0) + time.time() - began
+      began = time.time()
+      if last:
+        meta["after"] = after
+      saver.save(step, state.policy, state.replace(policy=None), meta)
+    bar.update(
+      reward=values["critic/score/mean"],
+      searches=values["env/searches_per_question"],
+      tok_s=values["perf/tokens_per_second"],
+      **shown,
+    )
+
+  #################################################################
+  # Summary                                                       #
+  #################################################################
+  bar.close()
+  writer.close()
+  saver.close()
+  engine.close()
+  summary = experiment.summary(config, meta, steps)
+  _write_json(workdir / "summary.json", summary)
+  plots.learning_curves(workdir)
+  card = experiment.card(config, retriever, workdir, steps)
+  evaluate.write_card(workdir / "eval", card)
+  return summary
+
+
+def _begin(config, workdir, data, tokenizer, env, retriever, learner, model,
+           saver):
+  """Returns (state, reference policy, step, meta), fresh or resumed."""
+  key = jax.random.key(config.seed)
+  policy = experiment.initial_policy(config, model)
+  value = None
+  if learner.spec.estimator == "gae":
+    value = experiment.initial_value(policy, key)
+  state = learner.init_state(policy, value)
+  restored = saver.restore(state.policy, state.replace(policy=None))
+  if restored is not None:
+    step, policy, rest, meta = restored
+    logging.info("resumed at step %d", step)
+    reference = checkpoints.load_reference(workdir, policy)
+    return rest.replace(policy=policy), reference, step, meta
+  if config.warm_start.steps:
+    policy = experiment.warm_start(
+      config, data, tokenizer, env, retriever, learner, state
+    )
+    if value is not None:
+      value = experiment.initial_value(policy, key)
+    state = learner.init_state(policy, value)
+  checkpoints.save_reference(workdir, state.policy)
+  # The learner donates its state, so the reference needs its own buffers.
+  reference = jax.tree.map(np.asarray, state.policy)
+  reference = checkpoints.load_reference(workdir, reference)
+  return state, reference, 0, {}
+
+
+def _write_json(path: epath.Path, value: dict) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  temporary.rename(path)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry; see the module docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  try:
+    summary = train(_CONFIG.value, epath.Path(_WORKDIR.value))
+  except (ValueError, OSError, metrics.NonFiniteError) as error:
+    sys.exit(f"error: {error}")
+  print()
+  for name, value in summary.items():
+    shown = f"{value:.4f}" if isinstance(value, float) else value
+    print(f"{name:>22}  {shown}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
