@@ -140,8 +140,13 @@ def base():
   config.warm_start = warm_start = ml_collections.ConfigDict()
   warm_start.steps = 0
   warm_start.rows = 32
+  warm_start.row_length = 4096
   warm_start.lr = 1e-3
   warm_start.trajectories = 4000
+  # How the scripted demonstrator errs, per hop (see rollout/scripted.py).
+  warm_start.impatient = 0.5
+  warm_start.repeat = 0.05
+  warm_start.whole = 0.05
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.every = 0  # Steps between evaluations; 0 = first and last only.

@@ -28,17 +28,18 @@ def get_config(arg=None):
   config.rollout.template = "plain"
   config.rollout.max_turns = 5
   config.rollout.slots = 64
-  config.rollout.context = 512
+  config.rollout.context = 640
   config.rollout.block = 8
   config.rollout.max_prompt = 128
   config.rollout.max_turn = 32
-  config.rollout.max_observation = 160
+  config.rollout.max_observation = 192
   config.rollout.answer_room = 16
   config.rollout.extend_rows = (8, 32)
   config.rollout.extend_tokens = (64, 128)
 
   config.warm_start.steps = 300
   config.warm_start.rows = 16
+  config.warm_start.row_length = 640
 
   config.batch.questions = 64
   config.ppo.mini_batch = 64

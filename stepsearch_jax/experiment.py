@@ -22,13 +22,19 @@ from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads, hf_weights
-from stepsearch_jax.ppo import learner
+from stepsearch_jax.ppo import imitation, learner
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
 from stepsearch_jax.retrieval import retriever as retriever_lib
 from stepsearch_jax.rewards import step_rewards
-from stepsearch_jax.rollout import automaton, engine, sampler
+from stepsearch_jax.rollout import (
+  automaton,
+  batching,
+  engine,
+  sampler,
+  scripted,
+)
 
 STOP_TAGS = ("</search>", "</answer>")
 
@@ -157,13 +163,27 @@ def load_tokenizer(config, workdir: epath.Path, data: Data):
     return tokenizer_lib.load(reference)
   folder = workdir / "tokenizer"
   if not folder.exists():
-    texts = [f"{p.title}\n{p.text}" for p in data.corpus]
-    template = prompts.TEMPLATES[config.rollout.template]
-    texts += [template.render(q.text) for q in data.train]
-    texts += [key for q in data.train for keys in q.search_keys for key in keys]
-    trained = tokenizer_lib.train_bpe(texts, config.model.size.vocab)
+    trained = tokenizer_lib.train_bpe(
+      _protocol_texts(config, data), config.model.size.vocab
+    )
     trained.save(folder)
   return tokenizer_lib.load(str(folder))
+
+
+def _protocol_texts(config, data: Data) -> list[str]:
+  """Texts as the policy will read and write them."""
+  env = build_env(config)
+  texts = [
+    env.observation(data.corpus[i : i + 3], 0).text
+    for i in range(0, len(data.corpus), 3)
+  ]
+  for question in data.train:
+    texts.append(env.prompt(question))
+    texts += [
+      f"<search> {group[0]} </search>" for group in question.search_keys
+    ]
+    texts.append(f"<answer> {question.answers[0]} </answer>")
+  return texts
 
 
 def decoder_config(config, tokenizer) -> decoder.DecoderConfig:
@@ -269,6 +289,50 @@ def _pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
     )
   extra = np.zeros((table.shape[0], vocab - table.shape[1]), table.dtype)
   return np.concatenate([table, extra], axis=1)
+
+
+def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
+  """Policy parameters after imitating scripted trajectories."""
+  settings = config.warm_start
+  mixture = scripted.ScriptMixture(
+    settings.impatient, settings.repeat, settings.whole
+  )
+  rng = np.random.default_rng((config.seed, 1))
+  order = rng.integers(len(data.train), size=settings.trajectories)
+  trajectories = [
+    scripted.scripted_trajectory(
+      data.train[i], env, retriever, tokenizer, mixture, rng,
+      config.rollout.max_observation,
+    )
+    for i in order
+  ]
+  fitting = [t for t in trajectories if len(t.tokens) <= config.rollout.context]
+  if not fitting:
+    raise ValueError(
+      f"no scripted trajectory fits rollout.context = {config.rollout.context}"
+    )
+  logging.info("warm start: %d of %d scripts fit the context",
+               len(fitting), len(trajectories))
+  trajectories = fitting
+  batch = batching.trajectories_to_batch(
+    trajectories,
+    [np.zeros(len(t.tokens), np.float32) for t in trajectories],
+    config.rollout.context,
+    tokenizer.pad_id,
+  )
+  params, losses = imitation.imitate(
+    policy,
+    batch,
+    model,
+    mesh,
+    steps=settings.steps,
+    rows=settings.rows,
+    row_length=settings.row_length,
+    learning_rate=settings.lr,
+    seed=config.seed,
+  )
+  logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
+  return params
 
 
 def reward_spec(config) -> step_rewards.RewardSpec:

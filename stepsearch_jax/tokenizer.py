@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stepsearch_jax.models import hf_weights
 
-_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>",
               "</s>")
 
@@ -229,6 +229,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       tokenizer_object=backend,
       bos_token="<|im_start|>",
       eos_token="<|im_end|>",
-      pad_token="<|endoftext|>",
+      pad_token="<|pad|>",
     )
   )

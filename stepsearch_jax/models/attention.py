@@ -14,33 +14,48 @@ _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.
 
 
 def _attend(q, k, v, mask):
-  """Grouped-query attention of one block.
+  """Grouped-query attention of one block of queries.
+
+  Batch axes lead and the groups of a kv head are rows of one matrix: XLA then
+  sees plain batched matrix products, forward and backward.
 
   Args:
-    q: [B, S, KV, G, D], already scaled.
-    k, v: [B, T, KV, D].
+    q: [B, KV, G, S, D], already scaled.
+    k: [B, KV, T, D].
+    v: [B, KV, T, D].
     mask: [B, S, T] bool, True where visible.
 
   Returns:
-    [B, S, KV, G, D] in q's dtype.
+    [B, KV, G, S, D] in q's dtype.
   """
+  batch, kv, groups, length, dim = q.shape
+  rows = q.reshape(batch, kv, groups * length, dim)
   scores = jnp.einsum(
-    "bsngd,btnd->bngst", q, k, preferred_element_type=jnp.float32
-  )
+    "bnrd,bntd->bnrt", rows, k, preferred_element_type=jnp.float32
+  ).reshape(batch, kv, groups, length, -1)
   mask = mask[:, None, None]
-  scores = jnp.where(mask, scores, _MASKED)
-  scores = scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.where(mask, jnp.exp(scores), 0.0)
-  total = weights.sum(-1, keepdims=True)
-  weights = weights / jnp.where(total > 0, total, 1.0)
-  return jnp.einsum("bngst,btnd->bsngd", weights.astype(v.dtype), v)
+  scores = scores + jnp.where(mask, 0.0, _MASKED)
+  weights = jax.nn.softmax(scores, axis=-1)
+  # A query that sees nothing would average over everything.
+  weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0)
+  weights = weights.astype(v.dtype).reshape(batch, kv, groups * length, -1)
+  out = jnp.einsum("bnrt,bntd->bnrd", weights, v)
+  return out.reshape(q.shape)
 
 
-def _group(q, k):
+def _heads_first(q, k, v):
+  """[B, S, H, D] and [B, T, KV, D] to the layouts of `_attend`, q scaled."""
   batch, length, heads, dim = q.shape
-  groups = heads // k.shape[2]
-  scale = jnp.asarray(dim**-0.5, q.dtype)
-  return (q * scale).reshape(batch, length, k.shape[2], groups, dim)
+  kv = k.shape[2]
+  q = q * jnp.asarray(dim**-0.5, q.dtype)
+  q = q.reshape(batch, length, kv, heads // kv, dim).transpose(0, 2, 3, 1, 4)
+  return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _merge(blocks, shape):
+  """Query blocks [B, KV, G, S, D] back to [B, S, H, D]."""
+  out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+  return out.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def cached_attention(q, k, v, positions):
@@ -48,28 +63,21 @@ def cached_attention(q, k, v, positions):
 
   Args:
     q: [B, S, H, D] queries.
-    k, v: [B, T, KV, D] cached keys and values, entry t at position t.
+    k: [B, T, KV, D] cached keys, entry t at position t.
+    v: [B, T, KV, D] cached values.
     positions: [B, S] int32; a query sees entries 0..position.
 
   Returns:
     [B, S, H, D].
   """
-  grouped = _group(q, k)
-  entries = jnp.arange(k.shape[1], dtype=jnp.int32)
-
-  def block(start, size):
-    where = positions[:, start : start + size, None]
-    return _attend(
-      grouped[:, start : start + size], k, v, entries[None, None] <= where
-    )
-
-  length = q.shape[1]
-  blocks = [
-    block(start, min(_QUERY_BLOCK, length - start))
-    for start in range(0, length, _QUERY_BLOCK)
-  ]
-  out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-  return out.reshape(q.shape)
+  grouped, keys, values = _heads_first(q, k, v)
+  entries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]
+  blocks = []
+  for start in range(0, q.shape[1], _QUERY_BLOCK):
+    part = slice(start, start + _QUERY_BLOCK)
+    visible = entries <= positions[:, part, None]
+    blocks.append(_attend(grouped[:, :, :, part], keys, values, visible))
+  return _merge(blocks, q.shape)
 
 
 def _xla_packed(q, k, v, segment_ids):
@@ -78,22 +86,23 @@ def _xla_packed(q, k, v, segment_ids):
   A block of queries only meets the keys up to its own end, which halves the
   work of a causal mask.
   """
-  grouped = _group(q, k)
+  grouped, keys, values = _heads_first(q, k, v)
   length = q.shape[1]
   blocks = []
   for start in range(0, length, _QUERY_BLOCK):
     stop = min(start + _QUERY_BLOCK, length)
     rows = jnp.arange(start, stop, dtype=jnp.int32)
     columns = jnp.arange(stop, dtype=jnp.int32)
-    query_segment = segment_ids[:, start:stop, None]
+    own = segment_ids[:, start:stop, None]
     mask = (rows[:, None] >= columns[None])[None]
-    mask = mask & (query_segment == segment_ids[:, None, :stop])
-    mask = mask & (query_segment > 0)
+    mask = mask & (own == segment_ids[:, None, :stop]) & (own > 0)
     blocks.append(
-      _attend(grouped[:, start:stop], k[:, :stop], v[:, :stop], mask)
+      _attend(
+        grouped[:, :, :, start:stop], keys[:, :, :stop], values[:, :, :stop],
+        mask,
+      )
     )
-  out = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-  return out.reshape(q.shape)
+  return _merge(blocks, q.shape)
 
 
 def _cudnn_packed(q, k, v, segment_ids):

@@ -23,7 +23,7 @@ import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import observations, sampler
+from stepsearch_jax.rollout import observations, recorder, sampler
 
 _SEARCH_THREADS = 2
 
@@ -87,44 +87,6 @@ class _Job:
   slot: int
   tokens: list[int]
   start: int
-
-
-@dataclasses.dataclass
-class _Slot:
-  """The trajectory that occupies a slot, as it grows."""
-
-  order: int
-  question: types.Question
-  episode: int
-  tokens: list[int]
-  provenance: list[int]
-  turn_index: list[int]
-  logprobs: list[float]
-  turn_start: int
-  turns: list[types.Turn] = dataclasses.field(default_factory=list)
-  answer: str | None = None
-  truncated_documents: int = 0
-
-  def append(self, tokens, provenance, turn, logprobs=None):
-    count = len(tokens)
-    self.tokens.extend(tokens)
-    self.provenance.extend([int(provenance)] * count)
-    self.turn_index.extend([turn] * count)
-    self.logprobs.extend([0.0] * count if logprobs is None else logprobs)
-
-  def finish(self, reason: str) -> types.Trajectory:
-    return types.Trajectory(
-      question=self.question,
-      episode=self.episode,
-      tokens=np.asarray(self.tokens, np.int32),
-      provenance=np.asarray(self.provenance, np.int8),
-      turn_index=np.asarray(self.turn_index, np.int16),
-      logprobs=np.asarray(self.logprobs, np.float32),
-      turns=self.turns,
-      answer=self.answer,
-      stop_reason=reason,
-      truncated_documents=self.truncated_documents,
-    )
 
 
 class Engine:
@@ -210,7 +172,7 @@ class _Run:
     self._on_done = on_done
     self._waiting = collections.deque(enumerate(zip(questions, episodes,
                                                     strict=True)))
-    self._slots: list[_Slot | None] = [None] * engine._programs.spec.slots
+    self._slots: list[recorder.Recorder | None] = [None] * engine._programs.spec.slots
     self._active = np.zeros(len(self._slots), bool)
     self._jobs: list[_Job] = []
     # (due block, future, [(slot, text of the turn)]).
@@ -237,8 +199,8 @@ class _Run:
       if slot is None and self._waiting:
         order, (question, episode) = self._waiting.popleft()
         tokens = self._e.prompt_tokens(question)
-        slot = _Slot(order, question, episode, [], [], [], [], len(tokens))
-        slot.append(tokens, types.Provenance.PROMPT, -1)
+        slot = recorder.Recorder(order, question, episode, turn_start=len(tokens))
+        slot.append(tokens, types.Provenance.PROMPT)
         self._slots[p] = slot
         self._jobs.append(_Job(p, tokens, 0))
 
@@ -271,7 +233,7 @@ class _Run:
     slot.truncated_documents += cut
     start = len(slot.tokens) - 1
     newest = slot.tokens[-1]
-    slot.append(tokens, types.Provenance.OBSERVATION, len(slot.turns))
+    slot.append(tokens, types.Provenance.OBSERVATION)
     slot.turns.append(
       dataclasses.replace(turn, observation=self._e._tokenizer.decode(tokens))
     )
@@ -353,7 +315,6 @@ class _Run:
       slot.append(
         output.tokens[p, :count].tolist(),
         types.Provenance.POLICY,
-        len(slot.turns),
         output.logprobs[p, :count].tolist(),
       )
       self.stats.policy_tokens += count
