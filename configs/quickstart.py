@@ -19,16 +19,17 @@ def get_config(arg=None):
   config.total_steps = 40
 
   config.model.dtype = "float32"
-  config.model.remat = False
+  config.model.remat = True  # On this CPU faster than keeping activations.
   config.model.size = dict(
-    family="qwen2", hidden=128, mlp=384, layers=4, heads=4, kv_heads=2,
+    family="qwen2", hidden=128, mlp=256, layers=3, heads=4, kv_heads=2,
     vocab=2048,
   )
 
+  config.retrieval.topk = 2
   config.rollout.template = "plain"
   config.rollout.max_turns = 5
   config.rollout.slots = 64
-  config.rollout.context = 640
+  config.rollout.context = 512
   config.rollout.block = 8
   config.rollout.max_prompt = 128
   config.rollout.max_turn = 32
@@ -37,9 +38,11 @@ def get_config(arg=None):
   config.rollout.extend_rows = (8, 32)
   config.rollout.extend_tokens = (64, 128)
 
-  config.warm_start.steps = 300
+  config.warm_start.steps = 260
+  config.warm_start.lr = 3e-3
+  config.warm_start.trajectories = 6000
   config.warm_start.rows = 16
-  config.warm_start.row_length = 640
+  config.warm_start.row_length = 512
 
   config.batch.questions = 64
   config.ppo.mini_batch = 64

@@ -15,14 +15,13 @@ import time
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import (
   checkpoints,
-  evaluate,
+  evaluation,
   experiment,
   metrics,
   plots,
@@ -30,7 +29,7 @@ from stepsearch_jax import (
 )
 from stepsearch_jax.data import input_pipeline
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.rewards import step_rewards, token_rewards
+from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.rollout import batching
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -91,7 +90,8 @@ def train(config, workdir: epath.Path) -> dict:
     workdir, experiment.identity(config, model, data), config.checkpoint.keep
   )
   state, reference, step, meta = _begin(
-    config, workdir, data, tokenizer, env, retriever, learner, model, saver
+    config, workdir, data, tokenizer, env, retriever, mesh, learner, model,
+    saver,
   )
   writer = metrics.MetricsWriter(
     workdir, step, config.log.wandb_project, config.to_dict(),
@@ -99,12 +99,19 @@ def train(config, workdir: epath.Path) -> dict:
   )
 
   def evaluation(at: int) -> dict[str, float]:
-    trajectories, _ = evaluate.play(engine, state.policy, data.heldout)
-    evaluate.write_jsonl(
-      workdir / "predictions" / f"step_{at:06d}.jsonl",
-      [evaluate.record(t, tokenizer) for t in trajectories],
+    trajectories, _ = evaluation.play(engine, state.policy, data.heldout)
+    records = [evaluation.record(t, tokenizer) for t in trajectories]
+    name = f"step_{at:06d}.jsonl"
+    evaluation.write_jsonl(workdir / "predictions" / name, records)
+    scores = evaluation.summarise(trajectories)
+    settings = experiment.card_settings(
+      config, retriever, f"{workdir} step {at}", len(records)
     )
-    return evaluate.summarise(trajectories)
+    evaluation.write_card(workdir / "eval", {
+      "settings": settings, "metrics": scores,
+      "sources": evaluation.by_source(records),
+    })
+    return scores
 
   if "before" not in meta:
     meta["before"] = evaluation(step)
@@ -132,23 +139,21 @@ def train(config, workdir: epath.Path) -> dict:
         config.rollout.temperature,
       )
     with watch.time("reward"):
-      scores = step_rewards.score_trajectories(rewards, trajectories)
-      per_token = [
-        token_rewards.token_rewards(rewards, trajectory, score)
-        for trajectory, score in zip(trajectories, scores, strict=True)
-      ]
+      scores, per_token = token_rewards.score_trajectories(
+        rewards, trajectories, tokenizer
+      )
       batch = batching.trajectories_to_batch(
-        trajectories, per_token, config.rollout.context, tokenizer.pad_id
+        trajectories, per_token, config.rollout.context, tokenizer.pad_id,
+        dropped_ids=tokenizer.eos_ids if rewards.eos == "dropped" else (),
       )
     with watch.time("adv"):
       experience, seen = learner.prepare(state, reference, batch)
     with watch.time("update"):
       state, updated = learner.update(state, experience)
-      updated = jax.device_get(updated)
 
     step += 1
     values = {
-      **jax.device_get(seen),
+      **seen,
       **updated,
       **experiment.reward_metrics(trajectories, scores),
       **experiment.rollout_metrics(rollout),
@@ -184,13 +189,11 @@ def train(config, workdir: epath.Path) -> dict:
   summary = experiment.summary(config, meta, steps)
   _write_json(workdir / "summary.json", summary)
   plots.learning_curves(workdir)
-  card = experiment.card(config, retriever, workdir, steps)
-  evaluate.write_card(workdir / "eval", card)
   return summary
 
 
-def _begin(config, workdir, data, tokenizer, env, retriever, learner, model,
-           saver):
+def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
+           model, saver):
   """Returns (state, reference policy, step, meta), fresh or resumed."""
   key = jax.random.key(config.seed)
   policy = experiment.initial_policy(config, model)
@@ -206,16 +209,14 @@ def _begin(config, workdir, data, tokenizer, env, retriever, learner, model,
     return rest.replace(policy=policy), reference, step, meta
   if config.warm_start.steps:
     policy = experiment.warm_start(
-      config, data, tokenizer, env, retriever, learner, state
+      config, data, tokenizer, env, retriever, mesh, model, policy
     )
     if value is not None:
       value = experiment.initial_value(policy, key)
     state = learner.init_state(policy, value)
   checkpoints.save_reference(workdir, state.policy)
-  # The learner donates its state, so the reference needs its own buffers.
-  reference = jax.tree.map(np.asarray, state.policy)
-  reference = checkpoints.load_reference(workdir, reference)
-  return state, reference, 0, {}
+  # The learner donates its state, so the reference has its own buffers.
+  return state, checkpoints.load_reference(workdir, state.policy), 0, {}
 
 
 def _write_json(path: epath.Path, value: dict) -> None:
