@@ -385,7 +385,6 @@ def learner_spec(config, steps: int) -> learner.LearnerSpec:
     value_lr=ppo.value_lr,
     policy_warmup=int(updates * ppo.policy_warmup_ratio),
     value_warmup=int(updates * ppo.value_warmup_ratio),
-    total_steps=updates,
     weight_decay=ppo.weight_decay,
     grad_clip=ppo.grad_clip,
     critic_warmup=ppo.critic_warmup,

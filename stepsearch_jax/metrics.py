@@ -14,7 +14,18 @@ from collections.abc import Mapping
 
 import tensorboardX
 import tqdm
+from absl import logging
 from etils import epath
+
+
+def quiet_libraries() -> None:
+  """Shows this project's log lines and everybody's warnings, nothing else."""
+  project = str(epath.Path(__file__).parent)
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(
+    lambda record: record.levelno >= logging.converter.STANDARD_WARNING
+    or record.pathname.startswith(project)
+  )
 
 
 class NonFiniteError(RuntimeError):

@@ -98,7 +98,7 @@ def train(config, workdir: epath.Path) -> dict:
     active=jax.process_index() == 0,
   )
 
-  def evaluation(at: int) -> dict[str, float]:
+  def evaluate(at: int) -> dict[str, float]:
     trajectories, _ = evaluation.play(engine, state.policy, data.heldout)
     records = [evaluation.record(t, tokenizer) for t in trajectories]
     name = f"step_{at:06d}.jsonl"
@@ -114,7 +114,7 @@ def train(config, workdir: epath.Path) -> dict:
     return scores
 
   if "before" not in meta:
-    meta["before"] = evaluation(step)
+    meta["before"] = evaluate(step)
     meta["seconds"] = time.time() - began
     saver.save(step, state.policy, state.replace(policy=None), meta)
 
@@ -162,7 +162,7 @@ def train(config, workdir: epath.Path) -> dict:
     metrics.check_finite(step, values)
     last = step == steps
     if last or (config.eval.every and step % config.eval.every == 0):
-      after = evaluation(step)
+      after = evaluate(step)
       values |= {f"val/{name}": value for name, value in after.items()}
       shown["EM"] = after["em"]
     writer.write(step, values)
@@ -229,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
   """Entry; see the module docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  logging.set_verbosity(logging.INFO)
+  metrics.quiet_libraries()
   try:
     summary = train(_CONFIG.value, epath.Path(_WORKDIR.value))
   except (ValueError, OSError, metrics.NonFiniteError) as error:
