@@ -5,7 +5,8 @@
     --workdir=runs/quickstart
 
 Hardware: 2 CPU cores. Time and score: see the README's table.
-Outcome-only PPO with the same budget: --config=configs/quickstart.py:algorithm=ppo
+Outcome-only PPO with the same budget:
+  --config=configs/quickstart.py:algorithm=ppo
 """
 
 from configs import common
@@ -38,9 +39,9 @@ def get_config(arg=None):
   config.rollout.extend_rows = (8, 32)
   config.rollout.extend_tokens = (64, 128)
 
-  config.warm_start.steps = 260
+  config.warm_start.steps = 450
   config.warm_start.lr = 3e-3
-  config.warm_start.trajectories = 6000
+  config.warm_start.trajectories = 9000
   config.warm_start.rows = 16
   config.warm_start.row_length = 512
 

@@ -16,9 +16,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import checkpoints, evaluation
+from stepsearch_jax import checkpoints, evaluation, types
 from stepsearch_jax import tokenizer as tokenizer_lib
-from stepsearch_jax import types
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
@@ -102,7 +101,7 @@ def validate(config) -> None:
 
 
 def _data_shards(mesh) -> int:
-  if mesh.data != -1:
+  if mesh.data != -1 and mesh.fsdp != -1:
     return mesh.data * mesh.fsdp
   return max(jax.device_count() // mesh.tensor, 1)
 

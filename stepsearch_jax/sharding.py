@@ -37,7 +37,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
   Args:
     data: data-parallel copies; -1 takes the devices that the others leave.
-    fsdp: shards of parameters and optimiser states.
+    fsdp: shards of parameters and optimiser states; -1 likewise.
     tensor: shards of heads, MLP and vocabulary.
 
   Raises:
@@ -46,6 +46,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   devices = jax.device_count()
   if data == -1:
     data = max(devices // (fsdp * tensor), 1)
+  elif fsdp == -1:
+    fsdp = max(devices // (data * tensor), 1)
   if data * fsdp * tensor != devices:
     raise ValueError(
       f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "

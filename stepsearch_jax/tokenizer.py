@@ -9,7 +9,6 @@ real tokens (the released code's quirks B10 and E4).
 from __future__ import annotations
 
 import functools
-
 from collections.abc import Iterable, Sequence
 
 import tokenizers

@@ -113,9 +113,9 @@ _WORDS = {
 
 _FIRST = (
   "Ada Boris Clara Dorian Edith Felix Greta Hugo Ines Jonas Karin Lorenz Marta "
-  "Nils Olga Pavel Rosa Stefan Tessa Ulrich Vera Walter Xenia Yara Zoltan Agnes "
-  "Bruno Celia Dmitri Elsa Fabian Gerda Henrik Irma Jakob Klara Leopold Mira "
-  "Nadia Oskar Petra Quentin Renata Samuel Thea Urban Viola Wanda Yusuf Zelda"
+  "Nils Olga Pavel Rosa Stefan Tessa Ulrich Vera Walter Xenia Yara Zoltan "
+  "Agnes Bruno Celia Dmitri Elsa Fabian Gerda Henrik Irma Jakob Klara Leopold "
+  "Mira Nadia Oskar Petra Quentin Renata Samuel Thea Urban Viola Wanda Yusuf Zelda"
 ).split()
 _LAST = (
   "Aldane Brandt Corvin Delmas Ekholm Farrow Gessner Halvard Ibsen Jarrow "
@@ -131,9 +131,9 @@ _REGION = ("Al Bel Cor Dra Est Fal", "moria venia landia dania rovia")
 _TITLE = (
   "Silent Golden Broken Hidden Frozen Distant Crimson Hollow Ancient Restless "
   "Burning Gentle Secret Wandering Lonely Bitter Shining Forgotten",
-  "Harbor River Orchard Mirror Winter Garden Empire Shadow Voyage Letter Island "
-  "Mountain Promise Window Lantern Summer Journey Kingdom Feather Thunder "
-  "Meadow Compass Desert Anchor Carnival",
+  "Harbor River Orchard Mirror Winter Garden Empire Shadow Voyage Letter "
+  "Island Mountain Promise Window Lantern Summer Journey Kingdom Feather "
+  "Thunder Meadow Compass Desert Anchor Carnival",
 )
 _COMPANY = (
   "Apex Boreal Cobalt Delta Ember Falcon Granite Helix Indigo Juniper Kestrel "

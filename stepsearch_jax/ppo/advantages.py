@@ -81,7 +81,7 @@ def grpo(rewards, mask, group):
   Returns:
     [B, T] float32, the row's advantage on every masked-in token.
   """
-  total = (rewards * (mask > 0)).sum(-1)
+  total = jnp.where(mask > 0, rewards, 0.0).sum(-1)
   same = (group[:, None] == group[None]).astype(jnp.float32)
   count = same.sum(-1)
   mean = same @ total / count

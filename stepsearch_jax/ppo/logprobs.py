@@ -42,7 +42,7 @@ def token_logprobs(hidden, weight, targets, mask, temperature: float = 1.0):
   assert targets.shape == mask.shape == hidden.shape[:1]
   chunk = chunk_size(weight.shape[0])
   return _logprobs(
-    hidden, weight, targets, mask != 0, float(temperature), chunk
+    hidden, weight, targets, mask.astype(bool), float(temperature), chunk
   )
 
 

@@ -117,11 +117,8 @@ def pack(
     if size > row_length:
       raise ValueError(f"a trajectory of {size} tokens does not fit a packed "
                        f"row of {row_length}")
-    for r, room in enumerate(free):
-      if room >= size:
-        break
-    else:
-      r = len(free)
+    r = next((i for i, room in enumerate(free) if room >= size), len(free))
+    if r == len(free):
       free.append(row_length)
       places.append([])
     free[r] -= size

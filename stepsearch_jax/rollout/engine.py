@@ -172,7 +172,8 @@ class _Run:
     self._on_done = on_done
     self._waiting = collections.deque(enumerate(zip(questions, episodes,
                                                     strict=True)))
-    self._slots: list[recorder.Recorder | None] = [None] * engine._programs.spec.slots
+    slots = engine._programs.spec.slots
+    self._slots: list[recorder.Recorder | None] = [None] * slots
     self._active = np.zeros(len(self._slots), bool)
     self._jobs: list[_Job] = []
     # (due block, future, [(slot, text of the turn)]).
@@ -199,7 +200,7 @@ class _Run:
       if slot is None and self._waiting:
         order, (question, episode) = self._waiting.popleft()
         tokens = self._e.prompt_tokens(question)
-        slot = recorder.Recorder(order, question, episode, turn_start=len(tokens))
+        slot = recorder.Recorder(order, question, episode, len(tokens))
         slot.append(tokens, types.Provenance.PROMPT)
         self._slots[p] = slot
         self._jobs.append(_Job(p, tokens, 0))

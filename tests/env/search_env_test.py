@@ -21,7 +21,8 @@ def passage(document):
 
 
 def golden(shared):
-  return json.loads((shared / "golden/protocol/protocol_cases.json").read_text())
+  path = shared / "golden/protocol/protocol_cases.json"
+  return json.loads(path.read_text())
 
 
 def test_observations_and_warnings_equal_the_released_loop(shared):
@@ -64,7 +65,8 @@ def test_search_r1_prompt_and_documents_equal_real_rollouts(shared):
     rows = [json.loads(line) for line in file]
   template = prompts.TEMPLATES["search_r1"]
   for row in rows:
-    assert f"user\n{template.render(row['question'])}<|im_end|>" in row["prompt"]
+    message = template.render(row["question"])
+    assert f"user\n{message}<|im_end|>" in row["prompt"]
   assert "\n\n<information>Doc 1(Title: Citibank) resulting" in (
     rows[0]["response"]
   )

