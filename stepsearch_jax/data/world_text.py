@@ -112,10 +112,11 @@ _WORDS = {
 }
 
 _FIRST = (
-  "Ada Boris Clara Dorian Edith Felix Greta Hugo Ines Jonas Karin Lorenz Marta "
-  "Nils Olga Pavel Rosa Stefan Tessa Ulrich Vera Walter Xenia Yara Zoltan "
-  "Agnes Bruno Celia Dmitri Elsa Fabian Gerda Henrik Irma Jakob Klara Leopold "
-  "Mira Nadia Oskar Petra Quentin Renata Samuel Thea Urban Viola Wanda Yusuf Zelda"
+  "Ada Boris Clara Dorian Edith Felix Greta Hugo Ines Jonas Karin Lorenz "
+  "Marta Nils Olga Pavel Rosa Stefan Tessa Ulrich Vera Walter Xenia Yara "
+  "Zoltan Agnes Bruno Celia Dmitri Elsa Fabian Gerda Henrik Irma Jakob Klara "
+  "Leopold Mira Nadia Oskar Petra Quentin Renata Samuel Thea Urban Viola "
+  "Wanda Yusuf Zelda"
 ).split()
 _LAST = (
   "Aldane Brandt Corvin Delmas Ekholm Farrow Gessner Halvard Ibsen Jarrow "
