@@ -1,0 +1,45 @@
+"""Embeds a corpus and writes an index folder for training and evaluation.
+
+  python -m stepsearch_jax.tools.build_index --corpus=wiki-18.jsonl \\
+    --encoder=intfloat/e5-base-v2 --output=wiki18_index
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from stepsearch_jax.retrieval import corpus, encoder, index
+
+_CORPUS = flags.DEFINE_string(
+  "corpus", None,
+  "Passages (.jsonl, .json, .parquet, or .gz): {id, contents} or {id, title, "
+  "text}; question files with paragraphs work too.",
+)
+_ENCODER = flags.DEFINE_string(
+  "encoder", "hashed_tfidf",
+  "hashed_tfidf, or a BERT-family folder, hub id or package:<name>.",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Index folder; must not exist.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry; see the module docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    passages = corpus.load_corpus(_CORPUS.value)
+    index.build_index(
+      _OUTPUT.value, passages, encoder.load_encoder(_ENCODER.value)
+    )
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+  print(f"{len(passages)} passages, corpus {corpus.corpus_hash(passages)}: "
+        f"{_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["corpus", "output"])
+  app.run(main)
