@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.rewards import step_rewards, text_match
+from stepsearch_jax.rewards import step_rewards, text_match, transcripts
 
 _PAIR = re.compile(
   r"<search>.*?</search>\s*<information>(.*?)</information>", re.DOTALL
@@ -91,10 +91,13 @@ def score_case(
 ) -> step_rewards.TurnRewards:
   """Scores a row with `response`, `target`, `search_keys`, `support_docs`.
 
+  The spec decides whether the text is read as released or as a transcript.
+
   Raises:
     RewardError: the row cannot be scored.
   """
-  seen = evidence(case["response"])
+  by_text = spec.scored_text == "regex"
+  seen = (evidence if by_text else transcripts.evidence)(case["response"])
   keys = case.get("search_keys")
   if not case.get("has_search_keys", "search_keys" in case):
     keys = ()
