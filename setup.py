@@ -23,6 +23,7 @@ _CORE = [
   "array_record==0.8.6",
   "numpy==2.4.6",
   "etils[epath]==1.15.0",
+  "jinja2==3.1.6",  # Chat templates.
   "safetensors==0.8.0",
   "gguf==0.19.0",
   "pyarrow==26.0.1",

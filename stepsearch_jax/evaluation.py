@@ -93,7 +93,7 @@ def write_jsonl(path: epath.Path, rows: Sequence[dict]) -> None:
   temporary.write_text(
     "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
   )
-  temporary.rename(path)
+  temporary.replace(path)
 
 
 def write_card(folder: epath.Path, card: dict) -> None:

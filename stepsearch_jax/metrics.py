@@ -84,7 +84,7 @@ class MetricsWriter:
   def _write(self) -> None:
     temporary = self._path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(self._lines))
-    temporary.rename(self._path)
+    temporary.replace(self._path)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Records `metrics` at `step`."""

@@ -222,7 +222,7 @@ def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
 def _write_json(path: epath.Path, value: dict) -> None:
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.rename(path)
+  temporary.replace(path)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
   output = epath.Path(_OUTPUT.value)
   temporary = output.with_name(output.name + ".tmp")
   temporary.write_text("".join(json.dumps(row) + "\n" for row in scored))
-  temporary.rename(output)
+  temporary.replace(output)
   good = [row for row in scored if "error" not in row]
   print(f"{len(good)} of {len(scored)} rows scored, preset {_PRESET.value}")
   for name in ("score", "answer_correct", "search_key_score"):

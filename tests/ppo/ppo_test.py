@@ -133,8 +133,9 @@ def test_logprobs_and_gradients_equal_full_logits(temperature):
     entropy = -(jnp.exp(logits) * logits).sum(-1)
     return jnp.where(jnp.asarray(mask), chosen * a + entropy * b, 0.0).sum()
 
-  ours = jax.grad(chunked, (0, 1))(hidden, weight)
-  want = jax.grad(full, (0, 1))(hidden, weight)
+  inputs = jnp.asarray(hidden), jnp.asarray(weight)
+  ours = jax.grad(chunked, (0, 1))(*inputs)
+  want = jax.grad(full, (0, 1))(*inputs)
   for x, y in zip(ours, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
 
