@@ -42,6 +42,7 @@ def get_config(arg=None):
   config.warm_start.steps = 450
   config.warm_start.lr = 3e-3
   config.warm_start.trajectories = 9000
+  config.warm_start.impatient = 0.65
   config.warm_start.rows = 16
   config.warm_start.row_length = 512
 

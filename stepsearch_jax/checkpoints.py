@@ -176,7 +176,7 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
     step: which checkpoint; None for the newest.
 
   Returns:
-    (step, parameters, meta).
+    (step, parameters).
 
   Raises:
     ValueError: no such checkpoint, or its shapes differ from `like`.
@@ -184,24 +184,15 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
   folder = epath.Path(workdir).resolve() / "checkpoints"
   if not folder.exists():
     raise ValueError(f"no checkpoints in {workdir}: expected {folder}")
-  with ocp.CheckpointManager(
-    folder, item_names=("policy", "rest", "meta"),
-    options=ocp.CheckpointManagerOptions(read_only=True),
-  ) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps or (step is not None and step not in steps):
-      raise ValueError(f"no checkpoint {step} in {folder}, there are {steps}")
-    step = steps[-1] if step is None else step
-    saved = manager.item_metadata(step)["policy"]
-    _check_shapes(folder / str(step), saved, like)
-    items = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        policy=ocp.args.StandardRestore(_abstract(like)),
-        meta=ocp.args.JsonRestore(),
-      ),
-    )
-  return step, items["policy"], items["meta"]
+  # Unfinished checkpoints carry a suffix behind the number.
+  steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  if not steps or (step is not None and step not in steps):
+    raise ValueError(f"no checkpoint {step} in {folder}, there are {steps}")
+  step = steps[-1] if step is None else step
+  path = folder / str(step) / "policy"
+  with ocp.StandardCheckpointer() as reader:
+    _check_shapes(path, reader.metadata(path).item_metadata.tree, like)
+    return step, reader.restore(path, _abstract(like))
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

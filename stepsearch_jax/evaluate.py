@@ -119,7 +119,7 @@ def _evaluate_model() -> None:
     params, name = experiment.initial_policy(config, model), _MODEL.value
   else:
     like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
-    step, params, _ = checkpoints.load_policy(workdir, like, _STEP.value)
+    step, params = checkpoints.load_policy(workdir, like, _STEP.value)
     name = f"{workdir} step {step}"
   trajectories, _ = evaluation.play(engine, params, data.heldout)
   engine.close()

@@ -116,6 +116,7 @@ def train(config, workdir: epath.Path) -> dict:
   if "before" not in meta:
     meta["before"] = evaluate(step)
     meta["seconds"] = time.time() - began
+    began = time.time()
     saver.save(step, state.policy, state.replace(policy=None), meta)
 
   #################################################################
@@ -167,7 +168,7 @@ def train(config, workdir: epath.Path) -> dict:
       shown["EM"] = after["em"]
     writer.write(step, values)
     if last or step % config.checkpoint.every == 0:
-      meta["seconds"] = meta.get("seconds", 0.0) + time.time() - began
+      meta["seconds"] += time.time() - began
       began = time.time()
       if last:
         meta["after"] = after

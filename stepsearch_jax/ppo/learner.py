@@ -198,7 +198,7 @@ class Learner:
     )
     self._accumulate = jax.jit(self._gradients, donate_argnums=(1, 2))
     self._apply = jax.jit(
-      self._optimise, donate_argnums=(0, 1), static_argnames="train_policy"
+      self._optimise, donate_argnums=0, static_argnames="train_policy"
     )
     self._estimate = jax.jit(self._advantages)
 
