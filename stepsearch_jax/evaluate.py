@@ -20,7 +20,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import evaluation
+from stepsearch_jax import evaluation, metrics
 from stepsearch_jax.rewards import text_match
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -143,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
   """Entry; see the module docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  metrics.quiet_libraries()
   try:
     if _PREDICTIONS.value:
       print_sources(score_predictions(_PREDICTIONS.value))
