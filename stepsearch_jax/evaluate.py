@@ -103,7 +103,7 @@ def score_predictions(path: str) -> dict[str, dict]:
 
 
 def _evaluate_model() -> None:
-  from stepsearch_jax import checkpoints, experiment
+  from stepsearch_jax import checkpoints, experiment, reporting
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
@@ -125,7 +125,7 @@ def _evaluate_model() -> None:
   engine.close()
   records = [evaluation.record(t, tokenizer) for t in trajectories]
   card = {
-    "settings": experiment.card_settings(
+    "settings": reporting.card_settings(
       config, retriever, name, len(records)
     ),
     "metrics": evaluation.summarise(trajectories),

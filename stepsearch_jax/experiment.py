@@ -16,13 +16,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import checkpoints, evaluation, types
+from stepsearch_jax import checkpoints, types
 from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads, hf_weights
-from stepsearch_jax.ppo import imitation, learner
+from stepsearch_jax.ppo import imitation, records
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
@@ -354,14 +354,14 @@ def reward_spec(config) -> step_rewards.RewardSpec:
   )
 
 
-def learner_spec(config, steps: int) -> learner.LearnerSpec:
+def learner_spec(config, steps: int) -> records.LearnerSpec:
   """Optimisation settings; warm-up ratios become optimiser steps."""
   ppo = config.ppo
   trajectories = config.batch.questions * config.batch.rollouts
   updates = steps * ppo.epochs * (trajectories // ppo.mini_batch)
   estimator = _ALGORITHMS[config.algorithm][0]
   released = config.reward.preset == "released"
-  return learner.LearnerSpec(
+  return records.LearnerSpec(
     estimator=estimator,
     gamma=ppo.gamma,
     lam=ppo.lam,
@@ -404,79 +404,3 @@ def identity(config, model: decoder.DecoderConfig, data: Data) -> dict:
     model=[model, config.model.reference],
     data=[question.id for question in data.train],
   )
-
-
-def reward_metrics(trajectories, scores) -> dict[str, float]:
-  """Means over a batch, under verl's names where verl has them."""
-  turns = [trajectory.turns for trajectory in trajectories]
-  gains = [sum(s.information_gains or ()) for s in scores]
-  repeats = [sum(s.redundancy_penalty or ()) for s in scores]
-  invalid = [any(t.action == "invalid" for t in ts) for ts in turns]
-  columns = {
-    "critic/score/mean": [s.score for s in scores],
-    "critic/answer_correct/mean": [s.answer_correct for s in scores],
-    "critic/search_key/mean": [s.search_key_score for s in scores],
-    "critic/step_scores/mean": [sum(s.step_scores) for s in scores],
-    "critic/information_gain/mean": gains,
-    "critic/redundancy/mean": repeats,
-    "env/searches_per_question": [sum(t.answered for t in ts) for ts in turns],
-    "env/turns_per_question": [len(ts) for ts in turns],
-    "env/invalid_share": invalid,
-    "env/unanswered_share": [t.answer is None for t in trajectories],
-    "env/truncated_documents": [t.truncated_documents for t in trajectories],
-    "response_length/mean": [t.policy_mask.sum() for t in trajectories],
-    "response_length/max": [max(t.policy_mask.sum() for t in trajectories)],
-    "total_length/mean": [len(t.tokens) for t in trajectories],
-  }
-  return {name: float(np.mean(values)) for name, values in columns.items()}
-
-
-def rollout_metrics(stats: engine.RolloutStats) -> dict[str, float]:
-  """Throughput and waiting of one rollout."""
-  seconds = max(stats.seconds, 1e-9)
-  tokens = stats.policy_tokens + stats.ingested_tokens
-  return {
-    "perf/tokens_per_second": tokens / seconds,
-    "perf/policy_tokens_per_second": stats.policy_tokens / seconds,
-    "perf/idle_slot_share": stats.idle_slot_steps / max(stats.slot_steps, 1),
-    "timing_s/gen_decode": stats.decode_seconds,
-    "timing_s/gen_extend": stats.extend_seconds,
-    "timing_s/gen_retrieval_wait": stats.retrieval_wait_seconds,
-  }
-
-
-def summary(config, meta: dict, steps: int) -> dict:
-  """What `summary.json` holds."""
-  before, after = meta["before"], meta["after"]
-  return {
-    "em_before": before["em"],
-    "em_after": after["em"],
-    "f1_before": before["f1"],
-    "f1_after": after["f1"],
-    "searches_per_question": after["searches"],
-    "train_seconds": meta["seconds"],
-    "steps": steps,
-    "seed": config.seed,
-    "algorithm": config.algorithm,
-  }
-
-
-def card_settings(config, retriever, model_name: str, questions: int) -> dict:
-  """The settings half of an evaluation card."""
-  return {
-    "model": model_name,
-    "questions": config.data.eval or f"held out of {config.data.train}",
-    "n": questions,
-    "index": retriever.index.hash,
-    "encoder": retriever.index.manifest["encoder"]["name"],
-    "passages": retriever.index.manifest["count"],
-    "k": config.retrieval.topk,
-    "template": config.rollout.template,
-    "max_turns": config.rollout.max_turns,
-    "context": config.rollout.context,
-    "max_observation": config.rollout.max_observation,
-    "decoding": "greedy",
-    "reward_preset": config.reward.preset,
-    "seed": config.seed,
-    "commit": evaluation.commit(),
-  }

@@ -25,6 +25,7 @@ from stepsearch_jax import (
   experiment,
   metrics,
   plots,
+  reporting,
   sharding,
 )
 from stepsearch_jax.data import input_pipeline
@@ -104,7 +105,7 @@ def train(config, workdir: epath.Path) -> dict:
     name = f"step_{at:06d}.jsonl"
     evaluation.write_jsonl(workdir / "predictions" / name, records)
     scores = evaluation.summarise(trajectories)
-    settings = experiment.card_settings(
+    settings = reporting.card_settings(
       config, retriever, f"{workdir} step {at}", len(records)
     )
     evaluation.write_card(workdir / "eval", {
@@ -156,8 +157,8 @@ def train(config, workdir: epath.Path) -> dict:
     values = {
       **seen,
       **updated,
-      **experiment.reward_metrics(trajectories, scores),
-      **experiment.rollout_metrics(rollout),
+      **reporting.reward_metrics(trajectories, scores),
+      **reporting.rollout_metrics(rollout),
       **watch.metrics(),
     }
     metrics.check_finite(step, values)
@@ -187,7 +188,7 @@ def train(config, workdir: epath.Path) -> dict:
   writer.close()
   saver.close()
   engine.close()
-  summary = experiment.summary(config, meta, steps)
+  summary = reporting.summary(config, meta, steps)
   _write_json(workdir / "summary.json", summary)
   plots.learning_curves(workdir)
   return summary

@@ -12,7 +12,7 @@ import tqdm
 
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder
-from stepsearch_jax.ppo import learner, losses
+from stepsearch_jax.ppo import learner, losses, records
 from stepsearch_jax.rollout import batching
 
 
@@ -91,7 +91,7 @@ def imitate(
     for i in range(steps):
       chosen = places[i * rows : (i + 1) * rows]
       arrays = {name: array[chosen] for name, array in packed.items()}
-      micro = learner.Micro(
+      micro = records.Micro(
         scope=zeros, logp=zeros, reference_logp=zeros, values=zeros,
         advantages=zeros, returns=zeros, **arrays,
       )

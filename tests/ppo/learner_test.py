@@ -10,7 +10,8 @@ import pytest
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.ppo import imitation
-from stepsearch_jax.ppo.learner import Learner, LearnerSpec
+from stepsearch_jax.ppo.learner import Learner
+from stepsearch_jax.ppo.records import LearnerSpec
 
 MODEL = decoder.DecoderConfig(
   "qwen2", 60, 16, 24, 2, 2, 1, 8, qkv_bias=True, remat=False
@@ -53,6 +54,13 @@ def run(spec, batch, steps=1):
     experience, seen = learner.prepare(state, reference, batch)
     state, updated = learner.update(state, experience)
   return learner, state, experience, {**seen, **updated}
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+  """Optax raises floats to integer powers, which strict promotion forbids."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 LENGTHS = [10, 31, 24, 48, 9, 17, 40, 12]
