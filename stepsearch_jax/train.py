@@ -95,7 +95,7 @@ def train(config, workdir: epath.Path) -> dict:
     saver,
   )
   writer = metrics.MetricsWriter(
-    workdir, step, config.log.wandb_project, config.to_dict(),
+    workdir, step + 1, config.log.wandb_project, config.to_dict(),
     active=jax.process_index() == 0,
   )
 
