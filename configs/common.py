@@ -44,17 +44,9 @@ def parse_arg(arg, **defaults):
   return ml_collections.ConfigDict(values)
 
 
-def base():
-  """The defaults: method and optimiser as released, sizes for one host."""
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  # Exactly one of the two is positive.
-  config.total_steps = 0
-  config.total_epochs = 0.0
-  # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
-  config.algorithm = "steppo"
-
-  config.model = model = ml_collections.ConfigDict()
+def _model():
+  """The policy; the value model starts from the same trunk."""
+  model = ml_collections.ConfigDict()
   # HF folder or id, *.gguf, package:<name>; empty = random weights of `size`.
   model.reference = ""
   model.tokenizer = ""  # Empty = the model's own.
@@ -66,24 +58,36 @@ def base():
       vocab=2048,
     )
   )
+  return model
 
-  config.data = data = ml_collections.ConfigDict()
-  # Question file, tfds:<name>:<split>, or "world" for the embedded world.
+
+def _data():
+  """Questions and passages."""
+  data = ml_collections.ConfigDict()
+  # Question file, or "world" for the embedded world.
   data.train = "world"
   data.eval = ""  # Empty = held-out part of the world, or of data.train.
   data.corpus = ""  # Empty = all paragraphs of the question files.
   data.limit = 0  # Read only this many training questions; 0 = all.
   data.eval_limit = 0
   data.holdout = 0.1  # Share of data.train held out when data.eval is empty.
+  return data
 
-  config.retrieval = retrieval = ml_collections.ConfigDict()
+
+def _retrieval():
+  """Encoder and index."""
+  retrieval = ml_collections.ConfigDict()
   # hashed_tfidf, or a BERT-family encoder: folder, HF id, package:<name>.
   retrieval.encoder = "hashed_tfidf"
   retrieval.index = ""  # Folder of a ready index; empty = build in workdir.
   retrieval.topk = 3
   retrieval.cache = 65536  # Remembered queries.
+  return retrieval
 
-  config.rollout = rollout = ml_collections.ConfigDict()
+
+def _rollout():
+  """The protocol and its limits, in tokens."""
+  rollout = ml_collections.ConfigDict()
   rollout.template = "stepsearch"
   rollout.max_turns = 5  # Searching turns; one forced answer turn follows.
   rollout.slots = 128
@@ -99,21 +103,32 @@ def base():
   rollout.temperature = 1.0
   rollout.top_k = 0
   rollout.top_p = 1.0
+  return rollout
 
-  config.reward = reward = ml_collections.ConfigDict()
+
+def _reward():
+  """Preset and the four ablation switches of the released code."""
+  reward = ml_collections.ConfigDict()
   reward.preset = "paper"  # paper | released: sets every row of the table.
-  # The four ablation switches of the released code.
   reward.information_gain = True
   reward.redundancy_penalty = True
   reward.search_steps_reward = True
   reward.search_key_reward = True
   reward.gamma_key = 0.618
+  return reward
 
-  config.batch = batch = ml_collections.ConfigDict()
+
+def _batch():
+  """Trajectories of a step."""
+  batch = ml_collections.ConfigDict()
   batch.questions = 128  # A step asks this many questions ...
   batch.rollouts = 1  # ... this many times each (GRPO wants > 1).
+  return batch
 
-  config.ppo = ppo = ml_collections.ConfigDict()
+
+def _ppo():
+  """The update."""
+  ppo = ml_collections.ConfigDict()
   ppo.gamma = 1.0
   ppo.lam = 1.0
   ppo.clip_ratio = 0.2
@@ -135,9 +150,12 @@ def base():
   ppo.critic_warmup = 0  # Steps that train the value model only.
   ppo.weight_decay = 0.01
   ppo.grad_clip = 1.0
+  return ppo
 
-  # Imitation of scripted trajectories before step 0; 0 steps = none.
-  config.warm_start = warm_start = ml_collections.ConfigDict()
+
+def _warm_start():
+  """Imitation of scripted trajectories before step 0; 0 steps = none."""
+  warm_start = ml_collections.ConfigDict()
   warm_start.steps = 0
   warm_start.rows = 32
   warm_start.row_length = 4096
@@ -147,19 +165,59 @@ def base():
   warm_start.impatient = 0.5
   warm_start.repeat = 0.05
   warm_start.whole = 0.05
+  return warm_start
 
-  config.eval = evaluation = ml_collections.ConfigDict()
+
+def _eval():
+  """Evaluation during training."""
+  evaluation = ml_collections.ConfigDict()
   evaluation.every = 0  # Steps between evaluations; 0 = first and last only.
+  return evaluation
 
-  config.checkpoint = checkpoint = ml_collections.ConfigDict()
+
+def _checkpoint():
+  """How often to save and how many to keep."""
+  checkpoint = ml_collections.ConfigDict()
   checkpoint.every = 50
   checkpoint.keep = 2
+  return checkpoint
 
-  config.mesh = mesh = ml_collections.ConfigDict()
-  mesh.data = -1  # -1 = all devices that the other axes leave.
+
+def _mesh():
+  """Device axes; -1 = all devices that the other axes leave."""
+  mesh = ml_collections.ConfigDict()
+  mesh.data = -1
   mesh.fsdp = 1
   mesh.tensor = 1
+  return mesh
 
-  config.log = log = ml_collections.ConfigDict()
+
+def _log():
+  """Where metrics go besides the work directory."""
+  log = ml_collections.ConfigDict()
   log.wandb_project = ""
+  return log
+
+
+def base():
+  """The defaults: method and optimiser as released, sizes for one host."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Exactly one of the two is positive.
+  config.total_steps = 0
+  config.total_epochs = 0.0
+  # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
+  config.algorithm = "steppo"
+  config.model = _model()
+  config.data = _data()
+  config.retrieval = _retrieval()
+  config.rollout = _rollout()
+  config.reward = _reward()
+  config.batch = _batch()
+  config.ppo = _ppo()
+  config.warm_start = _warm_start()
+  config.eval = _eval()
+  config.checkpoint = _checkpoint()
+  config.mesh = _mesh()
+  config.log = _log()
   return config

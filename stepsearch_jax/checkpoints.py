@@ -146,11 +146,14 @@ class Checkpointer:
 
 
 def save_reference(workdir: epath.PathLike, params) -> None:
-  """Writes the frozen reference policy once."""
+  """Writes the frozen reference policy of a fresh run.
+
+  One that is there already is replaced: it can only stem from a start that
+  never reached its first checkpoint, maybe with other settings.
+  """
   folder = epath.Path(workdir).resolve() / "reference"
-  if not folder.exists():
-    with ocp.StandardCheckpointer() as writer:
-      writer.save(folder, params)
+  with ocp.StandardCheckpointer() as writer:
+    writer.save(folder, params, force=True)
 
 
 def load_reference(workdir: epath.PathLike, like):

@@ -8,7 +8,6 @@ this module, so an evaluation plays exactly what training played.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -391,11 +390,6 @@ def learner_spec(config, steps: int) -> records.LearnerSpec:
     micro_weighting="micro_mean" if released else "token",
     first_lr_zero=released,
   )
-
-
-def initial_value(policy, key):
-  """A value model that starts from the policy's trunk (as in verl)."""
-  return jax.jit(functools.partial(heads.value_from_policy))(policy, key)
 
 
 def identity(config, model: decoder.DecoderConfig, data: Data) -> dict:

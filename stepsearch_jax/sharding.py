@@ -97,11 +97,6 @@ def tree_shardings(mesh: Mesh, axes, shapes):
   )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds the whole array."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def batch(mesh: Mesh) -> NamedSharding:
   """Rows are split over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

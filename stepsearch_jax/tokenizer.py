@@ -16,7 +16,7 @@ import transformers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from stepsearch_jax.models import hf_weights
+from stepsearch_jax.models import gguf_weights, hf_weights
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>",
@@ -63,9 +63,16 @@ class Tokenizer:
       pad = spare[-1] if spare else self.vocab_size - 1
     self.pad_id = int(pad)
 
-  def encode(self, text: str) -> list[int]:
-    """Token ids of `text`; special tokens are neither added nor recognised."""
-    return self._plain.encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    """Token ids of `text`; no special tokens are added.
+
+    Args:
+      text: what to encode.
+      special: recognise special tokens spelled out in the text. Off for
+        everything from outside, which must not be able to write them.
+    """
+    backend = self._backend if special else self._plain
+    return backend.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Text of `ids`; special tokens are left out by default."""
@@ -86,8 +93,7 @@ class Tokenizer:
 
   def encode_prompt(self, message: str) -> list[int]:
     """Token ids of `chat_prompt(message)`."""
-    prompt = self.chat_prompt(message)
-    return self._backend.encode(prompt, add_special_tokens=False).ids
+    return self.encode(self.chat_prompt(message), special=True)
 
   def token_bytes(self) -> list[bytes | None]:
     """Bytes that each token id stands for; None for special tokens.
@@ -147,7 +153,7 @@ def load(reference: str) -> Tokenizer:
 
 def _from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
   """Rebuilds a byte-level BPE tokenizer from GGUF metadata."""
-  fields = hf_weights.gguf_fields(path)
+  fields = gguf_weights.fields(path)
   kind = fields.get("tokenizer.ggml.model")
   pre = fields.get("tokenizer.ggml.pre", "")
   if kind != "gpt2":

@@ -29,6 +29,7 @@ from stepsearch_jax import (
   sharding,
 )
 from stepsearch_jax.data import input_pipeline
+from stepsearch_jax.models import heads
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.rollout import batching
@@ -201,7 +202,7 @@ def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
   policy = experiment.initial_policy(config, model)
   value = None
   if learner.spec.estimator == "gae":
-    value = experiment.initial_value(policy, key)
+    value = heads.value_from_policy(policy, key)
   state = learner.init_state(policy, value)
   restored = saver.restore(state.policy, state.replace(policy=None))
   if restored is not None:
@@ -214,7 +215,7 @@ def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
       config, data, tokenizer, env, retriever, mesh, model, policy
     )
     if value is not None:
-      value = experiment.initial_value(policy, key)
+      value = heads.value_from_policy(policy, key)
     state = learner.init_state(policy, value)
   checkpoints.save_reference(workdir, state.policy)
   # The learner donates its state, so the reference has its own buffers.

@@ -76,7 +76,6 @@ class Provenance(enum.IntEnum):
   PROMPT = 0
   POLICY = 1
   OBSERVATION = 2
-  PAD = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Trajectory:
       0 where not sampled.
     turns: per policy turn.
     answer: content of the final answer tag, None if never closed.
-    stop_reason: "answer", "max_turns", "context" or "eos".
+    stop_reason: "answer", "max_turns" or "context".
     truncated_documents: number of documents cut to fit the observation.
   """
 

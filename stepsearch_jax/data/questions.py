@@ -30,7 +30,7 @@ def load_questions(
   """Reads a question file.
 
   Args:
-    path: .jsonl, .json, .parquet (or .gz), or `tfds:<name>[:<split>]`.
+    path: .jsonl, .json or .parquet, gzipped or not.
     limit: stop after this many.
     require_support: a question without supporting paragraphs is an error, as
       it could earn no step reward.
@@ -41,14 +41,8 @@ def load_questions(
   Raises:
     files.DataError: naming file, line and field.
   """
-  if path.startswith("tfds:"):
-    from stepsearch_jax.data.datasets import reader
-
-    rows = reader.read_rows(path)
-  else:
-    rows = files.read_rows(path)
   questions = []
-  for number, (where, row) in enumerate(rows):
+  for number, (where, row) in enumerate(files.read_rows(path)):
     question = parse_question(where, row, number)
     if require_support and not question.support:
       raise files.DataError(

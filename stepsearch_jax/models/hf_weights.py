@@ -10,21 +10,16 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
 
-from stepsearch_jax.models import decoder
+from stepsearch_jax.models import decoder, gguf_weights
 
-
-class WeightError(ValueError):
-  """A checkpoint does not fit the model; the message names the tensor."""
+WeightError = gguf_weights.WeightError
 
 
 def resolve(reference: str) -> str:
@@ -77,16 +72,10 @@ def _in_package(name: str) -> str:
   raise ValueError(f"package:{name}: no *.gguf or model.safetensors inside")
 
 
-def gguf_fields(path: str) -> dict[str, Any]:
-  """Metadata of a GGUF file."""
-  reader = gguf.GGUFReader(path)
-  return {name: field.contents() for name, field in reader.fields.items()}
-
-
 def load_config(path: str) -> decoder.DecoderConfig:
   """Reads `config.json` (both styles of rope settings) or GGUF metadata."""
   if path.endswith(".gguf"):
-    return _gguf_config(path)
+    return gguf_weights.load_config(path)
   file = epath.Path(path) / "config.json"
   if not file.exists():
     raise ValueError(f"{file} does not exist: expected a Hugging Face folder")
@@ -134,36 +123,6 @@ def _rope_scaling(file, raw, rope) -> decoder.RopeScaling | None:
     )
   raise ValueError(f"{file}: rope type {kind!r} is not supported, expected "
                    "default, llama3 or yarn")
-
-
-def _gguf_config(path: str) -> decoder.DecoderConfig:
-  fields = gguf_fields(path)
-  family = fields["general.architecture"]
-  if family not in decoder.FAMILIES:
-    raise ValueError(f"{path}: architecture {family!r} is not supported, "
-                     f"expected one of {decoder.FAMILIES}")
-
-  def get(name, default=None):
-    return fields.get(f"{family}.{name}", default)
-
-  names = {t.name for t in gguf.GGUFReader(path).tensors}
-  heads, width = get("attention.head_count"), get("embedding_length")
-  return decoder.DecoderConfig(
-    family=family,
-    vocab_size=len(fields["tokenizer.ggml.tokens"]),
-    hidden_size=width,
-    intermediate_size=get("feed_forward_length"),
-    num_layers=get("block_count"),
-    num_heads=heads,
-    num_kv_heads=get("attention.head_count_kv", heads),
-    head_dim=get("attention.key_length", width // heads),
-    rope_theta=float(get("rope.freq_base", 10000.0)),
-    rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-    tie_embeddings="output.weight" not in names,
-    qkv_bias="blk.0.attn_q.bias" in names,
-    qk_norm="blk.0.attn_q_norm.weight" in names,
-    max_positions=get("context_length"),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,59 +243,6 @@ def _read_safetensors(path: str, names) -> Iterator[tuple[str, np.ndarray]]:
         yield name, reader.get_tensor(name)
 
 
-_GGUF_NAMES = (
-  (r"token_embd\.weight", "model.embed_tokens.weight"),
-  (r"output_norm\.weight", "model.norm.weight"),
-  (r"output\.weight", "lm_head.weight"),
-  (r"blk\.(\d+)\.attn_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
-  (r"blk\.(\d+)\.ffn_norm\.weight",
-   r"model.layers.\1.post_attention_layernorm.weight"),
-  (r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)",
-   r"model.layers.\1.self_attn.\2_proj.\3"),
-  (r"blk\.(\d+)\.attn_([qk])_norm\.weight",
-   r"model.layers.\1.self_attn.\2_norm.weight"),
-  (r"blk\.(\d+)\.attn_output\.weight",
-   r"model.layers.\1.self_attn.o_proj.weight"),
-  (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight",
-   r"model.layers.\1.mlp.\2_proj.weight"),
-)
-
-
-def _hf_name(name: str) -> str:
-  for pattern, replacement in _GGUF_NAMES:
-    match = re.fullmatch(pattern, name)
-    if match:
-      return match.expand(replacement)
-  return name
-
-
-def _gguf_names(path: str) -> dict[str, str]:
-  """Hugging Face name -> GGUF name; rope tables carry no weights."""
-  names: dict[str, str] = {}
-  for tensor in gguf.GGUFReader(path).tensors:
-    if tensor.name.startswith("rope_freqs"):
-      continue
-    if _hf_name(tensor.name) in names:
-      raise WeightError(f"tensor {tensor.name} is stored twice in {path}")
-    names[_hf_name(tensor.name)] = tensor.name
-  return names
-
-
-def _read_gguf(path: str, config) -> Iterator[tuple[str, np.ndarray]]:
-  """Dequantised tensors; llama's rotary pairs are put in halves again."""
-  for tensor in gguf.GGUFReader(path).tensors:
-    if tensor.name.startswith("rope_freqs"):
-      continue
-    name = _hf_name(tensor.name)
-    value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    value = np.asarray(value, np.float32)
-    if config.family == "llama" and re.search(r"\.[qk]_proj\.", name):
-      heads = value.shape[0] // config.head_dim
-      value = value.reshape(heads, config.head_dim // 2, 2, -1)
-      value = value.swapaxes(1, 2).reshape(heads * config.head_dim, -1)
-    yield name, value
-
-
 def _ignored(name: str, config, kind: str) -> bool:
   """Tensors that a checkpoint may carry and this model does not read."""
   if name == "lm_head.weight":
@@ -350,7 +256,8 @@ def _load(path: str, config, kind: str, optional=()):
   """Fills the tree of `kind` from a checkpoint; returns (tree, missing)."""
   table = {entry.name: entry for entry in weight_table(config, kind)}
   if path.endswith(".gguf"):
-    there, stream = set(_gguf_names(path)), _read_gguf(path, config)
+    there = set(gguf_weights.names(path))
+    stream = gguf_weights.read(path, config)
   else:
     there = set(_safetensors_index(path))
     stream = _read_safetensors(path, table)

@@ -29,6 +29,32 @@ def _step(params, opt, micro, *, config, tx):
   return optax.apply_updates(params, updates), opt, value
 
 
+def _micros(batch, steps, rows, row_length, seed):
+  """Yields `steps` micro-batches of packed rows, epoch after epoch."""
+  rng = np.random.default_rng(seed)
+  packing = batching.pack(
+    range(len(batch.tokens)), batch.lengths, batch.tokens.shape[1],
+    row_length, 1,
+  )
+  packed = {
+    "tokens": packing.pack(batch.tokens),
+    "mask": packing.pack(batch.policy_mask),
+    "segment_ids": packing.segment_ids,
+    "positions": packing.positions,
+  }
+  total = len(packing.source)
+  places = np.concatenate([
+    rng.permutation(total) for _ in range(-(-steps * rows // total))
+  ])
+  zeros = np.zeros((rows, row_length), np.float32)
+  for chosen in places[: steps * rows].reshape(steps, rows):
+    yield records.Micro(
+      scope=zeros, logp=zeros, reference_logp=zeros, values=zeros,
+      advantages=zeros, returns=zeros,
+      **{name: array[chosen] for name, array in packed.items()},
+    )
+
+
 def imitate(
   params,
   batch: types.RolloutBatch,
@@ -67,34 +93,13 @@ def imitate(
   step = jax.jit(
     functools.partial(_step, config=config, tx=tx), donate_argnums=(0, 1)
   )
-  rng = np.random.default_rng(seed)
-  width = batch.tokens.shape[1]
-  order = rng.permutation(len(batch.tokens))
-  packing = batching.pack(order, batch.lengths, width, row_length, 1)
-  packed = {
-    "tokens": packing.pack(batch.tokens),
-    "mask": packing.pack(batch.policy_mask),
-    "segment_ids": packing.segment_ids,
-    "positions": packing.positions,
-  }
-  total = len(packing.source)
-  places = np.concatenate([
-    rng.permutation(total) for _ in range(-(-steps * rows // total))
-  ])
   where = sharding.batch(mesh)
   history = []
   bar = tqdm.tqdm(total=steps, desc="warm start", unit="step")
   with sharding.scope(mesh):
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     opt = tx.init(params)
-    zeros = np.zeros((rows, row_length), np.float32)
-    for i in range(steps):
-      chosen = places[i * rows : (i + 1) * rows]
-      arrays = {name: array[chosen] for name, array in packed.items()}
-      micro = records.Micro(
-        scope=zeros, logp=zeros, reference_logp=zeros, values=zeros,
-        advantages=zeros, returns=zeros, **arrays,
-      )
+    for i, micro in enumerate(_micros(batch, steps, rows, row_length, seed)):
       params, opt, value = step(params, opt, jax.device_put(micro, where))
       history.append(value)
       bar.update(1)

@@ -196,7 +196,7 @@ class Learner:
     metrics["update/padding_share"] = packing.padding_share
     experience = Experience(
       batch, whole["logp"], whole["reference"], values, advantages, returns,
-      scope,
+      scope, float(metrics["critic/kl"]),
     )
     return experience, {name: float(v) for name, v in metrics.items()}
 
@@ -268,8 +268,9 @@ class Learner:
             state, experience, part, train_policy
           )
           history.append(metrics)
-    kl = self._kl(experience)
-    coefficient = self._controller.update(float(state.kl_coef), kl, len(rows))
+    coefficient = self._controller.update(
+      float(state.kl_coef), experience.kl, len(rows)
+    )
     state = state.replace(
       step=state.step + 1, kl_coef=jnp.float32(coefficient)
     )
@@ -277,16 +278,6 @@ class Learner:
       name: np.mean([m[name] for m in jax.device_get(history)])
       for name in history[0]
     }
-
-  def _kl(self, experience) -> float:
-    mask = experience.batch.policy_mask
-    kl = np.asarray(
-      adv.kl_penalty(
-        jnp.asarray(experience.logp), jnp.asarray(experience.reference_logp),
-        self.spec.kl_estimator,
-      )
-    )
-    return float(((kl * mask).sum(-1) / np.maximum(mask.sum(-1), 1)).mean())
 
   def _mini_batch(self, state, experience, rows, train_policy):
     """One optimiser step over `rows`."""

@@ -25,7 +25,7 @@ def token_logprobs(hidden, weight, targets, mask, temperature: float = 1.0):
 
     logits = hidden weight^T / temperature
     logp   = logits[target] - logsumexp(logits)
-    H      = logsumexp(logits) - sum_v softmax(logits)_v logits_v
+    H      = -sum_v softmax(logits)_v log softmax(logits)_v
 
   Args:
     hidden: [N, D] states that predict the targets.
@@ -86,10 +86,12 @@ def _forward(hidden, weight, targets, mask, temperature, chunk):
     norm = jax.nn.logsumexp(logits, axis=-1)
     target = targets.at[rows].get(mode="fill", fill_value=0)
     chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-    mean = (jnp.exp(logits - norm[:, None]) * logits).sum(-1)
+    # Summed over log-probabilities: norm minus a mean of logits would cancel.
+    logp = logits - norm[:, None]
+    entropy = -(jnp.exp(logp) * logp).sum(-1)
     return (
       logps.at[rows].set(chosen - norm, mode="drop"),
-      entropies.at[rows].set(norm - mean, mode="drop"),
+      entropies.at[rows].set(entropy, mode="drop"),
       norms.at[rows].set(norm, mode="drop"),
     )
 

@@ -96,7 +96,7 @@ class LearnerState:
 
 @dataclasses.dataclass
 class Experience:
-  """A scored batch, [B, T] float32 host arrays indexed by token."""
+  """A scored batch: [B, T] float32 host arrays by token, and its mean KL."""
 
   batch: types.RolloutBatch
   logp: np.ndarray
@@ -105,6 +105,7 @@ class Experience:
   advantages: np.ndarray
   returns: np.ndarray
   scope: np.ndarray
+  kl: float
 
 
 @flax.struct.dataclass

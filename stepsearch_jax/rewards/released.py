@@ -189,7 +189,7 @@ def trajectory_positions(trajectory: types.Trajectory, tokenizer) -> list[int]:
   response = trajectory.tokens[start:].tolist()
   positions = step_positions(
     response,
-    tokenizer.encode,
+    lambda text: tokenizer.encode(text, special=True),
     lambda ids: tokenizer.decode(ids, skip_special=False),
   )
   return [start + position for position in positions]

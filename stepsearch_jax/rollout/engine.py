@@ -298,8 +298,8 @@ class _Run:
     )
     return chunk, int((ints["start"] + ints["length"]).max())
 
-  def _decode(self) -> list[tuple[int, int]]:
-    """Runs one block; returns the slots that stopped and their states."""
+  def _decode(self) -> list[int]:
+    """Runs one block; returns the slots whose turn ended."""
     began = time.perf_counter()
     programs = self._e._programs
     furthest = max(
@@ -320,9 +320,9 @@ class _Run:
       )
       self.stats.policy_tokens += count
       if not output.active[p]:
-        stopped.append((int(p), int(output.automaton[p])))
+        stopped.append(int(p))
     steps = int(output.steps)
-    self._active[[p for p, _ in stopped]] = False
+    self._active[stopped] = False
     self.stats.decode_steps += steps
     self.stats.slot_steps += steps * len(self._slots)
     self.stats.idle_slot_steps += int((output.tokens[:, :steps] < 0).sum())
@@ -332,7 +332,7 @@ class _Run:
   def _end_turns(self, stopped) -> None:
     """Hands finished turns to the environment; submits their searches."""
     asked = []
-    for p, _ in stopped:
+    for p in stopped:
       slot = self._slots[p]
       text = self._e._tokenizer.decode(slot.tokens[slot.turn_start :])
       index = len(slot.turns)

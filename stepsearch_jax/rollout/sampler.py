@@ -81,14 +81,12 @@ class BlockOutput:
   Attributes:
     tokens: [P, block] int32, -1 where a slot was not active.
     logprobs: [P, block] float32, under the temperature-scaled policy.
-    automaton: [P] int32, state after the block; tells which tag closed.
     active: [P] bool, slot goes on in the next block.
     steps: [] int32, decode steps that ran.
   """
 
   tokens: jax.Array
   logprobs: jax.Array
-  automaton: jax.Array
   active: jax.Array
   steps: jax.Array
 
@@ -252,6 +250,33 @@ def extend(params, state, chunk, *, config, spec, kv_length):
   )
 
 
+def _decode_step(params, state, table, key, config, spec, first_stop,
+                 kv_length):
+  """One token in every active slot; returns (state, tokens, logprobs)."""
+  on = state.active
+  where = jnp.where(on, state.position, spec.context)
+  hidden, cache = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    state.pending[:, None],
+    where[:, None],
+    cache=state.cache,
+    kv_length=kv_length,
+  )
+  logits = heads.logits(params, hidden[:, 0])
+  token, logprob = _select(logits, state, key, spec)
+  automaton = table[state.automaton, token]
+  budget = state.budget - 1
+  state = state.replace(
+    cache=cache,
+    pending=jnp.where(on, token, state.pending),
+    position=jnp.where(on, state.position + 1, state.position),
+    automaton=jnp.where(on, automaton, state.automaton),
+    active=on & (automaton < first_stop) & (budget > 0),
+    budget=jnp.where(on, budget, state.budget),
+  )
+  return state, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
+
+
 def decode_block(params, state, table, key, *, config, spec, first_stop,
                  kv_length):
   """Samples up to `spec.block` tokens in every active slot.
@@ -269,56 +294,27 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
   Returns:
     (`SlotState`, `BlockOutput`).
   """
-  model = decoder.Decoder(config)
-  weight = heads.unembedding(params)
 
   def step(carry):
     i, state, tokens, logprobs = carry
-    where = jnp.where(state.active, state.position, spec.context)
-    hidden, cache = model.apply(
-      {"params": params["trunk"]},
-      state.pending[:, None],
-      where[:, None],
-      cache=state.cache,
-      kv_length=kv_length,
+    state, token, logprob = _decode_step(
+      params, state, table, key, config, spec, first_stop, kv_length
     )
-    logits = jnp.einsum(
-      "pd,vd->pv", hidden[:, 0], weight.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    token, logprob = _select(logits, state, key, spec)
-    on = state.active
-    automaton = table[state.automaton, token]
-    budget = state.budget - 1
-    going = on & (automaton < first_stop) & (budget > 0)
-    state = state.replace(
-      cache=cache,
-      pending=jnp.where(on, token, state.pending),
-      position=jnp.where(on, state.position + 1, state.position),
-      automaton=jnp.where(on, automaton, state.automaton),
-      active=going,
-      budget=jnp.where(on, budget, state.budget),
-    )
-    tokens = tokens.at[:, i].set(jnp.where(on, token, -1))
-    logprobs = logprobs.at[:, i].set(jnp.where(on, logprob, 0.0))
-    return i + 1, state, tokens, logprobs
+    tokens = tokens.at[:, i].set(token)
+    return i + 1, state, tokens, logprobs.at[:, i].set(logprob)
 
   def unfinished(carry):
     return (carry[0] < spec.block) & carry[1].active.any()
 
   shape = (spec.slots, spec.block)
-  steps, state, tokens, logprobs = jax.lax.while_loop(
-    unfinished,
-    step,
-    (
-      jnp.int32(0),
-      state,
-      jnp.full(shape, -1, jnp.int32),
-      jnp.zeros(shape, jnp.float32),
-    ),
+  start = (
+    jnp.int32(0),
+    state,
+    jnp.full(shape, -1, jnp.int32),
+    jnp.zeros(shape, jnp.float32),
   )
-  output = BlockOutput(tokens, logprobs, state.automaton, state.active, steps)
-  return state, output
+  steps, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, start)
+  return state, BlockOutput(tokens, logprobs, state.active, steps)
 
 
 def reshard_cast(params, dtype):

@@ -126,7 +126,7 @@ def test_row_step_position_drifts_only_when_re_encoded():
     def decode(self, ids, skip_special=True):
       return "<search> q </search> <information> d </information>"
 
-    def encode(self, text):
+    def encode(self, text, special=False):
       return [0] * len(text)
 
   assert [t.action_position for t in trajectory.turns] == [5]

@@ -111,7 +111,7 @@ class Scripted:
         slot = run._slots[p]
         ids = tokenizer.encode(turns[len(slot.turns)])
         slot.append(ids, types.Provenance.POLICY, [0.0] * len(ids))
-        stopped.append((int(p), 0))
+        stopped.append(int(p))
         run._active[p] = False
       return stopped
 
