@@ -102,6 +102,11 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds all of it."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 @contextlib.contextmanager
 def scope(mesh: Mesh):
   """Makes the models' logical constraints mean this mesh while tracing."""

@@ -1,8 +1,9 @@
 """The StePPO learner: rollout batch in, updated models out.
 
-Three compiled programs of one shape each ([micro_rows, row_length] packed
-rows): score, accumulate gradients, apply. Longer, shorter or fewer
-trajectories change how many times they run, never what is compiled.
+Three kinds of compiled program of one shape each ([micro_rows, row_length]
+packed rows): score, accumulate gradients, apply. Longer, shorter or fewer
+trajectories change how many times they run, never what is compiled; explicit
+output shardings keep the state from one update a valid input to the next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder, heads
@@ -77,11 +79,19 @@ class Learner:
     self._controller = adv.KlController(
       spec.kl_controller, spec.kl_target, spec.kl_horizon
     )
-    common = (spec.weight_decay, spec.grad_clip, spec.first_lr_zero)
-    self._policy_tx = optimizer.adamw(
-      spec.policy_lr, spec.policy_warmup, *common
-    )
-    self._value_tx = optimizer.adamw(spec.value_lr, spec.value_warmup, *common)
+    self._rates = {
+      "policy": optimizer.warmup_schedule(
+        spec.policy_lr, spec.policy_warmup, spec.first_lr_zero
+      ),
+      "value": optimizer.warmup_schedule(
+        spec.value_lr, spec.value_warmup, spec.first_lr_zero
+      ),
+    }
+    self._transforms = {
+      kind: optimizer.adamw(rate, spec.weight_decay, spec.grad_clip)
+      for kind, rate in self._rates.items()
+    }
+    self._init_shardings()
     self._score_policy = jax.jit(
       functools.partial(
         policy_scores, config=policy_config, temperature=spec.temperature
@@ -90,11 +100,46 @@ class Learner:
     self._score_value = jax.jit(
       functools.partial(value_scores, config=value_config)
     )
-    self._accumulate = jax.jit(self._gradients, donate_argnums=(1, 2))
+    grads = {kind: self._shardings[kind] for kind in self._kinds}
+    self._zero = jax.jit(
+      self._zero_sums, out_shardings=(grads, self._replicated)
+    )
+    self._accumulate = jax.jit(
+      self._gradients,
+      donate_argnums=(1, 2),
+      out_shardings=(grads, self._replicated),
+    )
     self._apply = jax.jit(
-      self._optimise, donate_argnums=0, static_argnames="train_policy"
+      self._optimise,
+      donate_argnums=0,
+      static_argnames="train_policy",
+      out_shardings=(self._shardings, self._replicated),
     )
     self._estimate = jax.jit(self._advantages)
+
+  @property
+  def _kinds(self) -> tuple[str, ...]:
+    """Models that are trained."""
+    return ("policy", "value") if self.spec.estimator == "gae" else ("policy",)
+
+  def _init_shardings(self) -> None:
+    """Where every part of the trained models and their optimisers lives."""
+    self._replicated = sharding.replicated(self._mesh)
+    self._shardings = {}
+    for kind in self._kinds:
+      config, tx = self._configs[kind], self._transforms[kind]
+      init = heads.init_policy if kind == "policy" else heads.init_value
+      shapes = jax.eval_shape(
+        functools.partial(init, config), jax.random.key(0)
+      )
+      placed = sharding.tree_shardings(
+        self._mesh, heads.logical_axes(config, kind), shapes
+      )
+      self._shardings[kind] = placed
+      self._shardings[f"{kind}_opt"] = optax.tree_map_params(
+        tx, lambda _, where: where, jax.eval_shape(tx.init, shapes), placed,
+        transform_non_params=lambda _: self._replicated,
+      )
 
   def init_state(self, policy, value) -> LearnerState:
     """Fresh optimiser states around parameters, placed on the mesh.
@@ -103,27 +148,24 @@ class Learner:
       policy: policy parameters.
       value: value parameters, None unless the estimator is "gae".
     """
-    policy = self._place(policy, "policy")
-    value = None if value is None else self._place(value, "value")
-    with sharding.scope(self._mesh):
-      return LearnerState(
-        step=jnp.int32(0),
-        policy=policy,
-        value=value,
-        policy_opt=jax.jit(self._policy_tx.init)(policy),
-        value_opt=None if value is None else jax.jit(self._value_tx.init)(
-          value
-        ),
-        kl_coef=jnp.float32(self.spec.kl_coef),
-      )
-
-  def _place(self, params, kind):
-    axes = heads.logical_axes(self._configs[kind], kind)
-    # A copy, so that donating the state never frees the caller's arrays.
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    return jax.device_put(
-      params, sharding.tree_shardings(self._mesh, axes, params)
+    given = {"policy": policy, "value": value}
+    state = {"value": None, "value_opt": None}
+    for kind in self._kinds:
+      # A copy, so that donating the state never frees the caller's arrays.
+      params = jax.tree.map(lambda x: jnp.array(x, copy=True), given[kind])
+      state[kind] = jax.device_put(params, self._shardings[kind])
+      state[f"{kind}_opt"] = jax.jit(
+        self._transforms[kind].init,
+        out_shardings=self._shardings[f"{kind}_opt"],
+      )(state[kind])
+    return LearnerState(
+      step=self._scalar(np.int32(0)),
+      kl_coef=self._scalar(np.float32(self.spec.kl_coef)),
+      **state,
     )
+
+  def _scalar(self, value):
+    return jax.device_put(value, self._replicated)
 
   def _packing(self, batch, rows) -> batching.Packing:
     return batching.pack(
@@ -182,7 +224,7 @@ class Learner:
     }
     values = whole.get("values", np.zeros(shape, np.float32))
     scope = self._scope(batch)
-    coefficient = state.kl_coef if spec.kl_in_reward else jnp.float32(0)
+    coefficient = np.float32(state.kl_coef if spec.kl_in_reward else 0.0)
     advantages, returns, metrics = jax.device_get(
       self._estimate(
         batch.token_rewards, values, whole["logp"], whole["reference"],
@@ -272,7 +314,8 @@ class Learner:
       float(state.kl_coef), experience.kl, len(rows)
     )
     state = state.replace(
-      step=state.step + 1, kl_coef=jnp.float32(coefficient)
+      step=self._scalar(np.int32(int(state.step) + 1)),
+      kl_coef=self._scalar(np.float32(coefficient)),
     )
     return state, {
       name: np.mean([m[name] for m in jax.device_get(history)])
@@ -291,28 +334,32 @@ class Learner:
         scope=experience.scope,
       )
     )
-    models = {"policy": state.policy}
-    if state.value is not None:
-      models["value"] = state.value
-    grads = jax.tree.map(jnp.zeros_like, models)
-    sums = {name: jnp.float32(0) for name in self._sum_names(state)}
-    counts = jnp.float32(batch.policy_mask[rows].sum()), jnp.float32(
-      experience.scope[rows].sum()
+    models = {kind: getattr(state, kind) for kind in self._kinds}
+    grads, sums = self._zero(models)
+    counts = (
+      np.float32(batch.policy_mask[rows].sum()),
+      np.float32(experience.scope[rows].sum()),
     )
     for micro in micros:
       grads, sums = self._accumulate(
-        models, grads, sums, micro, counts, jnp.float32(len(micros))
+        models, grads, sums, micro, counts, np.float32(len(micros))
       )
-    state, metrics = self._apply(state, grads, sums,
-                                 train_policy=train_policy)
-    return state, metrics
+    trained = {name: getattr(state, name) for name in self._shardings}
+    trained, metrics = self._apply(
+      trained, grads, sums, train_policy=train_policy
+    )
+    return state.replace(**trained), metrics
 
-  def _sum_names(self, state) -> tuple[str, ...]:
+  def _zero_sums(self, models):
+    """Zero gradients and metric sums to accumulate into."""
     names = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
              "actor/entropy_loss", "actor/kl_loss")
-    if state.value is not None:
+    if "value" in models:
       names += ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean")
-    return names
+    return (
+      jax.tree.map(jnp.zeros_like, models),
+      {name: jnp.float32(0) for name in names},
+    )
 
   def _gradients(self, models, grads, sums, micro, counts, micros):
     """Adds one micro-batch's gradients and metric sums."""
@@ -365,27 +412,18 @@ class Learner:
       {name: sums[name] + parts[name] for name in sums},
     )
 
-  def _optimise(self, state, grads, sums, train_policy):
-    """One optimiser step; returns (state, metrics)."""
-    metrics = dict(sums)
-    for kind, letter, tx in (("policy", "actor", self._policy_tx),
-                             ("value", "critic", self._value_tx)):
-      if kind not in grads:
-        continue
-      norm = jnp.sqrt(
-        sum(jnp.square(g).sum() for g in jax.tree.leaves(grads[kind]))
-      )
-      metrics[f"{letter}/grad_norm"] = norm
+  def _optimise(self, trained, grads, sums, train_policy):
+    """One optimiser step; returns (trained, metrics)."""
+    metrics, trained = dict(sums), dict(trained)
+    for kind in self._kinds:
+      role = {"policy": "actor", "value": "critic"}[kind]
+      opt = trained[f"{kind}_opt"]
+      metrics[f"{role}/grad_norm"] = optax.global_norm(grads[kind])
+      metrics[f"{role}/lr"] = self._rates[kind](optimizer.steps_taken(opt))
       if kind == "policy" and not train_policy:
         continue
-      params, opt = getattr(state, kind), getattr(state, f"{kind}_opt")
-      updates, opt = tx.update(grads[kind], opt, params)
-      params = jax.tree.map(jnp.add, params, updates)
-      state = state.replace(**{kind: params, f"{kind}_opt": opt})
-    return state, metrics
-
-  def compilations(self) -> int:
-    """Program variants compiled so far."""
-    programs = (self._score_policy, self._score_value, self._accumulate,
-                self._apply, self._estimate)
-    return sum(program._cache_size() for program in programs)
+      params = trained[kind]
+      updates, opt = self._transforms[kind].update(grads[kind], opt, params)
+      trained[kind] = jax.tree.map(jnp.add, params, updates)
+      trained[f"{kind}_opt"] = opt
+    return trained, metrics

@@ -19,23 +19,30 @@ def warmup_factor(count, warmup: int, first_zero: bool = False):
   return jnp.minimum(1.0, done / max(1.0, float(warmup)))
 
 
+def warmup_schedule(
+  learning_rate: float, warmup: int, first_zero: bool = False
+) -> optax.Schedule:
+  """Learning rate by optimiser step: linear warm-up, then constant."""
+  return lambda count: learning_rate * warmup_factor(count, warmup, first_zero)
+
+
 def adamw(
-  learning_rate: float,
-  warmup: int,
-  weight_decay: float = 0.01,
-  grad_clip: float = 1.0,
-  first_zero: bool = False,
+  schedule: optax.Schedule, weight_decay: float = 0.01, grad_clip: float = 1.0
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW (0.9, 0.999) with warm-up."""
+  """Clipping by global norm, then AdamW (0.9, 0.999)."""
   return optax.chain(
     _clip(grad_clip),
     optax.adamw(
-      lambda count: learning_rate * warmup_factor(count, warmup, first_zero),
-      b1=0.9,
-      b2=0.999,
-      eps=1e-8,
-      weight_decay=weight_decay,
+      schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay
     ),
+  )
+
+
+def steps_taken(state) -> jax.Array:
+  """[] int32, optimiser steps behind a state of `adamw`."""
+  return optax.tree_utils.tree_get(
+    state, "count",
+    filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
   )
 
 

@@ -189,10 +189,10 @@ def test_released_learning_rate_schedule(cases):
 
 def test_adamw_with_clipping(cases):
   for params, given, want in cases["AdamW + clip_grad_norm_ + constant warmup"]:
-    tx = optimizer.adamw(
-      params["lr"], params["num_warmup_steps"], params["weight_decay"],
-      params["max_norm"], first_zero=True,
+    rate = optimizer.warmup_schedule(
+      params["lr"], params["num_warmup_steps"], first_zero=True
     )
+    tx = optimizer.adamw(rate, params["weight_decay"], params["max_norm"])
     weights = {"w": f32(given["w0"]), "b": f32(given["b0"])}
     with jax.numpy_dtype_promotion("standard"):
       state = tx.init(weights)

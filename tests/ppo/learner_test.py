@@ -1,0 +1,245 @@
+"""The assembled update: packing changes nothing, nothing recompiles."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepsearch_jax import sharding, types
+from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.ppo import advantages as adv
+from stepsearch_jax.ppo import imitation, learner, records
+
+pytestmark = pytest.mark.slow  # Each learner compiles for some ten seconds.
+
+MODEL = decoder.DecoderConfig(
+  "qwen2", 60, 16, 24, 2, 2, 1, 8, qkv_bias=True, remat=False
+)
+SPEC = records.LearnerSpec(
+  mini_batch=4, micro_rows=2, row_length=48, policy_lr=1e-2, value_lr=1e-2,
+  kl_coef=0.1,
+)
+LENGTHS = [10, 31, 24, 48, 9, 17, 40, 12]
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+  """Optax raises floats to integer powers, which strict promotion forbids."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@functools.cache
+def make_learner(**changes):
+  spec = dataclasses.replace(SPEC, **changes)
+  return learner.Learner(MODEL, MODEL, spec, sharding.make_mesh())
+
+
+@functools.cache
+def models():
+  """(policy, value, reference) parameters."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  return (
+    heads.init_policy(MODEL, keys[0]),
+    heads.init_value(MODEL, keys[1]),
+    heads.init_policy(MODEL, keys[2]),
+  )
+
+
+def make_batch(seed, lengths=LENGTHS, width=48):
+  rng = np.random.default_rng(seed)
+  lengths = np.asarray(lengths, np.int32)
+  inside = np.arange(width)[None] < lengths[:, None]
+  mask = (rng.random(inside.shape) < 0.4) & inside
+  mask[:, :3] = False
+  mask[:, 3] = True
+  rewards = np.where(mask, rng.normal(size=mask.shape), 0)
+  tokens = np.where(inside, rng.integers(0, 60, mask.shape), 0)
+  return types.RolloutBatch(
+    tokens=tokens.astype(np.int32),
+    lengths=lengths,
+    policy_mask=mask.astype(np.float32),
+    token_rewards=rewards.astype(np.float32),
+    group=np.arange(len(lengths), dtype=np.int32) // 2,
+  )
+
+
+def step(ours, state, batch):
+  experience, seen = ours.prepare(state, models()[2], batch)
+  state, updated = ours.update(state, experience)
+  return state, experience, {**seen, **updated}
+
+
+def fresh(ours):
+  return ours.init_state(*models()[:2])
+
+
+@functools.cache
+def baseline():
+  return step(make_learner(), fresh(make_learner()), make_batch(0))
+
+
+def states(params, batch):
+  """Hidden states [B, T, M] in which each token was chosen, one plain pass."""
+  positions = jnp.broadcast_to(
+    jnp.arange(48, dtype=jnp.int32), batch.tokens.shape
+  )
+  hidden, _ = decoder.Decoder(MODEL).apply(
+    {"params": params["trunk"]}, jnp.asarray(batch.tokens), positions
+  )
+  return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+def logps(params, batch):
+  """(log-probabilities, entropies) [B, T] from all logits at once."""
+  table = jax.nn.log_softmax(heads.logits(params, states(params, batch)))
+  tokens = jnp.asarray(batch.tokens)[..., None]
+  picked = jnp.take_along_axis(table, tokens, -1)[..., 0]
+  return picked, -(jnp.exp(table) * table).sum(-1)
+
+
+def test_scores_equal_a_plain_forward_pass_of_unpacked_rows():
+  _, experience, metrics = baseline()
+  batch, (policy, value, reference) = make_batch(0), models()
+  on = batch.policy_mask > 0
+  want, entropy = logps(policy, batch)
+  np.testing.assert_allclose(experience.logp[on], want[on], atol=1e-4)
+  gap = jnp.where(on, want - logps(reference, batch)[0], 0.0).sum(1) / on.sum(1)
+  assert metrics["critic/kl"] == pytest.approx(float(gap.mean()), abs=1e-4)
+  assert metrics["actor/entropy"] == pytest.approx(
+    float(entropy[on].mean()), rel=1e-4
+  )
+  values = heads.values(value, states(value, batch))
+  np.testing.assert_allclose(experience.values[on], values[on], atol=1e-4)
+
+
+def test_one_update_equals_unpacked_whole_batch_autodiff():
+  """Losses written out over padded rows, one jax.grad, textbook Adam."""
+  spec = dataclasses.replace(SPEC, mini_batch=8, policy_warmup=1)
+  ours = make_learner(mini_batch=8)
+  batch, (policy, value, reference) = make_batch(0), models()
+  state, experience, metrics = step(ours, fresh(ours), batch)
+  mask = jnp.asarray(batch.policy_mask)
+  old, _ = logps(policy, batch)
+  values = heads.values(value, states(value, batch))
+  shaped = batch.token_rewards - 0.1 * (old - logps(reference, batch)[0]) * mask
+  advantages, returns = adv.gae(shaped, values, mask, 1.0, 1.0)
+  advantages = adv.whiten(advantages, mask)
+  count = mask.sum()
+
+  def loss(policy, value):
+    logp, entropy = logps(policy, batch)
+    ratio = jnp.exp(logp - old)
+    clipped = jnp.clip(ratio, 0.8, 1.2)
+    pg = -jnp.minimum(ratio * advantages, clipped * advantages)
+    error = 0.5 * (heads.values(value, states(value, batch)) - returns) ** 2
+    return ((pg - 0.001 * entropy + error) * mask).sum() / count
+
+  grads = jax.grad(loss, (0, 1))(policy, value)
+  for kind, params, grad in zip(
+    ("policy", "value"), (policy, value), grads, strict=True
+  ):
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grad)))
+    role = {"policy": "actor", "value": "critic"}[kind]
+    assert metrics[f"{role}/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    scale = min(1.0, 1.0 / norm)
+    # The first Adam step is lr * sign-like g / (|g| + eps), plus decay.
+    want = jax.tree.map(
+      lambda p, g, scale=scale: p
+      - 1e-2 * (g * scale / (abs(g * scale) + 1e-8) + 0.01 * p),
+      params, grad,
+    )
+    for (path, g), a, b in zip(
+      jax.tree_util.tree_leaves_with_path(grad),
+      jax.tree.leaves(getattr(state, kind)), jax.tree.leaves(want),
+      strict=True,
+    ):
+      sure = np.abs(g) * scale > 1e-4  # Below it Adam amplifies rounding.
+      np.testing.assert_allclose(
+        np.asarray(a)[sure], np.asarray(b)[sure], atol=1e-4, err_msg=str(path)
+      )
+  assert metrics["actor/lr"] == metrics["critic/lr"] == np.float32(
+    spec.policy_lr
+  )
+
+
+@pytest.mark.parametrize(
+  "changes", [dict(micro_rows=4), dict(row_length=96)], ids=str
+)
+def test_packing_and_micro_batches_do_not_change_the_update(changes):
+  one, ours, metrics = baseline()
+  learner_b = make_learner(**changes)
+  other, theirs, again = step(learner_b, fresh(learner_b), make_batch(0))
+  np.testing.assert_allclose(ours.logp, theirs.logp, atol=1e-5)
+  np.testing.assert_allclose(ours.advantages, theirs.advantages, atol=1e-4)
+  for a, b in zip(jax.tree.leaves(one.policy), jax.tree.leaves(other.policy),
+                  strict=True):
+    # Adam divides by the gradient's size: noise in tiny entries is amplified.
+    np.testing.assert_allclose(a, b, atol=2e-3)
+  for name in ("actor/grad_norm", "critic/vf_loss", "actor/entropy_loss"):
+    assert metrics[name] == pytest.approx(again[name], rel=1e-3), name
+
+
+def test_other_lengths_and_later_updates_compile_nothing():
+  ours = make_learner()
+  state, _, _ = step(ours, fresh(ours), make_batch(0))
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(name)
+    if name.endswith("backend_compile_duration") else None
+  )
+  jax.jit(lambda x: x * 3)(np.float32(2))
+  assert len(compiled) == 1  # The listener does hear compilations.
+  for seed in (1, 2):
+    lengths = np.random.default_rng(seed).integers(5, 48, 8)
+    state, _, _ = step(ours, state, make_batch(seed, lengths))
+  assert len(compiled) == 1
+
+
+def test_critic_warmup_trains_the_value_model_only():
+  ours = make_learner(critic_warmup=1)
+  policy, value, _ = models()
+  state, _, _ = step(ours, fresh(ours), make_batch(0))
+  jax.tree.map(np.testing.assert_array_equal, policy, state.policy)
+  moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), value,
+                       state.value)
+  assert moved["trunk"]["embedding"] > 0
+  state, _, _ = step(ours, state, make_batch(0))
+  assert float(abs(state.policy["trunk"]["embedding"]
+                   - policy["trunk"]["embedding"]).max()) > 0
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
+def test_estimators_without_value_model_raise_rewarded_tokens(estimator):
+  ours = make_learner(
+    estimator=estimator, kl_in_reward=False, entropy_coef=0.0, mini_batch=8
+  )
+  policy, _, reference = models()
+  state = ours.init_state(policy, None)
+  batch = make_batch(0)
+  state, experience, metrics = step(ours, state, batch)
+  assert state.value is None and "critic/vf_loss" not in metrics
+  assert all(np.isfinite(v) for v in metrics.values())
+  after, _ = ours.prepare(state, reference, batch)
+  gain = (after.logp - experience.logp) * experience.advantages
+  assert gain.sum() > 0
+
+
+def test_adaptive_controller_follows_the_measured_kl():
+  ours = make_learner(kl_controller="adaptive", kl_target=1e-3, kl_horizon=100)
+  state, _, metrics = step(ours, fresh(ours), make_batch(0))
+  error = np.clip(metrics["critic/kl"] / 1e-3 - 1, -0.2, 0.2)
+  assert float(state.kl_coef) == pytest.approx(0.1 * (1 + error * 8 / 100))
+
+
+def test_imitation_lowers_the_loss_and_keeps_its_input():
+  policy = models()[0]
+  _, losses = imitation.imitate(
+    policy, make_batch(0), MODEL, sharding.make_mesh(), steps=30, rows=2,
+    row_length=48, learning_rate=1e-2, seed=0,
+  )
+  assert losses[-1] < 0.6 * losses[0]
+  assert np.isfinite(np.asarray(policy["trunk"]["embedding"])).all()
