@@ -12,15 +12,13 @@ leaves a card (JSON and Markdown) that says what exactly was measured.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import evaluation, metrics
+from stepsearch_jax import cli, evaluation
 from stepsearch_jax.rewards import text_match
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -139,21 +137,15 @@ def _evaluate_model() -> None:
         f"{folder / 'predictions.jsonl'}")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Entry; see the module docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  metrics.quiet_libraries()
-  try:
-    if _PREDICTIONS.value:
-      print_sources(score_predictions(_PREDICTIONS.value))
-    elif _CONFIG.value is None or not _WORKDIR.value:
-      raise ValueError("need --predictions, or --config and --workdir")
-    else:
-      _evaluate_model()
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
+  if _PREDICTIONS.value:
+    print_sources(score_predictions(_PREDICTIONS.value))
+  elif _CONFIG.value is None or not _WORKDIR.value:
+    raise ValueError("need --predictions, or --config and --workdir")
+  else:
+    _evaluate_model()
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

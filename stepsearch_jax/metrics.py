@@ -21,7 +21,7 @@ from etils import epath
 def quiet_libraries() -> None:
   """Shows this project's log lines and everybody's warnings, nothing else."""
   project = str(epath.Path(__file__).parent)
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(
     lambda record: record.levelno >= logging.converter.STANDARD_WARNING
     or record.pathname.startswith(project)

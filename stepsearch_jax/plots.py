@@ -51,6 +51,7 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
     if axis.lines:
       axis.legend(fontsize=8)
   seconds = axes.flat[len(_PANELS)]
+  records = [r for r in records if "timing_s/gen" in r]
   steps = [r["step"] for r in records]
   seconds.stackplot(
     steps,

@@ -10,17 +10,16 @@ overridden: `--config.ppo.policy_lr=1e-6`.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import (
   checkpoints,
+  cli,
   evaluation,
   experiment,
   metrics,
@@ -96,7 +95,10 @@ def train(config, workdir: epath.Path) -> dict:
     saver,
   )
   writer = metrics.MetricsWriter(
-    workdir, step + 1, config.log.wandb_project, config.to_dict(),
+    workdir,
+    step + ("before" in meta),
+    config.log.wandb_project,
+    config.to_dict(),
     active=jax.process_index() == 0,
   )
 
@@ -117,6 +119,9 @@ def train(config, workdir: epath.Path) -> dict:
 
   if "before" not in meta:
     meta["before"] = evaluate(step)
+    writer.write(
+      step, {f"val/{name}": value for name, value in meta["before"].items()}
+    )
     meta["seconds"] = time.time() - began
     began = time.time()
     saver.save(step, state.policy, state.replace(policy=None), meta)
@@ -228,15 +233,9 @@ def _write_json(path: epath.Path, value: dict) -> None:
   temporary.replace(path)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Entry; see the module docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  metrics.quiet_libraries()
-  try:
-    summary = train(_CONFIG.value, epath.Path(_WORKDIR.value))
-  except (ValueError, OSError, metrics.NonFiniteError) as error:
-    sys.exit(f"error: {error}")
+  summary = train(_CONFIG.value, epath.Path(_WORKDIR.value))
   print()
   for name, value in summary.items():
     shown = f"{value:.4f}" if isinstance(value, float) else value
@@ -244,5 +243,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  cli.run(main, required=["config", "workdir"])

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
                "predictions/step_000002.jsonl"):
     assert (workdir / name).exists(), name
   steps = records(workdir)
-  assert [r["step"] for r in steps] == [1, 2]
+  assert [r["step"] for r in steps] == [0, 1, 2]
   assert {"actor/pg_loss", "critic/vf_loss", "critic/kl", "actor/entropy",
           "critic/score/mean", "val/em"} <= set(steps[-1])
   for record in steps:

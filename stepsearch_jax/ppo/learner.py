@@ -420,10 +420,11 @@ class Learner:
       opt = trained[f"{kind}_opt"]
       metrics[f"{role}/grad_norm"] = optax.global_norm(grads[kind])
       metrics[f"{role}/lr"] = self._rates[kind](optimizer.steps_taken(opt))
-      if kind == "policy" and not train_policy:
-        continue
       params = trained[kind]
-      updates, opt = self._transforms[kind].update(grads[kind], opt, params)
-      trained[kind] = jax.tree.map(jnp.add, params, updates)
-      trained[f"{kind}_opt"] = opt
+      if kind == "value" or train_policy:
+        updates, opt = self._transforms[kind].update(grads[kind], opt, params)
+        params = jax.tree.map(jnp.add, params, updates)
+      trained[kind], trained[f"{kind}_opt"] = params, opt
+      # Finite exactly when the parameters are, before they reach a checkpoint.
+      metrics[f"{role}/param_norm"] = optax.global_norm(params)
     return trained, metrics

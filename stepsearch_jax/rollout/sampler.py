@@ -383,7 +383,3 @@ class Sampler:
     """Runs `decode_block`; `upto` bounds the positions it may reach."""
     bound = self._bucket(min(upto, self.spec.context))
     return self._decode(params, state, self._table, key, kv_length=bound)
-
-  def compilations(self) -> int:
-    """Number of program variants compiled so far."""
-    return self._extend._cache_size() + self._decode._cache_size()

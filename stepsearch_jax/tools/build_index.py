@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from absl import flags
 
-from absl import app, flags
-
+from stepsearch_jax import cli
 from stepsearch_jax.retrieval import corpus, encoder, index
 
 _CORPUS = flags.DEFINE_string(
@@ -25,21 +23,15 @@ _ENCODER = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string("output", None, "Index folder; must not exist.")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Entry; see the module docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  try:
-    passages = corpus.load_corpus(_CORPUS.value)
-    index.build_index(
-      _OUTPUT.value, passages, encoder.load_encoder(_ENCODER.value)
-    )
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
+  passages = corpus.load_corpus(_CORPUS.value)
+  index.build_index(
+    _OUTPUT.value, passages, encoder.load_encoder(_ENCODER.value)
+  )
   print(f"{len(passages)} passages, corpus {corpus.corpus_hash(passages)}: "
         f"{_OUTPUT.value}")
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["corpus", "output"])
-  app.run(main)
+  cli.run(main, required=["corpus", "output"])

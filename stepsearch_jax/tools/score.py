@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from stepsearch_jax import cli
 from stepsearch_jax.data import files
 from stepsearch_jax.rewards import released, step_rewards
 
@@ -68,15 +68,10 @@ def _named(row: Mapping) -> dict:
   return row
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> int:
   """Entry; see the module docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   spec = PRESETS[_PRESET.value]()
-  try:
-    rows = list(files.read_rows(_INPUT.value))
-  except ValueError as error:
-    sys.exit(f"error: {error}")
+  rows = list(files.read_rows(_INPUT.value))
   scored = [
     score_row(spec, row, number)
     for number, (_, row) in enumerate(tqdm.tqdm(rows, unit="row"), 1)
@@ -90,10 +85,8 @@ def main(argv: Sequence[str]) -> None:
   for name in ("score", "answer_correct", "search_key_score"):
     if good:
       print(f"{name:>20}  {np.mean([row[name] for row in good]):.4f}")
-  if len(good) < len(scored):
-    sys.exit(1)
+  return int(len(good) < len(scored))
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["input", "output"])
-  app.run(main)
+  cli.run(main, required=["input", "output"])
