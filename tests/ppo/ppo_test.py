@@ -1,20 +1,13 @@
 """Estimators, losses and log-probabilities against naive references."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import ppo as reference
 
 from stepsearch_jax.ppo import advantages as adv
 from stepsearch_jax.ppo import logprobs, losses, optimizer
-
-_PATH = pathlib.Path(__file__).parents[1] / "reference" / "ppo.py"
-_SPEC = importlib.util.spec_from_file_location("reference_ppo", _PATH)
-reference = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(reference)
 
 
 def arrays(seed, count, shape=(4, 17), density=0.5):

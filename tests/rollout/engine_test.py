@@ -1,9 +1,8 @@
 """The rollout: token-exact, independent of slots and delays, untrickable."""
 
 import dataclasses
-import importlib.util
-import pathlib
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +13,6 @@ from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
 from stepsearch_jax.rollout import sampler
-
-_PATH = pathlib.Path(__file__).parents[1] / "fakes.py"
-_SPEC = importlib.util.spec_from_file_location("fakes", _PATH)
-fakes = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fakes)
 
 
 @pytest.fixture(scope="module")
