@@ -17,7 +17,7 @@ def get_config(arg=None):
   arg = common.parse_arg(arg, algorithm="steppo", runlocal=False)
   config = common.base()
   config.algorithm = arg.algorithm
-  config.total_steps = 40
+  config.total_steps = 36
 
   config.model.dtype = "float32"
   config.model.remat = True  # On this CPU faster than keeping activations.
@@ -39,15 +39,15 @@ def get_config(arg=None):
   config.rollout.extend_rows = (8, 32)
   config.rollout.extend_tokens = (64, 128)
 
-  config.warm_start.steps = 450
+  config.warm_start.steps = 550
   config.warm_start.lr = 3e-3
   config.warm_start.trajectories = 9000
-  config.warm_start.impatient = 0.65
+  config.warm_start.impatient = 0.6
   config.warm_start.rows = 16
   config.warm_start.row_length = 512
 
   config.batch.questions = 64
-  config.ppo.mini_batch = 64
+  config.ppo.mini_batch = 32
   config.ppo.micro_rows = 8
   config.ppo.policy_lr = 3e-4
   config.ppo.value_lr = 1e-3

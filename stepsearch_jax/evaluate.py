@@ -11,14 +11,13 @@ leaves a card (JSON and Markdown) that says what exactly was measured.
 
 from __future__ import annotations
 
-import json
-
 import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, evaluation
+from stepsearch_jax.data import files
 from stepsearch_jax.rewards import text_match
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -51,44 +50,28 @@ def print_sources(table: dict[str, dict]) -> None:
 
 
 def score_predictions(path: str) -> dict[str, dict]:
-  """EM and F1 of a prediction file; every row counts.
+  """EM, F1 and search counts of a prediction file; every row counts.
 
-  Accepts JSON lists and JSONL with an answer under `prediction`, `answer` or
-  `response` (the last closed answer tag) and gold answers under
-  `golden_answers`, `ground_truth`, `target` or `answers`.
+  Args:
+    path: JSON list or JSONL, gzipped or not. An answer stands under
+      `prediction` or `answer`, or in the last answer tag of `response`; gold
+      answers under `golden_answers`, `ground_truth`, `target` or `answers`,
+      or in verl's `reward_model`.
 
   Raises:
     ValueError: naming file, row and field.
   """
-  text = epath.Path(path).read_text()
-  rows = (
-    json.loads(text)
-    if text.lstrip().startswith("[")
-    else [json.loads(line) for line in text.splitlines() if line.strip()]
-  )
   scored = []
-  for number, row in enumerate(rows, 1):
-    gold = next(
-      (row[k] for k in ("golden_answers", "ground_truth", "target", "answers")
-       if k in row), None,
-    )
-    if isinstance(gold, dict):
-      gold = gold.get("target")
-    if isinstance(gold, str):
-      gold = [gold]
-    if not gold:
-      raise ValueError(
-        f"{path}: row {number}: expected gold answers under golden_answers, "
-        f"ground_truth, target or answers; found fields {sorted(row)}"
-      )
+  for where, row in files.read_rows(path):
+    gold = _gold(where, row)
     if "prediction" in row or "answer" in row:
       answer = row.get("prediction", row.get("answer")) or ""
     elif "response" in row:
       answer = text_match.last_answer(row["response"]) or ""
     else:
-      raise ValueError(
-        f"{path}: row {number}: expected prediction, answer or response; "
-        f"found fields {sorted(row)}"
+      raise files.DataError(
+        f"{where}: expected prediction, answer or response; found fields "
+        f"{sorted(row)}"
       )
     scored.append({
       "data_source": row.get("data_source", ""),
@@ -96,8 +79,24 @@ def score_predictions(path: str) -> dict[str, dict]:
       "f1": text_match.f1(answer, gold),
     })
   if not scored:
-    raise ValueError(f"{path}: no predictions in the file")
+    raise files.DataError(f"{path}: no predictions in the file")
   return evaluation.by_source(scored)
+
+
+def _gold(where: str, row: dict) -> list[str]:
+  """Gold answers of a prediction row."""
+  row = {**row.get("reward_model", {}), **row}
+  names = ("golden_answers", "ground_truth", "target", "answers")
+  gold = next((row[name] for name in names if name in row), None)
+  if isinstance(gold, dict):
+    gold = gold.get("target")
+  gold = [gold] if isinstance(gold, str) else gold
+  if not gold or not all(isinstance(answer, str) for answer in gold):
+    raise files.DataError(
+      f"{where}: expected gold answers under one of {names}, got {gold!r}; "
+      f"found fields {sorted(row)}"
+    )
+  return list(gold)
 
 
 def _evaluate_model() -> None:
@@ -119,19 +118,13 @@ def _evaluate_model() -> None:
     like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
     step, params = checkpoints.load_policy(workdir, like, _STEP.value)
     name = f"{workdir} step {step}"
-  trajectories, _ = evaluation.play(engine, params, data.heldout)
-  engine.close()
-  records = [evaluation.record(t, tokenizer) for t in trajectories]
-  card = {
-    "settings": reporting.card_settings(
-      config, retriever, name, len(records)
-    ),
-    "metrics": evaluation.summarise(trajectories),
-    "sources": evaluation.by_source(records),
-  }
   folder = workdir / "eval"
-  evaluation.write_card(folder, card)
-  evaluation.write_jsonl(folder / "predictions.jsonl", records)
+  card = evaluation.evaluate(
+    engine, params, data.heldout, tokenizer,
+    reporting.card_settings(config, retriever, name),
+    folder, folder / "predictions.jsonl",
+  )
+  engine.close()
   print_sources(card["sources"])
   print(f"card: {folder / 'card.md'}   predictions: "
         f"{folder / 'predictions.jsonl'}")

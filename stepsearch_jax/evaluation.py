@@ -24,6 +24,28 @@ def play(engine, params, questions: Sequence[types.Question]):
   return engine.run(params, questions, range(len(questions)), temperature=0.0)
 
 
+def evaluate(
+  engine,
+  params,
+  questions: Sequence[types.Question],
+  tokenizer,
+  settings: dict,
+  folder: epath.Path,
+  predictions: epath.Path,
+) -> dict:
+  """Plays `questions`, writes predictions and card, returns the card."""
+  trajectories, _ = play(engine, params, questions)
+  records = [record(t, tokenizer) for t in trajectories]
+  write_jsonl(predictions, records)
+  card = {
+    "settings": {**settings, "n": len(records)},
+    "metrics": summarise(trajectories),
+    "sources": by_source(records),
+  }
+  write_card(folder, card)
+  return card
+
+
 def record(trajectory: types.Trajectory, tokenizer) -> dict:
   """One prediction as a JSON-able row, with everything that was seen."""
   question = trajectory.question

@@ -63,19 +63,23 @@ def summary(config, meta: dict, steps: int) -> dict:
   }
 
 
-def card_settings(config, retriever, model_name: str, questions: int) -> dict:
+def card_settings(config, retriever, model_name: str) -> dict:
   """The settings half of an evaluation card."""
+  manifest = retriever.index.manifest
   return {
     "model": model_name,
-    "questions": config.data.eval or f"held out of {config.data.train}",
-    "n": questions,
+    "questions": config.data.eval or config.data.train,
+    "split": "evaluation file" if config.data.eval else "held out",
+    "corpus": config.data.corpus or "paragraphs of the question files",
+    "corpus_hash": manifest["corpus"],
+    "passages": manifest["count"],
     "index": retriever.index.hash,
-    "encoder": retriever.index.manifest["encoder"]["name"],
-    "passages": retriever.index.manifest["count"],
+    "encoder": manifest["encoder"]["name"],
     "k": config.retrieval.topk,
     "template": config.rollout.template,
     "max_turns": config.rollout.max_turns,
     "context": config.rollout.context,
+    "max_turn": config.rollout.max_turn,
     "max_observation": config.rollout.max_observation,
     "decoding": "greedy",
     "reward_preset": config.reward.preset,

@@ -103,19 +103,14 @@ def train(config, workdir: epath.Path) -> dict:
   )
 
   def evaluate(at: int) -> dict[str, float]:
-    trajectories, _ = evaluation.play(engine, state.policy, data.heldout)
-    records = [evaluation.record(t, tokenizer) for t in trajectories]
-    name = f"step_{at:06d}.jsonl"
-    evaluation.write_jsonl(workdir / "predictions" / name, records)
-    scores = evaluation.summarise(trajectories)
     settings = reporting.card_settings(
-      config, retriever, f"{workdir} step {at}", len(records)
+      config, retriever, f"{workdir} step {at}"
     )
-    evaluation.write_card(workdir / "eval", {
-      "settings": settings, "metrics": scores,
-      "sources": evaluation.by_source(records),
-    })
-    return scores
+    card = evaluation.evaluate(
+      engine, state.policy, data.heldout, tokenizer, settings,
+      workdir / "eval", workdir / "predictions" / f"step_{at:06d}.jsonl",
+    )
+    return card["metrics"]
 
   if "before" not in meta:
     meta["before"] = evaluate(step)

@@ -22,6 +22,7 @@ _PAIR = re.compile(
   r"<search>.*?</search>\s*<information>(.*?)</information>", re.DOTALL
 )
 _SEARCH = re.compile(r"<search>.*?</search>", re.DOTALL)
+_INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
 _TAG = re.compile(r"</?search>")
 _ASSISTANT = "<|im_start|>assistant"
 
@@ -163,6 +164,33 @@ def scored_text(full_text: str) -> str:
   if _ASSISTANT in full_text:
     return full_text.split(_ASSISTANT)[-1].strip()
   return full_text
+
+
+def search_metrics(response: str, paragraphs: Sequence[str]) -> dict[str, int]:
+  """Counts of the release's eval/metrics.py for one response (D5).
+
+  Args:
+    response: decoded text.
+    paragraphs: the golden paragraphs.
+
+  Returns:
+    search_count; hit_count and recall_count, paragraphs that some information
+    block shows whole; useful_count, blocks that show one for the first time.
+  """
+  wanted = [text.lower() for text in paragraphs]
+  found: set[int] = set()
+  useful = 0
+  for block in _INFORMATION.findall(response):
+    seen = {i for i, text in enumerate(wanted) if text and text in
+            block.lower()}
+    useful += bool(seen - found)
+    found |= seen
+  return {
+    "search_count": len(_SEARCH.findall(response)),
+    "hit_count": len(found),
+    "useful_count": useful,
+    "recall_count": len(found),
+  }
 
 
 def mix_evidence(
