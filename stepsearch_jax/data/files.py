@@ -1,7 +1,7 @@
 """Rows of local question and corpus files, with the place of each row.
 
-JSONL, JSON lists and parquet, gzipped or not. Every problem is reported as
-`file:line: what was expected, what was found`.
+JSONL, JSON lists and parquet, gzipped or not, and TFDS datasets. Every problem
+is reported as `file:line: what was expected, what was found`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ class DataError(ValueError):
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
   """Yields ("file:line", row) of a data file.
 
+  Args:
+    path: the file, or `tfds:<folder of the prepared dataset>:<split>` for a
+      dataset that `tools/prepare_data` built.
+
   Raises:
     DataError: the file is missing, of an unknown type, or a row is no object.
   """
+  if str(path).startswith("tfds:"):
+    yield from _tfds(str(path))
+    return
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
     raise DataError(f"{path}: no such file")
@@ -36,6 +43,25 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
     raise DataError(
       f"{path}: unknown file type, expected .jsonl, .json, .parquet (or .gz)"
     )
+
+
+def _tfds(reference: str) -> Iterator[tuple[str, dict]]:
+  import tensorflow_datasets as tfds
+
+  folder, _, split = reference.removeprefix("tfds:").rpartition(":")
+  if not (epath.Path(folder) / "dataset_info.json").exists():
+    raise DataError(
+      f"{reference}: no prepared dataset in {folder!r}, expected "
+      "tfds:<folder with dataset_info.json>:<split>"
+    )
+  builder = tfds.builder_from_directory(folder)
+  if split not in builder.info.splits:
+    raise DataError(
+      f"{reference}: no split {split!r}, there are "
+      f"{sorted(builder.info.splits)}"
+    )
+  for number, example in enumerate(builder.as_data_source(split), 1):
+    yield f"{reference}:{number}", json.loads(example["record"])
 
 
 def _parquet(path: epath.Path) -> Iterator[tuple[str, dict]]:

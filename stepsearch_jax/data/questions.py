@@ -2,6 +2,7 @@
 
 The schema is recognised row by row from the fields that are there:
 
+  support                  this project's own (`to_row`)
   question_decomposition   MuSiQue (and the embedded world)
   sub_searchs              StepSearch's released jsonl
   reward_model             verl parquet / jsonl, with or without search keys
@@ -11,6 +12,7 @@ The schema is recognised row by row from the fields that are there:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
@@ -30,7 +32,8 @@ def load_questions(
   """Reads a question file.
 
   Args:
-    path: .jsonl, .json or .parquet, gzipped or not.
+    path: .jsonl, .json or .parquet, gzipped or not, or a TFDS dataset
+      (see `files.read_rows`).
     limit: stop after this many.
     require_support: a question without supporting paragraphs is an error, as
       it could earn no step reward.
@@ -225,7 +228,28 @@ def _flashrag(where: str, row: dict, number: int) -> types.Question:
   )
 
 
+def to_row(question: types.Question) -> dict:
+  """A question as a JSON-able row that `parse_question` reads back."""
+  return dataclasses.asdict(question)
+
+
+def _own(where: str, row: dict, number: int) -> types.Question:
+  return types.Question(
+    id=str(row.get("id", number)),
+    text=_field(where, row, "text"),
+    answers=_texts(where, "answers", _field(where, row, "answers")),
+    source=row.get("source", ""),
+    search_keys=tuple(map(tuple, row.get("search_keys", ()))),
+    support=tuple(types.Passage(**passage) for passage in row["support"]),
+    decomposition=tuple(
+      types.SubQuestion(**hop) for hop in row.get("decomposition", ())
+    ),
+    extra=row.get("extra", {}),
+  )
+
+
 _SCHEMAS: dict[str, Callable[[str, dict, int], types.Question]] = {
+  "support": _own,
   "question_decomposition": _musique,
   "sub_searchs": _stepsearch,
   "reward_model": _verl,

@@ -113,3 +113,10 @@ def test_missing_support_is_an_error_only_when_required(tmp_path):
     questions.load_questions(str(path), require_support=True)
   with pytest.raises(files.DataError, match="no such file"):
     questions.load_questions(str(tmp_path / "absent.jsonl"))
+
+
+def test_own_rows_round_trip(shared):
+  path = str(shared / "data/musique/musique_ans_train_100.jsonl")
+  for question in questions.load_questions(path):
+    row = json.loads(json.dumps(questions.to_row(question)))
+    assert questions.parse_question("f:1", row) == question

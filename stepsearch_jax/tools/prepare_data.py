@@ -1,0 +1,116 @@
+"""Checks question files before a run, and converts large ones to TFDS.
+
+  python -m stepsearch_jax.tools.prepare_data --check --input=train.jsonl
+  python -m stepsearch_jax.tools.prepare_data --input=train.parquet \\
+    --tfds_dir=gs://bucket/tfds --name=musique --split=train
+
+`--check` prints the first questions as the policy will see them, with the
+rewards of a perfect, an empty and a wrong answer, so that a wrong schema shows
+before a run and not after a day.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli, types
+from stepsearch_jax import tokenizer as tokenizer_lib
+from stepsearch_jax.data import questions as questions_lib
+from stepsearch_jax.env import prompts
+from stepsearch_jax.rewards import step_rewards, token_rewards
+
+_INPUT = flags.DEFINE_string(
+  "input", None, "Question file (.jsonl, .json, .parquet, or .gz)."
+)
+_CHECK = flags.DEFINE_bool("check", False, "Print rows, prompts and rewards.")
+_ROWS = flags.DEFINE_integer("rows", 3, "How many questions --check prints.")
+_TEMPLATE = flags.DEFINE_enum(
+  "template", "stepsearch", sorted(prompts.TEMPLATES), "Prompt of --check."
+)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "With it --check adds the chat template and token counts."
+)
+_PRESET = flags.DEFINE_enum(
+  "preset", "paper", ["paper", "released"], "Reward of --check."
+)
+_TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Write a TFDS dataset here.")
+_NAME = flags.DEFINE_string("name", "custom", "Name of the TFDS dataset.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of the TFDS dataset.")
+
+
+def trial_rewards(
+  spec: step_rewards.RewardSpec, question: types.Question
+) -> dict[str, step_rewards.TurnRewards]:
+  """Rewards of a perfect, an empty and a wrong trajectory.
+
+  The perfect one asks the first key of every sub-question, one a turn, is
+  shown one gold paragraph a turn and gives the first answer.
+  """
+  goal = token_rewards.gold(question)
+  asked = [group[0] for group in question.search_keys if group]
+  shown = [[passage.text] for passage in question.support]
+  trials = {
+    "perfect": step_rewards.Evidence(asked, shown, question.answers[0], True),
+    "empty": step_rewards.Evidence([], [], None, False),
+    "wrong": step_rewards.Evidence([], [], "(a wrong answer)", True),
+  }
+  return {
+    name: step_rewards.score(spec, evidence, goal)
+    for name, evidence in trials.items()
+  }
+
+
+def check(questions: list[types.Question]) -> None:
+  """Prints what a run would make of the first questions."""
+  specs = {"paper": step_rewards.RewardSpec.paper,
+           "released": step_rewards.RewardSpec.released}
+  template = prompts.TEMPLATES[_TEMPLATE.value]
+  tokenizer = _TOKENIZER.value and tokenizer_lib.load(_TOKENIZER.value)
+  for question in questions[: _ROWS.value]:
+    prompt = template.render(question.text)
+    print(f"=== {question.source or 'unknown source'}  {question.id}")
+    if tokenizer:
+      prompt = tokenizer.chat_prompt(prompt)
+      print(f"--- prompt, {len(tokenizer.encode(prompt, special=True))} tokens")
+    print(prompt.rstrip())
+    print(f"--- answers      {list(question.answers)}")
+    print(f"--- search keys  {[list(group) for group in question.search_keys]}")
+    print(f"--- support      {[p.title for p in question.support]}")
+    for name, scores in trial_rewards(
+      specs[_PRESET.value](), question
+    ).items():
+      steps = ", ".join(f"{step:.3f}" for step in scores.step_scores)
+      print(f"--- {name:8} outcome {scores.score:6.3f} (answer "
+            f"{scores.answer_correct:.3f}, keys {scores.search_key_score:.3f})"
+            f", steps [{steps}]")
+  print(f"\n{len(questions)} questions")
+  for what, lacking, loss in (
+    ("search keys", [q for q in questions if not q.search_keys],
+     "their search-key reward is 0"),
+    ("supporting paragraphs", [q for q in questions if not q.support],
+     "they cannot be trained on: no step reward"),
+    ("a decomposition", [q for q in questions if not q.decomposition],
+     "they cannot be scripted for a warm start"),
+  ):
+    if lacking:
+      print(f"{len(lacking)} without {what}: {loss}")
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  if not (_CHECK.value or _TFDS_DIR.value):
+    raise ValueError("nothing to do: give --check or --tfds_dir")
+  if _CHECK.value:
+    check(questions_lib.load_questions(_INPUT.value))
+  if _TFDS_DIR.value:
+    from stepsearch_jax.data.datasets import multihop_qa
+
+    reference = multihop_qa.build(
+      epath.Path(_INPUT.value), _TFDS_DIR.value, _SPLIT.value, _NAME.value
+    )
+    print(f"--config.data.train={reference}")
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["input"])
