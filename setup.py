@@ -46,6 +46,8 @@ setuptools.setup(
     "tpu": ["jax[tpu]==0.10.2"],
     "gpu": ["jax[cuda12]==0.10.2"],
     "wandb": ["wandb"],
+    # Peers of tools/benchmark; the product never imports them.
+    "bench": ["scikit-learn==1.9.1", "torch==2.13.0"],
     "test": [
       "pytest==9.2.0",
       "pytest-xdist==3.8.0",

@@ -12,7 +12,7 @@ import tqdm
 
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder
-from stepsearch_jax.ppo import learner, losses, records
+from stepsearch_jax.ppo import losses, records, scores
 from stepsearch_jax.rollout import batching
 
 
@@ -20,7 +20,7 @@ def _step(params, opt, micro, *, config, tx):
   """One optimiser step on the masked tokens of packed rows."""
 
   def loss(params):
-    logp, _ = learner.policy_scores(params, micro, config, 1.0)
+    logp, _ = scores.of_policy(params, micro, config, 1.0)
     count = (micro.mask > 0).sum(dtype=jnp.float32)
     return losses.imitation_loss(logp, micro.mask) / jnp.maximum(count, 1.0)
 

@@ -19,7 +19,7 @@ import optax
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import logprobs, losses, optimizer
+from stepsearch_jax.ppo import losses, optimizer, records, scores
 from stepsearch_jax.ppo.records import (
   Experience,
   LearnerSpec,
@@ -27,39 +27,6 @@ from stepsearch_jax.ppo.records import (
   Micro,
 )
 from stepsearch_jax.rollout import batching
-
-
-def _shift(hidden):
-  """Row t holds the state in which token t was chosen."""
-  return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-
-
-def _trunk(params, micro, config):
-  hidden, _ = decoder.Decoder(config).apply(
-    {"params": params["trunk"]},
-    micro.tokens,
-    micro.positions,
-    segment_ids=micro.segment_ids,
-  )
-  return _shift(hidden)
-
-
-def policy_scores(params, micro, config, temperature):
-  """(log-probabilities, entropies) [R, S] of the masked tokens."""
-  hidden = _trunk(params, micro, config)
-  logp, entropy = logprobs.token_logprobs(
-    hidden.reshape(-1, hidden.shape[-1]),
-    heads.unembedding(params),
-    micro.tokens.reshape(-1),
-    micro.mask.reshape(-1),
-    temperature,
-  )
-  return logp.reshape(micro.mask.shape), entropy.reshape(micro.mask.shape)
-
-
-def value_scores(params, micro, config):
-  """State values [R, S] float32."""
-  return heads.values(params, _trunk(params, micro, config))
 
 
 class Learner:
@@ -94,11 +61,11 @@ class Learner:
     self._init_shardings()
     self._score_policy = jax.jit(
       functools.partial(
-        policy_scores, config=policy_config, temperature=spec.temperature
+        scores.of_policy, config=policy_config, temperature=spec.temperature
       )
     )
     self._score_value = jax.jit(
-      functools.partial(value_scores, config=value_config)
+      functools.partial(scores.of_value, config=value_config)
     )
     grads = {kind: self._shardings[kind] for kind in self._kinds}
     self._zero = jax.jit(
@@ -168,8 +135,12 @@ class Learner:
     return jax.device_put(value, self._replicated)
 
   def _packing(self, batch, rows) -> batching.Packing:
+    lengths = batch.lengths
+    if self.spec.mask_scope == "attended":
+      # The released value model also scores the token behind the last.
+      lengths = np.minimum(lengths + 1, batch.tokens.shape[1])
     return batching.pack(
-      rows, batch.lengths, batch.tokens.shape[1], self.spec.row_length,
+      rows, lengths, batch.tokens.shape[1], self.spec.row_length,
       self.spec.micro_rows,
     )
 
@@ -223,12 +194,12 @@ class Learner:
       for name in outputs[0]
     }
     values = whole.get("values", np.zeros(shape, np.float32))
-    scope = self._scope(batch)
+    scope, value_scope = records.scopes(batch, spec.mask_scope)
     coefficient = np.float32(state.kl_coef if spec.kl_in_reward else 0.0)
     advantages, returns, metrics = jax.device_get(
       self._estimate(
         batch.token_rewards, values, whole["logp"], whole["reference"],
-        batch.policy_mask, scope, batch.group, coefficient,
+        batch.policy_mask, scope, value_scope, batch.group, coefficient,
       )
     )
     metrics["actor/entropy"] = float(
@@ -238,28 +209,19 @@ class Learner:
     metrics["update/padding_share"] = packing.padding_share
     experience = Experience(
       batch, whole["logp"], whole["reference"], values, advantages, returns,
-      scope, float(metrics["critic/kl"]),
+      value_scope, float(metrics["critic/kl"]),
     )
     return experience, {name: float(v) for name, v in metrics.items()}
 
-  def _scope(self, batch) -> np.ndarray:
-    """Mask of GAE, whitening and value loss."""
-    if self.spec.mask_scope == "policy":
-      return batch.policy_mask
-    steps = np.arange(batch.tokens.shape[1])[None]
-    first = (batch.policy_mask > 0).argmax(axis=1)[:, None]
-    inside = (steps >= first) & (steps < batch.lengths[:, None])
-    return (inside & batch.policy_mask.any(axis=1)[:, None]).astype(np.float32)
-
-  def _advantages(self, rewards, values, logp, reference, mask, scope, group,
-                  kl_coef):
+  def _advantages(self, rewards, values, logp, reference, mask, scope,
+                  value_scope, group, kl_coef):
     """(advantages, returns, metrics) of a whole batch."""
     spec = self.spec
     on = mask > 0
     kl = adv.kl_penalty(logp, reference, spec.kl_estimator)
     kl = jnp.where(on, kl, 0.0)
     shaped = rewards - kl_coef * kl
-    values = jnp.where(scope > 0, values, 0.0)
+    values = jnp.where(value_scope > 0, values, 0.0)
     if spec.estimator == "gae":
       estimate = adv.gae if spec.mask_scope == "policy" else adv.gae_released
       advantages, returns = estimate(shaped, values, scope, spec.gamma,
@@ -271,17 +233,15 @@ class Learner:
       advantages = returns = adv.reinforce(shaped, mask, spec.gamma)
     per_row = kl.sum(-1) / jnp.maximum(on.sum(-1, dtype=jnp.float32), 1.0)
     error = jnp.where(scope > 0, returns - values, 0.0)
+
+    def variance(x):
+      return adv.masked_mean((x - adv.masked_mean(x, scope)) ** 2, scope)
+
+    unexplained = variance(error) / jnp.maximum(variance(returns), 1e-6)
     metrics = {
       "critic/kl": per_row.mean(),
       "critic/rewards/mean": shaped.sum(-1).mean(),
-      "critic/vf_explained_var": 1.0
-      - adv.masked_mean((error - adv.masked_mean(error, scope)) ** 2, scope)
-      / jnp.maximum(
-        adv.masked_mean(
-          (returns - adv.masked_mean(returns, scope)) ** 2, scope
-        ),
-        1e-6,
-      ),
+      "critic/vf_explained_var": 1.0 - unexplained,
     }
     for name, x in (("advantages", advantages), ("returns", returns),
                     ("values", values)):
@@ -373,7 +333,7 @@ class Learner:
       )
 
     def loss(models):
-      logp, entropy = policy_scores(
+      logp, entropy = scores.of_policy(
         models["policy"], micro, self._configs["policy"], spec.temperature
       )
       on = micro.mask > 0
@@ -394,7 +354,7 @@ class Learner:
         policy - spec.entropy_coef * entropies + spec.kl_loss_coef * kl
       )
       if "value" in models:
-        values = value_scores(models["value"], micro, self._configs["value"])
+        values = scores.of_value(models["value"], micro, self._configs["value"])
         error, clipped = losses.value_loss(
           values, micro.values, micro.returns, micro.scope, spec.value_clip
         )

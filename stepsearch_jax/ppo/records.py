@@ -96,7 +96,11 @@ class LearnerState:
 
 @dataclasses.dataclass
 class Experience:
-  """A scored batch: [B, T] float32 host arrays by token, and its mean KL."""
+  """A scored batch: [B, T] float32 host arrays by token, and its mean KL.
+
+  `scope` masks the value loss; it is the policy mask except in the released
+  preset (see `scopes`).
+  """
 
   batch: types.RolloutBatch
   logp: np.ndarray
@@ -106,6 +110,26 @@ class Experience:
   returns: np.ndarray
   scope: np.ndarray
   kl: float
+
+
+def scopes(
+  batch: types.RolloutBatch, mask_scope: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Masks [B, T] of (GAE and whitening, value model and its loss).
+
+  Both are the policy mask, unless the released code's are asked for
+  ("attended"): all response tokens, and for the value model, whose mask is
+  shifted by one there, also the token behind them (C2, C10).
+  """
+  if mask_scope == "policy":
+    return batch.policy_mask, batch.policy_mask
+  steps = np.arange(batch.tokens.shape[1])[None]
+  first = (batch.policy_mask > 0).argmax(axis=1)[:, None]
+  inside = (steps >= first) & (steps < batch.lengths[:, None])
+  inside &= batch.policy_mask.any(axis=1)[:, None]
+  late = inside.copy()
+  late[:, 1:] |= inside[:, :-1]
+  return inside.astype(np.float32), late.astype(np.float32)
 
 
 @flax.struct.dataclass

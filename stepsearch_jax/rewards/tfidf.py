@@ -44,6 +44,12 @@ def _gold_matrix(golds: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
   return columns, matrix
 
 
+def forget() -> None:
+  """Empties the caches of texts seen before, for measurements."""
+  _counts.cache_clear()
+  _gold_matrix.cache_clear()
+
+
 def similarities(
   golds: Sequence[str], documents: Sequence[str], strict: bool = False
 ) -> np.ndarray:

@@ -222,6 +222,35 @@ def test_estimators_without_value_model_raise_rewarded_tokens(estimator):
   assert gain.sum() > 0
 
 
+def test_released_scope_bootstraps_from_the_token_behind_the_response():
+  """C1, C2, C10 against a loop over the padded rows."""
+  ours = make_learner(mask_scope="attended")
+  batch = make_batch(0, [10, 31, 24, 48, 9, 17, 40, 12])
+  experience, _ = ours.prepare(fresh(ours), models()[2], batch)
+  values = np.asarray(heads.values(models()[1], states(models()[1], batch)))
+  first = batch.policy_mask.argmax(1)
+  raw, inside = np.zeros_like(values), np.zeros_like(values)
+  kl = experience.logp - experience.reference_logp
+  rewards = batch.token_rewards - 0.1 * kl * batch.policy_mask
+  for b, n in enumerate(batch.lengths):
+    inside[b, first[b] : n] = 1
+    stop = min(n + 1, 48)
+    np.testing.assert_array_equal(
+      np.nonzero(experience.scope[b])[0], np.arange(first[b], stop)
+    )
+    value = np.zeros(49)
+    value[first[b] : stop] = values[b, first[b] : stop]
+    carried = 0.0
+    for t in reversed(range(48)):
+      carried += rewards[b, t] + value[t + 1] - value[t]
+      raw[b, t] = carried
+  picked = raw[inside > 0]
+  want = (raw - picked.mean()) / np.sqrt(picked.var(ddof=1) + 1e-8)
+  np.testing.assert_allclose(
+    experience.advantages[inside > 0], want[inside > 0], atol=1e-4
+  )
+
+
 def test_adaptive_controller_follows_the_measured_kl():
   ours = make_learner(kl_controller="adaptive", kl_target=1e-3, kl_horizon=100)
   state, _, metrics = step(ours, fresh(ours), make_batch(0))
