@@ -39,6 +39,17 @@ def get_config(arg=None):
   config.rollout.extend_rows = (4, 8)
   config.rollout.extend_tokens = (128, 384)
 
+  # The instruct model does not search by itself: a few imitated trajectories
+  # teach it the format.
+  config.warm_start.steps = 16
+  config.warm_start.rows = 1
+  config.warm_start.row_length = 1024
+  config.warm_start.lr = 2e-4
+  config.warm_start.trajectories = 64
+  config.warm_start.impatient = 0.0
+  config.warm_start.repeat = 0.0
+  config.warm_start.whole = 0.0
+
   config.batch.questions = 8
   config.ppo.mini_batch = 8
   config.ppo.micro_rows = 1

@@ -100,7 +100,7 @@ def _gold(where: str, row: dict) -> list[str]:
 
 
 def _evaluate_model() -> None:
-  from stepsearch_jax import checkpoints, experiment, reporting
+  from stepsearch_jax import checkpoints, experiment, reporting, sharding
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
@@ -111,7 +111,10 @@ def _evaluate_model() -> None:
   model = experiment.decoder_config(config, tokenizer)
   retriever = experiment.load_retriever(config, workdir, data)
   env = experiment.build_env(config)
-  engine = experiment.build_engine(config, model, env, retriever, tokenizer)
+  mesh = sharding.make_mesh(**config.mesh)
+  engine = experiment.build_engine(
+    config, model, env, retriever, tokenizer, mesh
+  )
   if _MODEL.value:
     params, name = experiment.initial_policy(config, model), _MODEL.value
   else:

@@ -232,10 +232,7 @@ def load_retriever(config, workdir: epath.Path, data: Data):
     logging.info("building an index of %d passages", len(data.corpus))
     index_lib.build_index(folder, data.corpus, encoder)
   return retriever_lib.open_retriever(
-    folder,
-    encoder,
-    corpus_hash=corpus_hash,
-    cache_size=settings.cache,
+    folder, encoder, corpus_hash=corpus_hash, cache_size=settings.cache
   )
 
 
@@ -248,7 +245,9 @@ def build_env(config) -> search_env.SearchEnv:
   )
 
 
-def build_engine(config, model, env, retriever, tokenizer) -> engine.Engine:
+def build_engine(
+  config, model, env, retriever, tokenizer, mesh
+) -> engine.Engine:
   """The rollout engine over a freshly compiled stop automaton."""
   rollout = config.rollout
   stops = automaton.build_automaton(
@@ -266,6 +265,7 @@ def build_engine(config, model, env, retriever, tokenizer) -> engine.Engine:
     ),
     table,
     stops.first_stop,
+    mesh,
   )
   spec = engine.EngineSpec(
     max_prompt=rollout.max_prompt,
@@ -312,10 +312,9 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
     )
   logging.info("warm start: %d of %d scripts fit the context",
                len(fitting), len(trajectories))
-  trajectories = fitting
   batch = batching.trajectories_to_batch(
-    trajectories,
-    [np.zeros(len(t.tokens), np.float32) for t in trajectories],
+    fitting,
+    [np.zeros(len(t.tokens), np.float32) for t in fitting],
     config.rollout.context,
     tokenizer.pad_id,
   )

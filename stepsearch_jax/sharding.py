@@ -97,6 +97,21 @@ def tree_shardings(mesh: Mesh, axes, shapes):
   )
 
 
+def decode_shardings(mesh: Mesh, axes, shapes):
+  """Like `tree_shardings`, but whole along `fsdp`.
+
+  Decoding reads every weight for every token: gathering them over `fsdp` once
+  an update beats gathering them in every step.
+  """
+  def gathered(spec):
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+  return jax.tree.map(
+    lambda where: NamedSharding(mesh, gathered(where.spec)),
+    tree_shardings(mesh, axes, shapes),
+  )
+
+
 def batch(mesh: Mesh) -> NamedSharding:
   """Rows are split over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

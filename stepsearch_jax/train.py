@@ -77,7 +77,9 @@ def train(config, workdir: epath.Path) -> dict:
   #################################################################
   mesh = sharding.make_mesh(**config.mesh)
   model = experiment.decoder_config(config, tokenizer)
-  engine = experiment.build_engine(config, model, env, retriever, tokenizer)
+  engine = experiment.build_engine(
+    config, model, env, retriever, tokenizer, mesh
+  )
   for question in data.train + data.heldout:
     engine.prompt_tokens(question)  # A prompt that does not fit stops us now.
   rewards = experiment.reward_spec(config)

@@ -34,7 +34,7 @@ OURS = "stepsearch_jax."
     ("stepsearch_jax/**/*.py", ["torch", "tensorflow", "ray", "vllm"]),
     ("stepsearch_jax/env/*.py", ["jax", "flax", OURS + "tokenizer"]),
     ("stepsearch_jax/rewards/*.py", ["jax", "flax"]),
-    ("stepsearch_jax/rollout/sampler.py",
+    ("stepsearch_jax/rollout/sampl*.py",
      [OURS + "env", OURS + "retrieval", OURS + "tokenizer"]),
     ("stepsearch_jax/ppo/*.py",
      [OURS + "env", OURS + "retrieval", OURS + "tokenizer", OURS + "rewards"]),

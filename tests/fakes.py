@@ -6,8 +6,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import sharding, types
 from stepsearch_jax import tokenizer as tokenizer_lib
-from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rollout import automaton, engine, sampler
@@ -34,6 +34,17 @@ def make_model(vocab_size: int, **changes):
 
 def make_policy(model, seed: int = 0):
   return heads.init_policy(model, jax.random.key(seed))
+
+
+def make_tag_lover(tokenizer, policy):
+  """The policy with boosted tag pieces, so that it searches and answers."""
+  liked = sorted({
+    i for text in ("<search> Ada </search>", "<answer> Ada </answer>")
+    for i in tokenizer.encode(text)
+  })
+  embedding = policy["trunk"]["embedding"]
+  embedding = embedding.at[jnp.asarray(liked)].multiply(3.0)
+  return {**policy, "trunk": {**policy["trunk"], "embedding": embedding}}
 
 
 def make_questions(count: int):
@@ -65,13 +76,14 @@ class FakeRetriever:
 
 
 def make_engine(tokenizer, model, retriever, slots=4, block=4, context=256,
-                seed=0, spec=None, tags=("</search>", "</answer>"), **env):
+                seed=0, spec=None, tags=("</search>", "</answer>"), mesh=None,
+                **env):
   stops = automaton.build_automaton(
     tokenizer.token_bytes(), tags, tokenizer.eos_ids
   )
   programs = sampler.Sampler(
     model, sampler.SamplerSpec(slots, context, block), stops.table,
-    stops.first_stop,
+    stops.first_stop, mesh or sharding.make_mesh(),
   )
   spec = spec or engine.EngineSpec(
     max_prompt=64, max_turn=12, max_observation=48, answer_room=8,

@@ -1,6 +1,7 @@
 """The real training loop on a tiny config: runs, resumes, refuses."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from etils import epath
 from configs import musique_smollm2, quickstart
 from stepsearch_jax import checkpoints, experiment, metrics, train
 from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.retrieval import corpus
 
 
 def tiny(**changes):
@@ -145,5 +147,21 @@ def test_one_update_of_smollm2_on_real_musique(shared, tmp_path):
   assert summary["steps"] == 1
   for record in records(workdir):
     metrics.check_finite(record["step"], record)
-  text = (workdir / "predictions/step_000001.jsonl").read_text()
-  assert "Question" not in json.loads(text.splitlines()[0])["prediction"]
+  passages = {
+    passage.id: passage
+    for passage in corpus.corpus_from_questions([str(path)])
+  }
+  predictions = (workdir / "predictions/step_000001.jsonl").read_text()
+  shown = 0
+  for row in map(json.loads, predictions.splitlines()):
+    blocks = re.findall(
+      "<information>(.*?)</information>", row["response"], re.DOTALL
+    )
+    searched = [turn for turn in row["turns"] if turn["documents"]]
+    assert len(blocks) == len(searched)
+    for block, turn in zip(blocks, searched, strict=True):
+      for name in turn["documents"]:
+        assert passages[name].title in block
+        assert passages[name].text[:40] in block
+        shown += 1
+  assert shown, "the policy never searched"

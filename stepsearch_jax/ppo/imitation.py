@@ -102,6 +102,8 @@ def imitate(
     for i, micro in enumerate(_micros(batch, steps, rows, row_length, seed)):
       params, opt, value = step(params, opt, jax.device_put(micro, where))
       history.append(value)
+      # One step stays in flight; without this the bar would run ahead.
+      jax.block_until_ready(history[max(i - 1, 0)])
       bar.update(1)
       if i % 20 == 19:
         bar.set_postfix(loss=f"{float(value):.3f}")

@@ -42,12 +42,15 @@ def observation_tokens(
   """
   head, tail = encode(observation.head), encode(observation.tail)
   documents = [encode(text) for text in observation.documents]
+  ends = [encode("\n") if text.endswith("\n") else []
+          for text in observation.documents]
   sizes = [len(tokens) for tokens in documents]
   shares = fair_shares(sizes, limit - len(head) - len(tail))
-  body = [
-    token
-    for tokens, share in zip(documents, shares, strict=True)
-    for token in tokens[:share]
-  ]
+  body = []
+  for tokens, end, share in zip(documents, ends, shares, strict=True):
+    if share < len(tokens):
+      # The next document's label starts a line of its own all the same.
+      tokens = tokens[: max(share - len(end), 0)] + end
+    body += tokens[:share]
   cut = sum(share < size for share, size in zip(shares, sizes, strict=True))
   return head + body + tail, cut

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder, heads
-
-_SAMPLE_BLOCK = 128  # Vocabulary entries summed at once by `sample_tokens`.
+from stepsearch_jax.rollout import sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,89 +129,6 @@ def init_state(config: decoder.DecoderConfig, spec: SamplerSpec) -> SlotState:
   )
 
 
-def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-  """Sets logits outside the top-k / nucleus set to -inf.
-
-  Args:
-    logits: [P, V] float32, already divided by the temperature.
-    top_k: static; 0 keeps all.
-    top_p: static; the token that crosses the threshold is kept (Holtzman et
-      al., 2020). 1 keeps all.
-
-  Returns:
-    [P, V] float32. Nothing is sorted unless a filter asks for it.
-  """
-  if top_k:
-    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if top_p < 1.0:
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
-    before = before - jax.nn.softmax(ranked)
-    kept = jnp.where(before < top_p, ranked, jnp.inf)
-    logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
-  return logits
-
-
-def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Draws one token per row by inverting the cumulative distribution.
-
-  Two levels (sums of blocks, then inside the chosen block) need a single
-  uniform per row and one pass over the vocabulary; Gumbel noise would need V.
-
-  Args:
-    logits: [P, V] float32; -inf is never drawn.
-    uniform: [P] float32 in [0, 1).
-
-  Returns:
-    [P] int32.
-  """
-  rows, vocab = logits.shape
-  pad = -vocab % _SAMPLE_BLOCK
-  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-  weights = jnp.pad(weights, ((0, 0), (0, pad)))
-  weights = weights.reshape(rows, -1, _SAMPLE_BLOCK)
-  mass = weights.sum(-1)
-  upto = jnp.cumsum(mass, axis=-1)
-  target = uniform[:, None] * upto[:, -1:]
-  block = (upto <= target).sum(-1)
-  # Rounding may push the target past the last block that has any mass.
-  last = mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
-  block = jnp.minimum(block, last)[:, None]
-  inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
-  before = jnp.take_along_axis(upto - mass, block, axis=1)
-  index = (before + jnp.cumsum(inside, axis=-1) <= target).sum(-1)
-  last = _SAMPLE_BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
-  # A run of zero weight right after the target must not be entered either.
-  index = jnp.minimum(index, last)
-  return (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
-
-
-def _uniforms(key, episode, position):
-  """One draw per row that depends on (seed, episode, position) alone."""
-
-  def draw(e, p):
-    return jax.random.uniform(
-      jax.random.fold_in(jax.random.fold_in(key, e), p), dtype=jnp.float32
-    )
-
-  return jax.vmap(draw)(episode, position)
-
-
-def _select(logits, state, key, spec):
-  """Chooses the next token of every slot; returns (tokens, logprobs)."""
-  greedy = state.temperature == 0
-  scaled = logits / jnp.where(greedy, 1.0, state.temperature)[:, None]
-  drawn = sample_tokens(
-    filter_logits(scaled, spec.top_k, spec.top_p),
-    _uniforms(key, state.episode, state.position),
-  )
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  tokens = jnp.where(greedy, best, drawn)
-  chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
 def extend(params, state, chunk, *, config, spec, kv_length):
   """Writes known tokens into the cache; see `Chunk`.
 
@@ -263,7 +180,11 @@ def _decode_step(params, state, table, key, config, spec, first_stop,
     kv_length=kv_length,
   )
   logits = heads.logits(params, hidden[:, 0])
-  token, logprob = _select(logits, state, key, spec)
+  token, logprob = sampling.select(
+    logits, state.temperature,
+    sampling.uniforms(key, state.episode, state.position),
+    spec.top_k, spec.top_p,
+  )
   automaton = table[state.automaton, token]
   budget = state.budget - 1
   state = state.replace(
@@ -318,8 +239,19 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
 
 
 def reshard_cast(params, dtype):
-  """Casts training weights to the decode type, once per update."""
+  """Training weights in the type (and, under jit, layout) of decoding."""
   return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _state_shardings(mesh, state: SlotState) -> SlotState:
+  """Slots are split like batches, heads of the cache like weights."""
+
+  def place(leaf):
+    names = ("layers", "slots", "length", "kv_heads", "head_dim")
+    names = names if leaf.ndim == len(names) else ("slots",)
+    return sharding.named(mesh, names, leaf.shape)
+
+  return jax.tree.map(place, state)
 
 
 class Sampler:
@@ -335,17 +267,24 @@ class Sampler:
     spec: SamplerSpec,
     table: np.ndarray,
     first_stop: int,
+    mesh,
   ):
     """Prepares the programs; nothing is compiled yet."""
     # A cached forward is never differentiated: remat would only cost time.
     config = dataclasses.replace(config, remat=False)
     self.config = config
     self.spec = spec
-    self._table = jnp.asarray(table, jnp.int32)
+    self._mesh = mesh
+    everywhere = sharding.replicated(mesh)
+    self._table = jax.device_put(np.asarray(table, np.int32), everywhere)
+    self._init = functools.partial(init_state, config, spec)
+    slots = _state_shardings(mesh, jax.eval_shape(self._init))
+    self._init = jax.jit(self._init, out_shardings=slots)
     self._extend = jax.jit(
       functools.partial(extend, config=config, spec=spec),
       static_argnames="kv_length",
       donate_argnums=1,
+      out_shardings=slots,
     )
     self._decode = jax.jit(
       functools.partial(
@@ -353,8 +292,18 @@ class Sampler:
       ),
       static_argnames="kv_length",
       donate_argnums=1,
+      out_shardings=(slots, everywhere),
     )
-    self._cast = jax.jit(functools.partial(reshard_cast, dtype=config.dtype))
+    policy = jax.eval_shape(
+      functools.partial(heads.init_policy, config), jax.random.key(0)
+    )
+    self._layout = sharding.decode_shardings(
+      mesh, heads.logical_axes(config), policy
+    )
+    self._cast = jax.jit(
+      functools.partial(reshard_cast, dtype=config.dtype),
+      out_shardings=self._layout,
+    )
     buckets = {spec.context}
     length = spec.context
     while length > 256:
@@ -364,11 +313,19 @@ class Sampler:
 
   def init_state(self) -> SlotState:
     """See `init_state`."""
-    return init_state(self.config, self.spec)
+    return self._init()
 
   def decode_params(self, params):
-    """Policy parameters in the type and layout of the decode programs."""
-    if all(x.dtype == self.config.dtype for x in jax.tree.leaves(params)):
+    """Policy parameters in the type and layout of the decode programs.
+
+    Weights that are sharded over `fsdp` for training are gathered here once,
+    not in every decode step.
+    """
+    def ready(x, where):
+      return x.dtype == self.config.dtype and x.sharding == where
+
+    params = jax.tree.map(jnp.asarray, params)
+    if all(jax.tree.leaves(jax.tree.map(ready, params, self._layout))):
       return params
     return self._cast(params)
 
@@ -377,9 +334,11 @@ class Sampler:
 
   def extend(self, params, state: SlotState, chunk: Chunk, upto: int):
     """Runs `extend`; `upto` bounds the positions of the chunk's tokens."""
-    return self._extend(params, state, chunk, kv_length=self._bucket(upto))
+    with sharding.scope(self._mesh):
+      return self._extend(params, state, chunk, kv_length=self._bucket(upto))
 
   def decode_block(self, params, state: SlotState, key, upto: int):
     """Runs `decode_block`; `upto` bounds the positions it may reach."""
     bound = self._bucket(min(upto, self.spec.context))
-    return self._decode(params, state, self._table, key, kv_length=bound)
+    with sharding.scope(self._mesh):
+      return self._decode(params, state, self._table, key, kv_length=bound)

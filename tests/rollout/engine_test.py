@@ -12,7 +12,7 @@ from stepsearch_jax import types
 from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.rollout import sampler
+from stepsearch_jax.rollout import sampling
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +20,7 @@ def parts():
   """Tokenizer, model and a policy that likes to write protocol tags."""
   tokenizer = fakes.make_tokenizer()
   model = fakes.make_model(tokenizer.vocab_size)
-  policy = fakes.make_policy(model)
-  # Boost the tag pieces, so that random rollouts search and answer.
-  liked = sorted({
-    i for text in ("<search> Ada </search>", "<answer> Ada </answer>")
-    for i in tokenizer.encode(text)
-  })
-  policy["trunk"]["embedding"] = policy["trunk"]["embedding"].at[
-    jnp.asarray(liked)
-  ].multiply(3.0)
+  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
   return tokenizer, model, policy
 
 
@@ -212,10 +204,10 @@ def test_prompt_that_does_not_fit_is_an_error_naming_the_field(parts):
 def test_sampler_draws_the_softmax_distribution():
   logits = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3] + [0.0] * 300))
   uniform = (jnp.arange(1000, dtype=jnp.float32) + 0.5) / 1000
-  drawn = sampler.sample_tokens(jnp.tile(logits, (1000, 1)), uniform)
+  drawn = sampling.sample_tokens(jnp.tile(logits, (1000, 1)), uniform)
   counts = np.bincount(np.asarray(drawn), minlength=4)
   np.testing.assert_allclose(counts[:4], [100, 0, 600, 300], atol=1)
-  edge = sampler.sample_tokens(
+  edge = sampling.sample_tokens(
     jnp.tile(logits, (2, 1)), jnp.array([0.0, 1.0 - 2**-24])
   )
   assert set(np.asarray(edge).tolist()) == {0, 3}
@@ -224,7 +216,7 @@ def test_sampler_draws_the_softmax_distribution():
 def test_top_k_and_top_p_keep_the_hand_worked_sets():
   logits = jnp.log(jnp.array([[0.5, 0.05, 0.3, 0.15]]))
   kept = lambda k, p: np.isfinite(  # noqa: E731
-    np.asarray(sampler.filter_logits(logits, k, p))
+    np.asarray(sampling.filter_logits(logits, k, p))
   )[0].tolist()
   assert kept(0, 1.0) == [True] * 4
   assert kept(2, 1.0) == [True, False, True, False]

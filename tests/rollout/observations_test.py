@@ -37,3 +37,9 @@ def test_only_documents_are_cut_and_cuts_are_counted():
   assert "".join(map(chr, tokens)) == seen.text and cut == 0
   tokens, cut = observation_tokens(seen, encode, 3)
   assert "".join(map(chr, tokens)) == "<i></i>" and cut == 2
+
+
+def test_a_cut_document_still_ends_its_line():
+  seen = Observation("<i>", ["aaaaaaa\n", "bb"], "</i>")
+  tokens, cut = observation_tokens(seen, encode, 13)
+  assert "".join(map(chr, tokens)) == "<i>aaa\nbb</i>" and cut == 1

@@ -1,0 +1,108 @@
+"""Choosing tokens from logits: greedy, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_SAMPLE_BLOCK = 128  # Vocabulary entries summed at once by `sample_tokens`.
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """Sets logits outside the top-k / nucleus set to -inf.
+
+  Args:
+    logits: [P, V] float32, already divided by the temperature.
+    top_k: static; 0 keeps all.
+    top_p: static; the token that crosses the threshold is kept (Holtzman et
+      al., 2020). 1 keeps all.
+
+  Returns:
+    [P, V] float32. Nothing is sorted unless a filter asks for it.
+  """
+  if top_k:
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p < 1.0:
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1)
+    before = before - jax.nn.softmax(ranked)
+    kept = jnp.where(before < top_p, ranked, jnp.inf)
+    logits = jnp.where(logits < kept.min(-1, keepdims=True), -jnp.inf, logits)
+  return logits
+
+
+def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Draws one token per row by inverting the cumulative distribution.
+
+  Two levels (sums of blocks, then inside the chosen block) need a single
+  uniform per row and one pass over the vocabulary; Gumbel noise would need V.
+
+  Args:
+    logits: [P, V] float32; -inf is never drawn.
+    uniform: [P] float32 in [0, 1).
+
+  Returns:
+    [P] int32.
+  """
+  rows, vocab = logits.shape
+  pad = -vocab % _SAMPLE_BLOCK
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  weights = jnp.pad(weights, ((0, 0), (0, pad)))
+  weights = weights.reshape(rows, -1, _SAMPLE_BLOCK)
+  mass = weights.sum(-1)
+  upto = jnp.cumsum(mass, axis=-1)
+  target = uniform[:, None] * upto[:, -1:]
+  block = (upto <= target).sum(-1)
+  # Rounding may push the target past the last block that has any mass.
+  last = mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
+  block = jnp.minimum(block, last)[:, None]
+  inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
+  before = jnp.take_along_axis(upto - mass, block, axis=1)
+  index = (before + jnp.cumsum(inside, axis=-1) <= target).sum(-1)
+  last = _SAMPLE_BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+  # A run of zero weight right after the target must not be entered either.
+  index = jnp.minimum(index, last)
+  return (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
+
+
+def uniforms(key, episode, position):
+  """One draw per row that depends on (seed, episode, position) alone.
+
+  Args:
+    key: the run's sampling key.
+    episode: [P] int32, rollout number.
+    position: [P] int32, place of the token before.
+
+  Returns:
+    [P] float32 in [0, 1).
+  """
+
+  def draw(e, p):
+    return jax.random.uniform(
+      jax.random.fold_in(jax.random.fold_in(key, e), p), dtype=jnp.float32
+    )
+
+  return jax.vmap(draw)(episode, position)
+
+
+def select(logits, temperature, uniform, top_k: int, top_p: float):
+  """Chooses the next token of every slot.
+
+  Args:
+    logits: [P, V] float32.
+    temperature: [P] float32, 0 for greedy.
+    uniform: [P] float32 in [0, 1).
+    top_k, top_p: see `filter_logits`.
+
+  Returns:
+    (tokens [P] int32, log-probabilities [P] float32 under the whole
+    temperature-scaled policy).
+  """
+  greedy = temperature == 0
+  scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+  drawn = sample_tokens(filter_logits(scaled, top_k, top_p), uniform)
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  tokens = jnp.where(greedy, best, drawn)
+  chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)

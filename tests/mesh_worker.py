@@ -1,0 +1,74 @@
+"""One rollout and one update on a mesh of virtual devices, for mesh_test.
+
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+    python tests/mesh_worker.py OUTPUT.npz DATA FSDP TENSOR
+"""
+
+import sys
+
+import fakes
+import jax
+import numpy as np
+
+from stepsearch_jax import sharding
+from stepsearch_jax.models import heads
+from stepsearch_jax.ppo import learner, records
+from stepsearch_jax.rollout import batching, engine
+
+CONTEXT = 192
+
+
+def main(output, data, fsdp, tensor):
+  jax.config.update("jax_default_matmul_precision", "highest")
+  mesh = sharding.make_mesh(int(data), int(fsdp), int(tensor))
+  tokenizer = fakes.make_tokenizer()
+  # Two kv heads and an odd vocabulary: neither divides a tensor axis of 4.
+  model = fakes.make_model(tokenizer.vocab_size + 1, hidden_size=64)
+  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
+  spec = records.LearnerSpec(
+    mini_batch=16, micro_rows=8, row_length=CONTEXT, policy_lr=1e-3,
+    value_lr=1e-3,
+  )
+  ours = learner.Learner(model, model, spec, mesh)
+  state = ours.init_state(policy, heads.value_from_policy(
+    policy, jax.random.key(1)
+  ))
+  limits = engine.EngineSpec(
+    max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
+    extend_rows=(8,), extend_tokens=(16, 64),
+  )
+  found = {}
+  for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+    player = fakes.make_engine(
+      tokenizer, model, fakes.FakeRetriever(), slots=8, context=CONTEXT,
+      mesh=mesh, spec=limits,
+    )
+    played, _ = player.run(
+      state.policy, fakes.make_questions(16), range(16), temperature
+    )
+    player.close()
+    found[f"{name}/tokens"] = np.concatenate([t.tokens for t in played])
+    found[f"{name}/searches"] = sum(
+      turn.answered for t in played for turn in t.turns
+    )
+  rng = np.random.default_rng(0)
+  rewards = [
+    np.where(t.policy_mask, rng.normal(size=len(t.tokens)), 0) for t in played
+  ]
+  batch = batching.trajectories_to_batch(
+    played, rewards, CONTEXT, tokenizer.pad_id
+  )
+  experience, seen = ours.prepare(state, policy, batch)
+  state, updated = ours.update(state, experience)
+  found |= {f"metric/{k}": v for k, v in {**seen, **updated}.items()}
+  for kind in ("policy", "value"):
+    leaves = jax.tree_util.tree_leaves_with_path(getattr(state, kind))
+    for path, leaf in leaves:
+      found[f"{kind}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+      whole = leaf.sharding.is_fully_replicated
+      found[f"replicated/{kind}{jax.tree_util.keystr(path)}"] = whole
+  np.savez(output, **found)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
