@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from stepsearch_jax import sharding
+from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
 from stepsearch_jax.ppo import learner, records
 from stepsearch_jax.rollout import batching, engine
@@ -20,14 +21,16 @@ CONTEXT = 192
 
 def main(output, data, fsdp, tensor):
   jax.config.update("jax_default_matmul_precision", "highest")
+  # Whatever the random policy writes is a search, so that many happen.
+  actions.parse = lambda text: actions.Action("search", text)
   mesh = sharding.make_mesh(int(data), int(fsdp), int(tensor))
   tokenizer = fakes.make_tokenizer()
   # Two kv heads and an odd vocabulary: neither divides a tensor axis of 4.
   model = fakes.make_model(tokenizer.vocab_size + 1, hidden_size=64)
-  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
+  policy = fakes.make_policy(model)
   spec = records.LearnerSpec(
-    mini_batch=16, micro_rows=8, row_length=CONTEXT, policy_lr=1e-3,
-    value_lr=1e-3,
+    mini_batch=16, micro_rows=8, row_length=CONTEXT, policy_lr=2e-4,
+    value_lr=2e-4,
   )
   ours = learner.Learner(model, model, spec, mesh)
   state = ours.init_state(policy, heads.value_from_policy(
