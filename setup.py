@@ -28,8 +28,15 @@ _CORE = [
   "gguf==0.19.0",
   "pyarrow==26.0.1",
   "tensorboardX==2.6.5",
+  "httpx2==2.16.2",  # retrieval.remote
   "tqdm==4.70.1",
   "matplotlib==3.11.2",
+]
+
+_SERVE = [
+  "starlette==1.10.0",
+  "uvicorn==0.54.0",
+  "prometheus-client==0.26.0",
 ]
 
 setuptools.setup(
@@ -46,9 +53,12 @@ setuptools.setup(
     "tpu": ["jax[tpu]==0.10.2"],
     "gpu": ["jax[cuda12]==0.10.2"],
     "wandb": ["wandb"],
+    # tools/serve_retrieval
+    "serve": _SERVE,
     # Peers of tools/benchmark; the product never imports them.
     "bench": ["scikit-learn==1.9.1", "torch==2.13.0"],
     "test": [
+      *_SERVE,
       "pytest==9.2.0",
       "pytest-xdist==3.8.0",
       "ruff==0.17.6",

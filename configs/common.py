@@ -80,6 +80,11 @@ def _retrieval():
   # hashed_tfidf, or a BERT-family encoder: folder, HF id, package:<name>.
   retrieval.encoder = "hashed_tfidf"
   retrieval.index = ""  # Folder of a ready index; empty = build in workdir.
+  # URL of a /retrieve server to ask instead of searching here.
+  retrieval.remote = ""
+  retrieval.record = ""  # Write every search to this JSONL file.
+  retrieval.replay = ""  # Answer from such a file; needs no index.
+  retrieval.replay_miss = "error"  # error | search: what is not on record.
   retrieval.topk = 3
   retrieval.cache = 65536  # Remembered queries.
   return retrieval

@@ -100,12 +100,18 @@ def _gold(where: str, row: dict) -> list[str]:
 
 
 def _evaluate_model() -> None:
-  from stepsearch_jax import checkpoints, experiment, reporting, sharding
+  from stepsearch_jax import (
+    checkpoints,
+    experiment,
+    reporting,
+    settings,
+    sharding,
+  )
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
     config.model.reference = _MODEL.value
-  experiment.validate(config)
+  settings.validate(config)
   data = experiment.load_data(config, workdir)
   tokenizer = experiment.load_tokenizer(config, workdir, data)
   model = experiment.decoder_config(config, tokenizer)

@@ -21,12 +21,12 @@ from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads, hf_weights
-from stepsearch_jax.ppo import imitation, records
+from stepsearch_jax.ppo import imitation
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
+from stepsearch_jax.retrieval import record, remote
 from stepsearch_jax.retrieval import retriever as retriever_lib
-from stepsearch_jax.rewards import step_rewards
 from stepsearch_jax.rollout import (
   automaton,
   batching,
@@ -37,15 +37,6 @@ from stepsearch_jax.rollout import (
 
 STOP_TAGS = ("</search>", "</answer>")
 
-# Estimator of each algorithm, and whether only the answer's F1 is rewarded.
-_ALGORITHMS = {
-  "steppo": ("gae", False),
-  "ppo": ("gae", True),
-  "grpo": ("grpo", True),
-  "reinforce": ("reinforce", True),
-}
-
-
 @dataclasses.dataclass
 class Data:
   """Questions of a run and the passages that it may retrieve."""
@@ -53,63 +44,6 @@ class Data:
   train: list[types.Question]
   heldout: list[types.Question]
   corpus: list[types.Passage]
-
-
-def validate(config) -> None:
-  """Checks what no single part can check.
-
-  Raises:
-    ValueError: naming the field, what was expected and what was given.
-  """
-  if config.algorithm not in _ALGORITHMS:
-    raise ValueError(
-      f"algorithm must be one of {sorted(_ALGORITHMS)}, got "
-      f"{config.algorithm!r}"
-    )
-  if (config.total_steps > 0) == (config.total_epochs > 0):
-    raise ValueError(
-      "set exactly one of total_steps and total_epochs, got "
-      f"{config.total_steps} and {config.total_epochs}"
-    )
-  if config.algorithm == "grpo" and config.batch.rollouts < 2:
-    raise ValueError(
-      "grpo compares rollouts of one question: batch.rollouts must be >= 2, "
-      f"got {config.batch.rollouts}"
-    )
-  rollouts = config.batch.questions * config.batch.rollouts
-  if rollouts < 1 or rollouts % config.ppo.mini_batch:
-    raise ValueError(
-      f"batch.questions * batch.rollouts = {rollouts} must be a positive "
-      f"multiple of ppo.mini_batch = {config.ppo.mini_batch}"
-    )
-  for field, value in (
-    ("rollout.slots", config.rollout.slots),
-    ("ppo.micro_rows", config.ppo.micro_rows),
-  ):
-    shards = _data_shards(config.mesh)
-    if value % shards:
-      raise ValueError(
-        f"{field} = {value} is not divisible by the mesh's {shards} data "
-        "shards (mesh.data * mesh.fsdp)"
-      )
-  if config.rollout.template not in prompts.TEMPLATES:
-    raise ValueError(
-      f"rollout.template must be one of {sorted(prompts.TEMPLATES)}, got "
-      f"{config.rollout.template!r}"
-    )
-
-
-def _data_shards(mesh) -> int:
-  if mesh.data != -1 and mesh.fsdp != -1:
-    return mesh.data * mesh.fsdp
-  return max(jax.device_count() // mesh.tensor, 1)
-
-
-def total_steps(config, questions: int) -> int:
-  """Training steps; an epoch asks every question once."""
-  if config.total_steps:
-    return config.total_steps
-  return max(int(config.total_epochs * questions) // config.batch.questions, 1)
 
 
 def load_data(config, workdir: epath.Path) -> Data:
@@ -218,9 +152,36 @@ def initial_policy(config, model: decoder.DecoderConfig):
 
 
 def load_retriever(config, workdir: epath.Path, data: Data):
-  """Opens the index, building it in the work directory when none is given."""
+  """The configured retriever, recorded or replayed if asked for.
+
+  Raises:
+    ValueError: settings that contradict each other, or an index of another
+      encoder or corpus.
+  """
   settings = config.retrieval
-  corpus_hash = corpus_lib.corpus_hash(data.corpus)
+  if settings.replay_miss not in ("error", "search"):
+    raise ValueError("retrieval.replay_miss must be error or search, got "
+                     f"{settings.replay_miss!r}")
+  if settings.replay:
+    inner = None
+    if settings.replay_miss == "search":
+      inner = _searching(settings, workdir, data)
+    return record.ReplayRetriever(settings.replay, inner)
+  retriever = _searching(settings, workdir, data)
+  if settings.record:
+    retriever = record.RecordingRetriever(retriever, settings.record)
+  return retriever
+
+
+def _searching(settings, workdir, data):
+  """A server's client, or an index: given, or built in the work directory."""
+  if settings.remote:
+    if settings.index:
+      raise ValueError(
+        "set retrieval.remote or retrieval.index, not both: "
+        f"{settings.remote!r} and {settings.index!r}"
+      )
+    return remote.RemoteRetriever(settings.remote)
   encoder = encoder_lib.load_encoder(settings.encoder)
   folder = epath.Path(settings.index) if settings.index else workdir / "index"
   if not folder.exists():
@@ -232,7 +193,10 @@ def load_retriever(config, workdir: epath.Path, data: Data):
     logging.info("building an index of %d passages", len(data.corpus))
     index_lib.build_index(folder, data.corpus, encoder)
   return retriever_lib.open_retriever(
-    folder, encoder, corpus_hash=corpus_hash, cache_size=settings.cache
+    folder,
+    encoder,
+    corpus_hash=corpus_lib.corpus_hash(data.corpus),
+    cache_size=settings.cache,
   )
 
 
@@ -331,64 +295,6 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
   )
   logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
   return params
-
-
-def reward_spec(config) -> step_rewards.RewardSpec:
-  """The preset with the ablation switches of the config."""
-  presets = {
-    "paper": step_rewards.RewardSpec.paper,
-    "released": step_rewards.RewardSpec.released,
-  }
-  reward = config.reward
-  if reward.preset not in presets:
-    raise ValueError(
-      f"reward.preset must be one of {sorted(presets)}, got {reward.preset!r}"
-    )
-  overrides = {k: v for k, v in reward.items() if k != "preset"}
-  return dataclasses.replace(
-    presets[reward.preset](),
-    outcome_only=_ALGORITHMS[config.algorithm][1],
-    **overrides,
-  )
-
-
-def learner_spec(config, steps: int) -> records.LearnerSpec:
-  """Optimisation settings; warm-up ratios become optimiser steps."""
-  ppo = config.ppo
-  trajectories = config.batch.questions * config.batch.rollouts
-  updates = steps * ppo.epochs * (trajectories // ppo.mini_batch)
-  estimator = _ALGORITHMS[config.algorithm][0]
-  released = config.reward.preset == "released"
-  return records.LearnerSpec(
-    estimator=estimator,
-    gamma=ppo.gamma,
-    lam=ppo.lam,
-    clip_ratio=ppo.clip_ratio,
-    value_clip=ppo.value_clip,
-    entropy_coef=ppo.entropy_coef,
-    kl_coef=ppo.kl_coef,
-    kl_estimator=ppo.kl_estimator,
-    kl_controller=ppo.kl_controller,
-    kl_target=ppo.kl_target,
-    kl_horizon=ppo.kl_horizon,
-    kl_in_reward=estimator != "grpo",
-    kl_loss_coef=ppo.kl_loss_coef if estimator == "grpo" else 0.0,
-    ppo_epochs=ppo.epochs,
-    mini_batch=ppo.mini_batch,
-    micro_rows=ppo.micro_rows,
-    row_length=config.rollout.context,
-    temperature=config.rollout.temperature,
-    policy_lr=ppo.policy_lr,
-    value_lr=ppo.value_lr,
-    policy_warmup=int(updates * ppo.policy_warmup_ratio),
-    value_warmup=int(updates * ppo.value_warmup_ratio),
-    weight_decay=ppo.weight_decay,
-    grad_clip=ppo.grad_clip,
-    critic_warmup=ppo.critic_warmup,
-    mask_scope="attended" if released else "policy",
-    micro_weighting="micro_mean" if released else "token",
-    first_lr_zero=released,
-  )
 
 
 def identity(config, model: decoder.DecoderConfig, data: Data) -> dict:

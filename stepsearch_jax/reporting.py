@@ -40,6 +40,7 @@ def rollout_metrics(stats: engine.RolloutStats) -> dict[str, float]:
   return {
     "perf/tokens_per_second": tokens / seconds,
     "perf/policy_tokens_per_second": stats.policy_tokens / seconds,
+    "env/failed_searches": stats.failed_searches,
     "perf/idle_slot_share": stats.idle_slot_steps / max(stats.slot_steps, 1),
     "timing_s/gen_decode": stats.decode_seconds,
     "timing_s/gen_extend": stats.extend_seconds,
@@ -65,16 +66,12 @@ def summary(config, meta: dict, steps: int) -> dict:
 
 def card_settings(config, retriever, model_name: str) -> dict:
   """The settings half of an evaluation card."""
-  manifest = retriever.index.manifest
   return {
     "model": model_name,
     "questions": config.data.eval or config.data.train,
     "split": "evaluation file" if config.data.eval else "held out",
     "corpus": config.data.corpus or "paragraphs of the question files",
-    "corpus_hash": manifest["corpus"],
-    "passages": manifest["count"],
-    "index": retriever.index.hash,
-    "encoder": manifest["encoder"]["name"],
+    **retriever.describe(),
     "k": config.retrieval.topk,
     "template": config.rollout.template,
     "max_turns": config.rollout.max_turns,

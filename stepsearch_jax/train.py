@@ -25,6 +25,7 @@ from stepsearch_jax import (
   metrics,
   plots,
   reporting,
+  settings,
   sharding,
 )
 from stepsearch_jax.data import input_pipeline
@@ -53,7 +54,7 @@ def train(config, workdir: epath.Path) -> dict:
     The summary that is also written to `summary.json`.
   """
   began = time.time()
-  experiment.validate(config)
+  settings.validate(config)
   workdir.mkdir(parents=True, exist_ok=True)
 
   #################################################################
@@ -66,7 +67,7 @@ def train(config, workdir: epath.Path) -> dict:
   stream = input_pipeline.QuestionStream(
     data.train, config.batch.questions, seed=config.seed
   )
-  steps = experiment.total_steps(config, len(data.train))
+  steps = settings.total_steps(config, len(data.train))
   logging.info(
     "%d training questions, %d held out, %d passages, %d steps",
     len(data.train), len(data.heldout), len(data.corpus), steps,
@@ -82,8 +83,8 @@ def train(config, workdir: epath.Path) -> dict:
   )
   for question in data.train + data.heldout:
     engine.prompt_tokens(question)  # A prompt that does not fit stops us now.
-  rewards = experiment.reward_spec(config)
-  spec = experiment.learner_spec(config, steps)
+  rewards = settings.reward_spec(config)
+  spec = settings.learner_spec(config, steps)
   learner = learner_lib.Learner(model, model, spec, mesh)
 
   #################################################################
@@ -105,11 +106,11 @@ def train(config, workdir: epath.Path) -> dict:
   )
 
   def evaluate(at: int) -> dict[str, float]:
-    settings = reporting.card_settings(
+    described = reporting.card_settings(
       config, retriever, f"{workdir} step {at}"
     )
     card = evaluation.evaluate(
-      engine, state.policy, data.heldout, tokenizer, settings,
+      engine, state.policy, data.heldout, tokenizer, described,
       workdir / "eval", workdir / "predictions" / f"step_{at:06d}.jsonl",
     )
     return card["metrics"]

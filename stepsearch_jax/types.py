@@ -92,6 +92,7 @@ class Turn:
       closed the action tag (the last policy token of the turn).
     answered: True when a search got a result (a valid search in a searching
       turn); only such turns earn step rewards.
+    failed: True when the retriever could not answer.
   """
 
   text: str
@@ -101,6 +102,7 @@ class Turn:
   observation: str
   action_position: int
   answered: bool = False
+  failed: bool = False
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import common
-from stepsearch_jax import experiment
+from stepsearch_jax import settings
 
 NAMES = [
   path.stem
@@ -18,7 +18,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_config_loads_and_sweeps(name):
   module = importlib.import_module(f"configs.{name}")
-  experiment.validate(module.get_config("runlocal"))
+  settings.validate(module.get_config("runlocal"))
   base = module.get_config()
   assert (base.total_steps > 0) != (base.total_epochs > 0)
   assert "Hardware:" in module.__doc__ and "--workdir" in module.__doc__

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from configs import musique_smollm2, quickstart
-from stepsearch_jax import checkpoints, experiment, metrics, train
+from stepsearch_jax import checkpoints, experiment, metrics, settings, train
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.retrieval import corpus
 
@@ -121,7 +121,7 @@ def test_checkpoint_of_another_model_or_data_is_refused(finished):
 )
 def test_bad_settings_name_the_field(changes, message):
   with pytest.raises(ValueError, match=message):
-    experiment.validate(tiny(**changes))
+    settings.validate(tiny(**changes))
 
 
 def test_missing_training_file_is_one_clear_line(tmp_path):

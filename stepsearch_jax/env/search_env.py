@@ -14,6 +14,12 @@ from typing import Protocol
 from stepsearch_jax import types
 from stepsearch_jax.env import actions, prompts
 
+FAILED = "The search engine did not answer."
+
+
+class SearchError(RuntimeError):
+  """A search failed for good; the trajectory goes on without its result."""
+
 
 class Retriever(Protocol):
   """Anything that finds passages for queries; called from host threads."""
@@ -21,7 +27,11 @@ class Retriever(Protocol):
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """The k best passages of each query, best first, scores filled in."""
+    """The k best passages of each query, best first, scores filled in.
+
+    Raises:
+      SearchError: no result can be had.
+    """
     ...
 
 
@@ -107,6 +117,12 @@ class SearchEnv:
       self.template.head,
       self.template.format_documents(documents, self.hostile),
       self.template.tail + self._notice(turn),
+    )
+
+  def failure(self, turn: int) -> Observation:
+    """The reply to a search of turn `turn` that failed."""
+    return Observation(
+      self.template.head + FAILED, (), self.template.tail + self._notice(turn)
     )
 
   def _notice(self, turn: int) -> str:

@@ -63,6 +63,16 @@ class LocalRetriever:
         self._cache.popitem(last=False)
     return [list(known[query]) for query in queries]
 
+  def describe(self) -> dict[str, str | int]:
+    """What evaluation cards say about the retrieval."""
+    manifest = self.index.manifest
+    return {
+      "index": self.index.hash,
+      "encoder": manifest["encoder"]["name"],
+      "passages": manifest["count"],
+      "corpus_hash": manifest["corpus"],
+    }
+
 
 def open_retriever(
   folder: epath.PathLike,

@@ -111,6 +111,9 @@ class RewardSpec:
     )
 
 
+PRESETS = {"paper": RewardSpec.paper, "released": RewardSpec.released}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
   """What of a trajectory is scored, after the choice of text source.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
@@ -74,6 +75,7 @@ class RolloutStats:
   slot_steps: int = 0
   idle_slot_steps: int = 0
   searches: int = 0
+  failed_searches: int = 0
   seconds: float = 0.0
   retrieval_wait_seconds: float = 0.0
   extend_seconds: float = 0.0
@@ -210,15 +212,23 @@ class _Run:
     while self._searches and self._searches[0][0] <= self._tick:
       _, future, askers = self._searches.popleft()
       began = time.perf_counter()
-      results = future.result()
+      try:
+        results = future.result()
+      except search_env.SearchError as error:
+        logging.warning("%d searches failed: %s", len(askers), error)
+        results = [None] * len(askers)
+        self.stats.failed_searches += len(askers)
       self.stats.retrieval_wait_seconds += time.perf_counter() - began
       for (p, turn), documents in zip(askers, results, strict=True):
-        slot = self._slots[p]
-        seen = self._e._env.observation(documents, len(slot.turns))
+        index = len(self._slots[p].turns)
+        if documents is None:
+          turn = dataclasses.replace(turn, failed=True)
+          self._observe(p, turn, self._e._env.failure(index))
+          continue
         turn = dataclasses.replace(
           turn, documents=tuple(documents), answered=True
         )
-        self._observe(p, turn, seen)
+        self._observe(p, turn, self._e._env.observation(documents, index))
 
   def _observe(self, p: int, turn: types.Turn, seen) -> None:
     """Appends an observation to slot `p`, or ends it for lack of room."""

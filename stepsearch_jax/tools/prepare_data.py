@@ -32,7 +32,7 @@ _TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "With it --check adds the chat template and token counts."
 )
 _PRESET = flags.DEFINE_enum(
-  "preset", "paper", ["paper", "released"], "Reward of --check."
+  "preset", "paper", sorted(step_rewards.PRESETS), "Reward of --check."
 )
 _TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Write a TFDS dataset here.")
 _NAME = flags.DEFINE_string("name", "custom", "Name of the TFDS dataset.")
@@ -63,8 +63,7 @@ def trial_rewards(
 
 def check(questions: list[types.Question]) -> None:
   """Prints what a run would make of the first questions."""
-  specs = {"paper": step_rewards.RewardSpec.paper,
-           "released": step_rewards.RewardSpec.released}
+  spec = step_rewards.PRESETS[_PRESET.value]()
   template = prompts.TEMPLATES[_TEMPLATE.value]
   tokenizer = _TOKENIZER.value and tokenizer_lib.load(_TOKENIZER.value)
   for question in questions[: _ROWS.value]:
@@ -77,9 +76,7 @@ def check(questions: list[types.Question]) -> None:
     print(f"--- answers      {list(question.answers)}")
     print(f"--- search keys  {[list(group) for group in question.search_keys]}")
     print(f"--- support      {[p.title for p in question.support]}")
-    for name, scores in trial_rewards(
-      specs[_PRESET.value](), question
-    ).items():
+    for name, scores in trial_rewards(spec, question).items():
       steps = ", ".join(f"{step:.3f}" for step in scores.step_scores)
       print(f"--- {name:8} outcome {scores.score:6.3f} (answer "
             f"{scores.answer_correct:.3f}, keys {scores.search_key_score:.3f})"

@@ -24,15 +24,10 @@ from stepsearch_jax.data import files
 from stepsearch_jax.rewards import released, step_rewards
 
 _PRESET = flags.DEFINE_enum(
-  "preset", "paper", ["paper", "released"], "Which reward."
+  "preset", "paper", sorted(step_rewards.PRESETS), "Which reward."
 )
 _INPUT = flags.DEFINE_string("input", None, "JSONL file of trajectories.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file of scores.")
-
-PRESETS = {
-  "paper": step_rewards.RewardSpec.paper,
-  "released": step_rewards.RewardSpec.released,
-}
 
 
 def score_row(
@@ -70,7 +65,7 @@ def _named(row: Mapping) -> dict:
 
 def main() -> int:
   """Entry; see the module docstring."""
-  spec = PRESETS[_PRESET.value]()
+  spec = step_rewards.PRESETS[_PRESET.value]()
   rows = list(files.read_rows(_INPUT.value))
   scored = [
     score_row(spec, row, number)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stepsearch_jax import types
+from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
@@ -112,10 +113,10 @@ class Scripted:
 def scripted(parts, monkeypatch):
   tokenizer, model, policy = parts
 
-  def run(turns, text="found {query} here", count=1, **settings):
-    engine = fakes.make_engine(
-      tokenizer, model, fakes.FakeRetriever(text=text), **settings
-    )
+  def run(turns, text="found {query} here", count=1, retriever=None,
+          **settings):
+    retriever = retriever or fakes.FakeRetriever(text=text)
+    engine = fakes.make_engine(tokenizer, model, retriever, **settings)
     monkeypatch.setattr(engine._programs, "decode_params", lambda p: policy)
     return Scripted(engine, tokenizer, turns).run(fakes.make_questions(count))
 
@@ -137,7 +138,7 @@ def test_searches_observations_and_provenance_line_up(parts, scripted):
     assert first.answered and [d.id for d in first.documents] == [
       "one/0", "one/1"
     ]
-    assert "found on" in first.observation
+    assert "found o" in first.observation
     assert "My previous action is invalid" in trajectory.turns[1].observation
     for turn, place in enumerate(trajectory.turns):
       own = (trajectory.turn_index == turn) & trajectory.policy_mask
@@ -232,3 +233,27 @@ def test_a_second_rollout_compiles_nothing(parts, compilations):
   engine.run(policy, fakes.make_questions(9), range(6, 15), temperature=0.0)
   assert not compilations
   engine.close()
+
+
+def test_a_failed_search_is_marked_and_the_rollout_goes_on(parts, scripted):
+  class Broken(fakes.FakeRetriever):
+    def search(self, queries, k):
+      if "bad" in queries:
+        raise search_env.SearchError("down")
+      return super().search(queries, k)
+
+  (trajectory,), stats = scripted(
+    ["<search> bad </search>", "<search> good </search>",
+     "<answer> Ada </answer>"],
+    retriever=Broken(),
+  )
+  assert stats.failed_searches == 1
+  assert [t.failed for t in trajectory.turns] == [True, False, False]
+  assert [t.answered for t in trajectory.turns] == [False, True, False]
+  assert search_env.FAILED in trajectory.turns[0].observation
+  spec = step_rewards.RewardSpec.paper()
+  (scores,), (rewards,) = token_rewards.score_trajectories(
+    spec, [trajectory], parts[0]
+  )
+  assert len(scores.step_scores) == 1
+  assert rewards[trajectory.turns[0].action_position] == 0

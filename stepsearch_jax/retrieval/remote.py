@@ -1,0 +1,153 @@
+"""A retriever behind somebody's /retrieve, with a limit to its patience.
+
+Every request has a timeout and a few retries with growing pauses. After
+several searches in a row have failed for good the circuit opens: for a while
+searches fail at once instead of stalling every rollout on a dead server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import httpx2
+
+from stepsearch_jax import types
+from stepsearch_jax.env import search_env
+
+_BATCH = 256  # Queries per request.
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteSpec:
+  """Patience of the client.
+
+  Attributes:
+    timeout_seconds: of one request.
+    retries: further attempts after the first.
+    backoff_seconds: pause before the first retry; doubles each time, with up
+      to as much again at random, so that clients do not return together.
+    open_after: failed searches in a row that open the circuit.
+    open_seconds: how long it stays open.
+  """
+
+  timeout_seconds: float = 30.0
+  retries: int = 3
+  backoff_seconds: float = 0.5
+  open_after: int = 3
+  open_seconds: float = 30.0
+
+
+class RemoteRetriever:
+  """Speaks /retrieve; safe to call from several threads."""
+
+  def __init__(
+    self,
+    url: str,
+    spec: RemoteSpec | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Opens a connection pool; nothing is asked yet.
+
+    Args:
+      url: of the server, with or without /retrieve.
+      spec: patience.
+      sleep, clock: of the retries and the circuit; replaced in tests.
+    """
+    self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+    self._spec = spec or RemoteSpec()
+    self._client = httpx2.Client(timeout=self._spec.timeout_seconds)
+    self._sleep, self._clock = sleep, clock
+    self._lock = threading.Lock()
+    self._failures = 0
+    self._open_until = float("-inf")
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """The k best passages of each query.
+
+    Raises:
+      SearchError: the server failed for good, or the circuit is open.
+    """
+    with self._lock:
+      if self._clock() < self._open_until:
+        raise search_env.SearchError(
+          f"{self.url} failed {self._failures} times in a row; asking again "
+          f"in {self._open_until - self._clock():.0f} s"
+        )
+    found = []
+    for start in range(0, len(queries), _BATCH):
+      found += self._ask(list(queries[start : start + _BATCH]), k)
+    return found
+
+  def _ask(self, queries: list[str], k: int) -> list[list[types.Passage]]:
+    spec, reason = self._spec, ""
+    for attempt in range(spec.retries + 1):
+      if attempt:
+        pause = spec.backoff_seconds * 2 ** (attempt - 1)
+        self._sleep(pause * (1 + random.random()))
+      try:
+        response = self._client.post(
+          self.url,
+          json={"queries": queries, "topk": k, "return_scores": True},
+        )
+        if response.status_code == 200:
+          passages = _parse(response.json(), len(queries))
+          self._note(failed=False)
+          return passages
+        reason = f"status {response.status_code}: {response.text[:200]}"
+        if 400 <= response.status_code < 500 and response.status_code != 429:
+          break  # The same request will not do better.
+      except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    self._note(failed=True)
+    raise search_env.SearchError(f"{self.url}: {reason}")
+
+  def _note(self, failed: bool) -> None:
+    with self._lock:
+      self._failures = self._failures + 1 if failed else 0
+      if self._failures >= self._spec.open_after:
+        self._open_until = self._clock() + self._spec.open_seconds
+
+  def describe(self) -> dict[str, str]:
+    """What evaluation cards say about the retrieval."""
+    return {"index": self.url, "encoder": "unknown", "passages": "unknown",
+            "corpus_hash": "unknown"}
+
+  def close(self) -> None:
+    """Closes the connections."""
+    self._client.close()
+
+
+def _parse(body: dict, count: int) -> list[list[types.Passage]]:
+  """Passages of a response, in either document schema."""
+  results = body["result"]
+  if len(results) != count:
+    raise ValueError(f"{len(results)} results for {count} queries")
+  out = []
+  for found in results:
+    passages = []
+    for item in found:
+      document = item.get("document", item)
+      if "contents" in document:
+        title, _, text = document["contents"].partition("\n")
+      else:
+        title = document.get("title", "")
+        text = document.get("content", document.get("text"))
+      if not isinstance(text, str):
+        raise ValueError(f"a document without text: {sorted(document)}")
+      # Servers differ in whether documents have ids; texts always identify.
+      digest = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:16]
+      passages.append(types.Passage(
+        str(document.get("id", digest)), title, text,
+        float(item.get("score", 0.0)),
+      ))
+    out.append(passages)
+  return out

@@ -1,0 +1,270 @@
+"""A retriever over HTTP: the /retrieve that every Search-R1 descendant speaks.
+
+    POST /retrieve {"queries": [..], "topk": 3, "return_scores": true}
+      -> {"result": [[{"document": {..}, "score": 0.8}, ..], ..]}
+
+Without scores the inner lists hold bare documents. Requests wait in a bounded
+queue; a worker joins what is waiting into one search, because encoding many
+queries at once costs little more than encoding one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+
+import prometheus_client
+from starlette import applications, requests, responses, routing
+
+from stepsearch_jax import types
+from stepsearch_jax.env import search_env
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceLimits:
+  """What one request, and all together, may ask for.
+
+  Attributes:
+    body_bytes: larger bodies get 413.
+    queries: per request.
+    query_chars: per query.
+    topk: passages per query.
+    default_topk: when a request names none.
+    waiting: queries that may wait; further requests get 429.
+    batch: queries searched together.
+    timeout_seconds: a request that waited longer gets 503.
+  """
+
+  body_bytes: int = 1 << 20
+  queries: int = 512
+  query_chars: int = 4096
+  topk: int = 100
+  default_topk: int = 3
+  waiting: int = 4096
+  batch: int = 256
+  timeout_seconds: float = 60.0
+
+
+class BadRequestError(ValueError):
+  """A request that can never succeed; carries its HTTP status."""
+
+  def __init__(self, message: str, status: int = 400):
+    """Keeps the status beside the reason."""
+    super().__init__(message)
+    self.status = status
+
+
+class QueueFullError(RuntimeError):
+  """Too many queries wait already."""
+
+
+@dataclasses.dataclass
+class _Waiting:
+  queries: list[str]
+  topk: int
+  future: asyncio.Future
+
+
+class Batcher:
+  """Joins concurrent requests into few searches; bounded."""
+
+  def __init__(self, retriever: search_env.Retriever, limits: ServiceLimits):
+    """Starts nothing yet; see `work`."""
+    self._retriever = retriever
+    self._limits = limits
+    self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+    self.waiting = 0
+
+  async def search(
+    self, queries: list[str], topk: int
+  ) -> list[list[types.Passage]]:
+    """Passages of each query.
+
+    Raises:
+      QueueFullError: too much work waits.
+      TimeoutError: the result took too long.
+    """
+    if self.waiting + len(queries) > self._limits.waiting:
+      raise QueueFullError(
+        f"{self.waiting} queries wait, the limit is {self._limits.waiting}"
+      )
+    item = _Waiting(queries, topk, asyncio.get_running_loop().create_future())
+    self.waiting += len(queries)
+    self._queue.put_nowait(item)
+    return await asyncio.wait_for(item.future, self._limits.timeout_seconds)
+
+  async def work(self) -> None:
+    """Serves the queue until cancelled."""
+    while True:
+      batch = [await self._queue.get()]
+      size = len(batch[0].queries)
+      while not self._queue.empty() and size < self._limits.batch:
+        batch.append(self._queue.get_nowait())
+        size += len(batch[-1].queries)
+      self.waiting -= size
+      # Requests that gave up meanwhile need no search.
+      live = [item for item in batch if not item.future.done()]
+      for topk in sorted({item.topk for item in live}):
+        await self._serve([item for item in live if item.topk == topk], topk)
+
+  async def _serve(self, items: Sequence[_Waiting], topk: int) -> None:
+    queries = [query for item in items for query in item.queries]
+    try:
+      found = await asyncio.to_thread(self._retriever.search, queries, topk)
+    except Exception as error:  # The requests get it; the worker lives on.
+      for item in items:
+        if not item.future.done():
+          item.future.set_exception(error)
+      return
+    results = iter(found)
+    for item in items:
+      mine = [next(results) for _ in item.queries]
+      if not item.future.done():
+        item.future.set_result(mine)
+
+
+def parse_request(
+  body: bytes, limits: ServiceLimits
+) -> tuple[list[str], int, bool]:
+  """(queries, topk, return_scores) of a request body.
+
+  Raises:
+    BadRequestError: naming the field and what was expected.
+  """
+  try:
+    row = json.loads(body)
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    raise BadRequestError(f"the body is no JSON: {error}") from error
+  if not isinstance(row, dict):
+    raise BadRequestError("the body must be a JSON object")
+  queries = row.get("queries")
+  if not isinstance(queries, list) or not all(
+    isinstance(query, str) for query in queries
+  ):
+    raise BadRequestError("queries must be a list of strings")
+  if not 0 < len(queries) <= limits.queries:
+    raise BadRequestError(
+      f"queries must hold 1 to {limits.queries} strings, got {len(queries)}"
+    )
+  longest = max(map(len, queries))
+  if longest > limits.query_chars:
+    raise BadRequestError(
+      f"a query has {longest} characters, the limit is {limits.query_chars}"
+    )
+  topk = row.get("topk") or limits.default_topk
+  if isinstance(topk, bool) or not isinstance(topk, int) or not (
+    0 < topk <= limits.topk
+  ):
+    raise BadRequestError(
+      f"topk must be an integer from 1 to {limits.topk}, got {topk!r}"
+    )
+  scores = row.get("return_scores", False)
+  if not isinstance(scores, bool):
+    raise BadRequestError(f"return_scores must be a boolean, got {scores!r}")
+  return queries, topk, scores
+
+
+def to_document(passage: types.Passage) -> dict[str, str]:
+  """A passage in both corpus schemas of the family."""
+  return {
+    "id": passage.id,
+    "title": passage.title,
+    "text": passage.text,
+    "contents": f"{passage.title}\n{passage.text}",
+  }
+
+
+async def _body(request: requests.Request, limit: int) -> bytes:
+  body = bytearray()
+  async for part in request.stream():
+    body += part
+    if len(body) > limit:
+      raise BadRequestError(f"the body has more than {limit} bytes", 413)
+  return bytes(body)
+
+
+def make_app(
+  retriever: search_env.Retriever, limits: ServiceLimits | None = None
+) -> applications.Starlette:
+  """The ASGI application around a retriever."""
+  limits = limits or ServiceLimits()
+  batcher = Batcher(retriever, limits)
+  registry = prometheus_client.CollectorRegistry()
+  answered = prometheus_client.Counter(
+    "retrieve_requests", "Requests by HTTP status.", ["status"],
+    registry=registry,
+  )
+  asked = prometheus_client.Counter(
+    "retrieve_queries", "Queries answered.", registry=registry
+  )
+  seconds = prometheus_client.Histogram(
+    "retrieve_seconds", "Seconds per request.", registry=registry
+  )
+  prometheus_client.Gauge(
+    "retrieve_waiting", "Queries in the queue.", registry=registry
+  ).set_function(lambda: batcher.waiting)
+
+  async def answer(request: requests.Request) -> tuple[int, dict]:
+    try:
+      queries, topk, scores = parse_request(
+        await _body(request, limits.body_bytes), limits
+      )
+      found = await batcher.search(queries, topk)
+    except BadRequestError as error:
+      return error.status, {"error": str(error)}
+    except QueueFullError as error:
+      return 429, {"error": str(error)}
+    except TimeoutError:
+      return 503, {"error": f"no result in {limits.timeout_seconds} s"}
+    except Exception as error:
+      return 500, {"error": f"the search failed: {type(error).__name__}"}
+    asked.inc(len(queries))
+    return 200, {"result": [
+      [
+        {"document": to_document(p), "score": p.score} if scores
+        else to_document(p)
+        for p in passages
+      ]
+      for passages in found
+    ]}
+
+  async def retrieve(request: requests.Request) -> responses.Response:
+    began = time.perf_counter()
+    status, content = await answer(request)
+    answered.labels(str(status)).inc()
+    seconds.observe(time.perf_counter() - began)
+    headers = {"retry-after": "1"} if status in (429, 503) else None
+    return responses.JSONResponse(content, status, headers)
+
+  async def health(request: requests.Request) -> responses.Response:
+    del request
+    return responses.JSONResponse({"status": "ok", "waiting": batcher.waiting})
+
+  async def metrics(request: requests.Request) -> responses.Response:
+    del request
+    return responses.Response(
+      prometheus_client.generate_latest(registry),
+      media_type=prometheus_client.CONTENT_TYPE_LATEST,
+    )
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app):
+    del app
+    worker = asyncio.create_task(batcher.work())
+    yield
+    worker.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+      await worker
+
+  return applications.Starlette(
+    routes=[
+      routing.Route("/retrieve", retrieve, methods=["POST"]),
+      routing.Route("/health", health),
+      routing.Route("/metrics", metrics),
+    ],
+    lifespan=lifespan,
+  )
