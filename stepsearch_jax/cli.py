@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 from stepsearch_jax import metrics
+
+# Tells a scheduler to run the same command again (BSD's EX_TEMPFAIL).
+EXIT_PREEMPTED = 75
+
+
+class PreemptedError(RuntimeError):
+  """The run was asked to stop, has saved, and can go on later."""
+
 
 # What bad input raises; anything else is a bug and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, metrics.NonFiniteError)
@@ -16,8 +26,8 @@ _USER_ERRORS = (ValueError, OSError, metrics.NonFiniteError)
 def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
   """Parses flags and runs a command.
 
-  Bad input ends in one line on stderr and exit code 1; `--verbosity=1` adds
-  the traceback.
+  Bad input ends in one line on stderr and exit code 1 (`--verbosity=1` adds
+  the traceback), a preempted run in exit code 75.
 
   Args:
     main: the command; its return value is the exit code.
@@ -25,6 +35,13 @@ def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
   """
   flags.mark_flags_as_required(required)
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def stop_on_sigterm() -> threading.Event:
+  """An event that SIGTERM sets, for loops that save before they stop."""
+  event = threading.Event()
+  signal.signal(signal.SIGTERM, lambda signum, frame: event.set())
+  return event
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -46,6 +63,9 @@ def _guarded(main, argv) -> int | None:
   metrics.quiet_libraries()
   try:
     return main()
+  except PreemptedError as error:
+    logging.warning("%s", error)
+    return EXIT_PREEMPTED
   except _USER_ERRORS as error:
     logging.debug("where it happened", exc_info=True)
     sys.exit(f"error: {error}")

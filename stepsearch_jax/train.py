@@ -10,6 +10,7 @@ overridden: `--config.ppo.policy_lr=1e-6`.
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import jax
@@ -43,15 +44,21 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def train(config, workdir: epath.Path) -> dict:
+def train(
+  config, workdir: epath.Path, stop: threading.Event | None = None
+) -> dict:
   """Runs (or resumes) one training job.
 
   Args:
     config: see `configs/common.py`.
     workdir: receives checkpoints, metrics, predictions and summary.json.
+    stop: once set, the run saves after the step in progress and stops.
 
   Returns:
     The summary that is also written to `summary.json`.
+
+  Raises:
+    PreemptedError: `stop` was set before the last step.
   """
   began = time.time()
   settings.validate(config)
@@ -172,7 +179,8 @@ def train(config, workdir: epath.Path) -> dict:
       values |= {f"val/{name}": value for name, value in after.items()}
       shown["EM"] = after["em"]
     writer.write(step, values)
-    if last or step % config.checkpoint.every == 0:
+    preempted = stop is not None and stop.is_set() and not last
+    if last or preempted or step % config.checkpoint.every == 0:
       meta["seconds"] += time.time() - began
       began = time.time()
       if last:
@@ -184,6 +192,11 @@ def train(config, workdir: epath.Path) -> dict:
       tok_s=values["perf/tokens_per_second"],
       **shown,
     )
+    if preempted:
+      saver.close()
+      raise cli.PreemptedError(
+        f"stopped after step {step} and saved; the same command goes on"
+      )
 
   #################################################################
   # Summary                                                       #
@@ -233,7 +246,9 @@ def _write_json(path: epath.Path, value: dict) -> None:
 
 def main() -> None:
   """Entry; see the module docstring."""
-  summary = train(_CONFIG.value, epath.Path(_WORKDIR.value))
+  summary = train(
+    _CONFIG.value, epath.Path(_WORKDIR.value), cli.stop_on_sigterm()
+  )
   print()
   for name, value in summary.items():
     shown = f"{value:.4f}" if isinstance(value, float) else value

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import jax
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from etils import epath
 
 from configs import musique_smollm2, quickstart
-from stepsearch_jax import checkpoints, experiment, metrics, settings, train
+from stepsearch_jax import (
+  checkpoints,
+  cli,
+  experiment,
+  metrics,
+  settings,
+  train,
+)
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.retrieval import corpus
 
@@ -94,6 +102,23 @@ def test_a_run_that_died_resumes_to_the_same_numbers(
   assert records(broken) == records(workdir)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
+  finished, tmp_path
+):
+  workdir, _ = finished
+  stop = threading.Event()
+  stop.set()
+  ours = epath.Path(tmp_path) / "run"
+  config = tiny()
+  config.checkpoint.every = 100  # Only the preemption saves.
+  with jax.numpy_dtype_promotion("standard"):
+    with pytest.raises(cli.PreemptedError, match="after step 1 and saved"):
+      train.train(config, ours, stop)
+    train.train(config, ours)
+  assert records(ours) == records(workdir)
 
 
 @pytest.mark.slow
