@@ -52,10 +52,11 @@ def _model():
   model.tokenizer = ""  # Empty = the model's own.
   model.dtype = "bfloat16"  # Compute type; master weights are float32.
   model.remat = True
+  # Of a new model, and of the reference for tools/plan.
   model.size = ml_collections.ConfigDict(
     dict(
       family="qwen2", hidden=128, mlp=512, layers=4, heads=4, kv_heads=2,
-      vocab=2048,
+      vocab=2048, tied=True,
     )
   )
   return model
@@ -188,6 +189,24 @@ def _checkpoint():
   return checkpoint
 
 
+def _sentinel():
+  """When a run counts as collapsed, and what happens then."""
+  sentinel = ml_collections.ConfigDict()
+  sentinel.action = "warn"  # off | warn | halt | rollback.
+  sentinel.patience = 5  # Steps in a row that break a limit.
+  sentinel.invalid_share = 0.9  # At most.
+  sentinel.unanswered_share = 0.95  # At most.
+  sentinel.entropy = 0.005  # At least, nats per token.
+  sentinel.kl = 10.0  # At most, nats per token.
+  sentinel.grad_norm = 1000.0  # At most, before clipping.
+  sentinel.reward_drop = 0.4  # Below the best mean score, at most.
+  # rollback: back to the newest checkpoint before the trouble, with both
+  # learning rates times this; a run that needs more rollbacks halts.
+  sentinel.lr_factor = 0.5
+  sentinel.rollbacks = 3
+  return sentinel
+
+
 def _mesh():
   """Device axes; -1 = all devices that the other axes leave."""
   mesh = ml_collections.ConfigDict()
@@ -223,6 +242,7 @@ def base():
   config.warm_start = _warm_start()
   config.eval = _eval()
   config.checkpoint = _checkpoint()
+  config.sentinel = _sentinel()
   config.mesh = _mesh()
   config.log = _log()
   return config

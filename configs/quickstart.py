@@ -23,7 +23,7 @@ def get_config(arg=None):
   config.model.remat = True  # On this CPU faster than keeping activations.
   config.model.size = dict(
     family="qwen2", hidden=128, mlp=256, layers=3, heads=4, kv_heads=2,
-    vocab=2048,
+    vocab=2048, tied=True,
   )
 
   config.retrieval.topk = 2

@@ -21,6 +21,10 @@ def get_config(arg=None):
   config = common.base()
   suffix = "-Instruct" if arg.instruct else ""
   config.model.reference = f"Qwen/Qwen2.5-3B{suffix}"
+  config.model.size = dict(
+    family="qwen2", hidden=2048, mlp=11008, layers=36, heads=16, kv_heads=2,
+    vocab=151936, tied=True,
+  )
   released_training(config)
   if arg.paper:
     paper_training(config)
@@ -46,6 +50,8 @@ def released_training(config):
   config.ppo.value_warmup_ratio = 0.05
   config.mesh.data = 1
   config.mesh.fsdp = -1
+  # Halves the weights that every decoded token reads; one GPU needs 1.
+  config.mesh.tensor = 2
   config.eval.every = 50
 
 
@@ -63,6 +69,7 @@ def runlocal(config):
   """The same path with a tiny random model on the embedded world."""
   config.total_steps = 1
   config.model.reference = ""
+  config.model.size = common.base().model.size
   config.model.dtype = "float32"
   config.data.train = "world"
   config.data.eval = config.data.corpus = config.retrieval.index = ""
@@ -75,7 +82,7 @@ def runlocal(config):
   config.ppo.mini_batch = 8
   config.ppo.micro_rows = 2
   config.mesh.data = -1
-  config.mesh.fsdp = 1
+  config.mesh.fsdp = config.mesh.tensor = 1
 
 
 def sweep(add):

@@ -24,5 +24,8 @@ def get_config(arg=None):
   if not options.runlocal:
     suffix = "-Instruct" if options.instruct else ""
     config.model.reference = f"Qwen/Qwen2.5-7B{suffix}"
-    config.ppo.micro_rows = 8
+    config.model.size = dict(
+      family="qwen2", hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4,
+      vocab=152064, tied=False,
+    )
   return config

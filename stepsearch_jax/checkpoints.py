@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import orbax.checkpoint.checkpoint_managers as policies
 from absl import logging
 from etils import epath
 
@@ -47,14 +48,22 @@ class Checkpointer:
     Args:
       workdir: local folder or bucket path.
       identity: `fingerprint` of this run's model and data.
-      keep: how many checkpoints to retain; the best one is kept besides.
+      keep: how many checkpoints to retain; the one with the best EM is kept
+        besides.
     """
     self._folder = epath.Path(workdir).resolve() / "checkpoints"
     self._identity = dict(identity)
+    best = policies.BestN(
+      get_metric_fn=lambda scores: scores["em"], n=1,
+      keep_checkpoints_without_metrics=False,
+    )
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
+        preservation_policy=policies.AnyPreservationPolicy(
+          [policies.LatestN(keep), best]
+        ),
+        cleanup_tmp_directories=True,
       ),
       item_names=("policy", "rest", "meta"),
     )
@@ -66,10 +75,11 @@ class Checkpointer:
       step: optimiser steps done.
       policy: policy parameters, apart so that evaluation reads only them.
       rest: pytree with value model, optimisers and controllers.
-      meta: JSON-able cursor and scores.
+      meta: JSON-able cursor and scores; `best` says whether this is it.
     """
     if step in self._manager.all_steps():
       return
+    best = meta.get("best", {})
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -77,6 +87,7 @@ class Checkpointer:
         rest=ocp.args.StandardSave(rest),
         meta=ocp.args.JsonSave({**meta, "identity": self._identity}),
       ),
+      metrics={"em": best["em"]} if best.get("step") == step else None,
     )
 
   def restore(self, policy, rest) -> tuple[int, Any, Any, dict] | None:
@@ -121,6 +132,24 @@ class Checkpointer:
         "remove the folder to start anew"
       )
     return None
+
+  def rewind(self, policy, rest, before: int):
+    """Drops the checkpoints from step `before` on; then see `restore`.
+
+    Raises:
+      ValueError: there is no older one.
+    """
+    self.wait()
+    for step in self._manager.all_steps():
+      if step >= before:
+        self._manager.delete(step)
+    found = self.restore(policy, rest)
+    if found is None:
+      raise ValueError(
+        f"{self._folder} has no checkpoint before step {before} to roll back "
+        "to: raise checkpoint.keep"
+      )
+    return found
 
   def _meta(self, step: int) -> dict:
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -175,7 +204,7 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
 
   Args:
     workdir: run folder.
-    like: pytree of shapes.
+    like: pytree of shapes, with shardings where one device is too small.
     step: which checkpoint; None for the newest.
 
   Returns:
@@ -216,9 +245,11 @@ def _check_shapes(where, saved, like) -> None:
 
 
 def _abstract(tree):
+  # Always with a place to go: the devices of the writer may not exist here.
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+      x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
     ),
     tree,
   )

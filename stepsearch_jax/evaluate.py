@@ -107,6 +107,7 @@ def _evaluate_model() -> None:
     settings,
     sharding,
   )
+  from stepsearch_jax.models import heads
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
@@ -125,6 +126,9 @@ def _evaluate_model() -> None:
     params, name = experiment.initial_policy(config, model), _MODEL.value
   else:
     like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
+    like = sharding.abstract(
+      like, sharding.tree_shardings(mesh, heads.logical_axes(model), like)
+    )
     step, params = checkpoints.load_policy(workdir, like, _STEP.value)
     name = f"{workdir} step {step}"
   folder = workdir / "eval"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import distributed, types
 from stepsearch_jax.rewards import text_match
 
 
@@ -33,16 +33,20 @@ def evaluate(
   folder: epath.Path,
   predictions: epath.Path,
 ) -> dict:
-  """Plays `questions`, writes predictions and card, returns the card."""
+  """Plays `questions`, writes predictions and card, returns the card.
+
+  Only the primary process writes.
+  """
   trajectories, _ = play(engine, params, questions)
   records = [record(t, tokenizer) for t in trajectories]
-  write_jsonl(predictions, records)
   card = {
     "settings": {**settings, "n": len(records)},
     "metrics": summarise(trajectories),
     "sources": by_source(records),
   }
-  write_card(folder, card)
+  if distributed.is_primary():
+    write_jsonl(predictions, records)
+    write_card(folder, card)
   return card
 
 

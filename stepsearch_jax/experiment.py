@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import checkpoints, types
+from stepsearch_jax import checkpoints, distributed, settings, types
 from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
@@ -121,26 +121,14 @@ def _protocol_texts(config, data: Data) -> list[str]:
 
 def decoder_config(config, tokenizer) -> decoder.DecoderConfig:
   """Shape of the policy: the reference's own, or `model.size`."""
-  dtype = jnp.dtype(config.model.dtype)
   if config.model.reference:
     path = hf_weights.resolve(config.model.reference)
-    loaded = hf_weights.load_config(path)
-    return dataclasses.replace(loaded, dtype=dtype, remat=config.model.remat)
-  size = config.model.size
-  return decoder.DecoderConfig(
-    family=size.family,
-    vocab_size=tokenizer.vocab_size,
-    hidden_size=size.hidden,
-    intermediate_size=size.mlp,
-    num_layers=size.layers,
-    num_heads=size.heads,
-    num_kv_heads=size.kv_heads,
-    head_dim=size.hidden // size.heads,
-    tie_embeddings=True,
-    qkv_bias=True,
-    dtype=dtype,
-    remat=config.model.remat,
-  )
+    return dataclasses.replace(
+      hf_weights.load_config(path),
+      dtype=jnp.dtype(config.model.dtype),
+      remat=config.model.remat,
+    )
+  return settings.sized_decoder(config, tokenizer.vocab_size)
 
 
 def initial_policy(config, model: decoder.DecoderConfig):
@@ -158,45 +146,58 @@ def load_retriever(config, workdir: epath.Path, data: Data):
     ValueError: settings that contradict each other, or an index of another
       encoder or corpus.
   """
-  settings = config.retrieval
-  if settings.replay_miss not in ("error", "search"):
+  given = config.retrieval
+  if given.replay_miss not in ("error", "search"):
     raise ValueError("retrieval.replay_miss must be error or search, got "
-                     f"{settings.replay_miss!r}")
-  if settings.replay:
+                     f"{given.replay_miss!r}")
+  if given.record and jax.process_count() > 1:
+    raise ValueError("retrieval.record needs a run of one process, this has "
+                     f"{jax.process_count()}")
+  if given.replay:
     inner = None
-    if settings.replay_miss == "search":
-      inner = _searching(settings, workdir, data)
-    return record.ReplayRetriever(settings.replay, inner)
-  retriever = _searching(settings, workdir, data)
-  if settings.record:
-    retriever = record.RecordingRetriever(retriever, settings.record)
+    if given.replay_miss == "search":
+      inner = _searching(given, workdir, data)
+    return record.ReplayRetriever(given.replay, inner)
+  retriever = _searching(given, workdir, data)
+  if given.record:
+    retriever = record.RecordingRetriever(retriever, given.record)
   return retriever
 
 
-def _searching(settings, workdir, data):
+def _searching(given, workdir, data):
   """A server's client, or an index: given, or built in the work directory."""
-  if settings.remote:
-    if settings.index:
+  if given.remote:
+    if given.index:
       raise ValueError(
         "set retrieval.remote or retrieval.index, not both: "
-        f"{settings.remote!r} and {settings.index!r}"
+        f"{given.remote!r} and {given.index!r}"
       )
-    return remote.RemoteRetriever(settings.remote)
-  encoder = encoder_lib.load_encoder(settings.encoder)
-  folder = epath.Path(settings.index) if settings.index else workdir / "index"
+    # One process asks; the others learn the answer when results are merged.
+    if not distributed.is_primary():
+      return retriever_lib.EmptyRetriever()
+    return remote.RemoteRetriever(given.remote)
+  encoder = encoder_lib.load_encoder(given.encoder)
+  corpus, folder = data.corpus, epath.Path(given.index or workdir / "index")
   if not folder.exists():
-    if settings.index:
+    if given.index:
       raise ValueError(
-        f"retrieval.index = {settings.index!r} does not exist: build it with "
+        f"retrieval.index = {given.index!r} does not exist: build it with "
         "python -m stepsearch_jax.tools.build_index"
       )
-    logging.info("building an index of %d passages", len(data.corpus))
-    index_lib.build_index(folder, data.corpus, encoder)
+    encoder.fit(corpus)  # On all of it, so that shards' scores compare.
+    if jax.process_count() > 1:
+      corpus = distributed.share(corpus)
+      folder = workdir / (
+        f"index_{jax.process_index()}_of_{jax.process_count()}"
+      )
+  if not folder.exists():
+    logging.info("building an index of %d passages", len(corpus))
+    index_lib.build_index(folder, corpus, encoder, fit=False)
   return retriever_lib.open_retriever(
     folder,
     encoder,
-    corpus_hash=corpus_lib.corpus_hash(data.corpus),
-    cache_size=settings.cache,
+    corpus_hash=corpus_lib.corpus_hash(corpus),
+    cache_size=given.cache,
   )
 
 
@@ -220,13 +221,7 @@ def build_engine(
   table = _pad_vocabulary(stops.table, model.vocab_size)
   programs = sampler.Sampler(
     model,
-    sampler.SamplerSpec(
-      slots=rollout.slots,
-      context=rollout.context,
-      block=rollout.block,
-      top_k=rollout.top_k,
-      top_p=rollout.top_p,
-    ),
+    settings.sampler_spec(config),
     table,
     stops.first_stop,
     mesh,
@@ -240,7 +235,10 @@ def build_engine(
     extend_rows=tuple(rollout.extend_rows),
     extend_tokens=tuple(rollout.extend_tokens),
   )
-  return engine.Engine(programs, env, retriever, tokenizer, spec, config.seed)
+  return engine.Engine(
+    programs, env, retriever, tokenizer, spec, config.seed,
+    merge=distributed.merge_topk,
+  )
 
 
 def _pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
@@ -256,12 +254,11 @@ def _pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
 
 def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
   """Policy parameters after imitating scripted trajectories."""
-  settings = config.warm_start
-  mixture = scripted.ScriptMixture(
-    settings.impatient, settings.repeat, settings.whole
-  )
+  given = config.warm_start
+  retriever = retriever_lib.MergingRetriever(retriever, distributed.merge_topk)
+  mixture = scripted.ScriptMixture(given.impatient, given.repeat, given.whole)
   rng = np.random.default_rng((config.seed, 1))
-  order = rng.integers(len(data.train), size=settings.trajectories)
+  order = rng.integers(len(data.train), size=given.trajectories)
   trajectories = [
     scripted.scripted_trajectory(
       data.train[i], env, retriever, tokenizer, mixture, rng,
@@ -287,10 +284,10 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
     batch,
     model,
     mesh,
-    steps=settings.steps,
-    rows=settings.rows,
-    row_length=settings.row_length,
-    learning_rate=settings.lr,
+    steps=given.steps,
+    rows=given.rows,
+    row_length=given.row_length,
+    learning_rate=given.lr,
     seed=config.seed,
   )
   logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import tensorboardX
 import tqdm
@@ -32,14 +32,26 @@ class NonFiniteError(RuntimeError):
   """A metric became NaN or infinite; the message names step and metric."""
 
 
-def check_finite(step: int, metrics: Mapping[str, float]) -> None:
-  """Raises NonFiniteError for the first metric that is NaN or infinite."""
+def check_finite(
+  step: int,
+  metrics: Mapping[str, float],
+  locate: Callable[[], str] = lambda: "",
+) -> None:
+  """Raises NonFiniteError for the first metric that is NaN or infinite.
+
+  Args:
+    step: named in the error.
+    metrics: what to check.
+    locate: asked for the tensor in which it began, if there is something.
+  """
   for name, value in metrics.items():
     if not math.isfinite(value):
+      tensor = locate()
       raise NonFiniteError(
-        f"step {step}: metric {name} is {value}; nothing of this step was "
-        "saved, the last good checkpoint stands (try a lower ppo.policy_lr "
-        "or ppo.value_lr)"
+        f"step {step}: metric {name} is {value}"
+        + (f", first in tensor {tensor}" if tensor else "")
+        + "; nothing of this step was saved, the last good checkpoint stands "
+        "(try a lower ppo.policy_lr or ppo.value_lr)"
       )
 
 
@@ -69,11 +81,9 @@ class MetricsWriter:
       return
     workdir = epath.Path(workdir)
     self._path = workdir / "metrics.jsonl"
-    self._lines = _records_before(self._path, first_step)
-    self._write()
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=first_step
-    )
+    self._board_folder = str(workdir / "tensorboard")
+    self._board = None
+    self.rewind(first_step)
     if wandb_project:
       import wandb  # Only this path needs the extra.
 
@@ -81,10 +91,18 @@ class MetricsWriter:
         project=wandb_project, dir=str(workdir), config=dict(run_config or {})
       )
 
-  def _write(self) -> None:
+  def rewind(self, step: int) -> None:
+    """Drops the records of `step` and later."""
+    if not self._active:
+      return
     temporary = self._path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(self._lines))
+    temporary.write_text("".join(_records_before(self._path, step)))
     temporary.replace(self._path)
+    if self._board is not None:
+      self._board.close()
+    self._board = tensorboardX.SummaryWriter(
+      self._board_folder, purge_step=step
+    )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Records `metrics` at `step`."""
@@ -92,7 +110,6 @@ class MetricsWriter:
       return
     values = {name: float(value) for name, value in metrics.items()}
     line = json.dumps({"step": step, **values}) + "\n"
-    self._lines.append(line)
     with self._path.open("a") as file:
       file.write(line)
     for name, value in values.items():
@@ -139,6 +156,11 @@ class Progress:
       {name: f"{value:.3g}" for name, value in shown.items()}, refresh=False
     )
     self._bar.update(1)
+
+  def rewind(self, step: int) -> None:
+    """Goes back to `step`."""
+    self._bar.n = step
+    self._bar.refresh()
 
   def close(self) -> None:
     """Leaves the finished bar on the screen."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
+from stepsearch_jax import sentinel
 from stepsearch_jax.env import prompts
+from stepsearch_jax.models import decoder
 from stepsearch_jax.ppo import records
 from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.rollout import sampler
 
 # Estimator of each algorithm, and whether only the answer's F1 is rewarded.
 _ALGORITHMS = {
@@ -94,6 +98,47 @@ def reward_spec(config) -> step_rewards.RewardSpec:
     outcome_only=_ALGORITHMS[config.algorithm][1],
     **overrides,
   )
+
+
+def sized_decoder(config, vocab_size: int) -> decoder.DecoderConfig:
+  """Decoder of `model.size`."""
+  size = config.model.size
+  return decoder.DecoderConfig(
+    family=size.family,
+    vocab_size=vocab_size,
+    hidden_size=size.hidden,
+    intermediate_size=size.mlp,
+    num_layers=size.layers,
+    num_heads=size.heads,
+    num_kv_heads=size.kv_heads,
+    head_dim=size.hidden // size.heads,
+    tie_embeddings=size.tied,
+    qkv_bias=size.family == "qwen2",
+    qk_norm=size.family == "qwen3",
+    dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
+  )
+
+
+def sampler_spec(config) -> sampler.SamplerSpec:
+  """Shapes of the rollout programs."""
+  rollout = config.rollout
+  return sampler.SamplerSpec(
+    slots=rollout.slots, context=rollout.context, block=rollout.block,
+    top_k=rollout.top_k, top_p=rollout.top_p,
+  )
+
+
+def sentinel_limits(config) -> sentinel.Limits:
+  """Limits that the sentinel holds a run to."""
+  given = config.sentinel
+  if given.action not in sentinel.ACTIONS:
+    raise ValueError(
+      f"sentinel.action must be one of {sentinel.ACTIONS}, got "
+      f"{given.action!r}"
+    )
+  names = (field.name for field in dataclasses.fields(sentinel.Limits))
+  return sentinel.Limits(**{name: given[name] for name in names})
 
 
 def learner_spec(config, steps: int) -> records.LearnerSpec:

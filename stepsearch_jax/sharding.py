@@ -10,6 +10,7 @@ import contextlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,10 +33,13 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A (data, fsdp, tensor) mesh over all devices.
+def mesh_shape(
+  devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> tuple[int, int, int]:
+  """Sizes of the (data, fsdp, tensor) axes over a number of devices.
 
   Args:
+    devices: how many there are.
     data: data-parallel copies; -1 takes the devices that the others leave.
     fsdp: shards of parameters and optimiser states; -1 likewise.
     tensor: shards of heads, MLP and vocabulary.
@@ -43,7 +47,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   Raises:
     ValueError: the product is not the number of devices.
   """
-  devices = jax.device_count()
   if data == -1:
     data = max(devices // (fsdp * tensor), 1)
   elif fsdp == -1:
@@ -53,8 +56,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
       f"{data * fsdp * tensor} devices, there are {devices}"
     )
-  grid = np.asarray(jax.devices()).reshape(data, fsdp, tensor)
-  return Mesh(grid, AXES)
+  return data, fsdp, tensor
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None
+) -> Mesh:
+  """A mesh over all devices, or the given ones; see `mesh_shape`."""
+  devices = np.asarray(jax.devices() if devices is None else devices)
+  return Mesh(
+    devices.reshape(mesh_shape(devices.size, data, fsdp, tensor)), AXES
+  )
 
 
 def _spec(mesh: Mesh, names, shape) -> PartitionSpec:
@@ -122,8 +134,74 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def put(tree, shardings):
+  """Places arrays on the mesh, in buffers of their own.
+
+  Args:
+    tree: host or device arrays; host arrays must be the same in every process.
+    shardings: one sharding for all, or a tree of them.
+  """
+
+  def place(x, where):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.jit(jnp.copy, out_shardings=where)(x)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(
+      x.shape, where, lambda part: np.array(x[part])
+    )
+
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: place(x, shardings), tree)
+  return jax.tree.map(place, tree, shardings)
+
+
+def abstract(shapes, shardings):
+  """Shapes that know where their arrays would live, for lowering programs."""
+
+  def place(x, where):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: place(x, shardings), shapes)
+  return jax.tree.map(place, shapes, shardings)
+
+
 @contextlib.contextmanager
 def scope(mesh: Mesh):
   """Makes the models' logical constraints mean this mesh while tracing."""
-  with mesh, nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
+
+
+def shards(name: str, size: int) -> int:
+  """Parts into which the mesh in scope splits a logical axis."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  axes = _spec(mesh, (name,), (size,))[0] or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  return int(np.prod([mesh.shape[axis] for axis in axes]))
+
+
+def per_device(function, names, out_names, *arrays):
+  """Calls `function` on every device's own part of `arrays`.
+
+  For kernels that the compiler cannot partition.
+
+  Args:
+    function: maps arrays to one array of the shape of the first.
+    names: logical axes of each array.
+    out_names: logical axes of the result.
+    *arrays: global arrays.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(*arrays)
+  specs = tuple(
+    _spec(mesh, axes, array.shape)
+    for axes, array in zip(names, arrays, strict=True)
+  )
+  return jax.shard_map(
+    function, in_specs=specs, out_specs=_spec(mesh, out_names, arrays[0].shape),
+    check_vma=False,
+  )(*arrays)

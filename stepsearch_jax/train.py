@@ -9,6 +9,7 @@ overridden: `--config.ppo.policy_lr=1e-6`.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -21,11 +22,13 @@ from ml_collections import config_flags
 from stepsearch_jax import (
   checkpoints,
   cli,
+  distributed,
   evaluation,
   experiment,
   metrics,
   plots,
   reporting,
+  sentinel,
   settings,
   sharding,
 )
@@ -59,6 +62,7 @@ def train(
 
   Raises:
     PreemptedError: `stop` was set before the last step.
+    CollapseError: the sentinel halted the run.
   """
   began = time.time()
   settings.validate(config)
@@ -67,8 +71,10 @@ def train(
   #################################################################
   # Data, retrieval, tokenizer                                    #
   #################################################################
-  data = experiment.load_data(config, workdir)
-  tokenizer = experiment.load_tokenizer(config, workdir, data)
+  data = distributed.in_turn(lambda: experiment.load_data(config, workdir))
+  tokenizer = distributed.in_turn(
+    lambda: experiment.load_tokenizer(config, workdir, data)
+  )
   env = experiment.build_env(config)
   retriever = experiment.load_retriever(config, workdir, data)
   stream = input_pipeline.QuestionStream(
@@ -109,8 +115,12 @@ def train(
     step + ("before" in meta),
     config.log.wandb_project,
     config.to_dict(),
-    active=jax.process_index() == 0,
+    active=distributed.is_primary(),
   )
+  guard = sentinel.Sentinel(
+    settings.sentinel_limits(config), meta.get("sentinel")
+  )
+  rollbacks = sentinel.Rollbacks(workdir / "rollbacks.json")
 
   def evaluate(at: int) -> dict[str, float]:
     described = reporting.card_settings(
@@ -122,19 +132,25 @@ def train(
     )
     return card["metrics"]
 
+  def save() -> None:
+    nonlocal began
+    meta["seconds"] = meta.get("seconds", 0.0) + time.time() - began
+    meta["sentinel"] = guard.state
+    began = time.time()
+    saver.save(step, state.policy, state.replace(policy=None), meta)
+
   if "before" not in meta:
     meta["before"] = evaluate(step)
     writer.write(
       step, {f"val/{name}": value for name, value in meta["before"].items()}
     )
-    meta["seconds"] = time.time() - began
-    began = time.time()
-    saver.save(step, state.policy, state.replace(policy=None), meta)
+    meta["best"] = {"step": step, "em": meta["before"]["em"]}
+    save()
 
   #################################################################
   # The loop                                                      #
   #################################################################
-  bar = metrics.Progress(steps, step, active=jax.process_index() == 0)
+  bar = metrics.Progress(steps, step, active=distributed.is_primary())
   shown = {"EM": meta["before"]["em"]}
   while step < steps:
     watch = metrics.Stopwatch()
@@ -162,7 +178,10 @@ def train(
     with watch.time("adv"):
       experience, seen = learner.prepare(state, reference, batch)
     with watch.time("update"):
-      state, updated = learner.update(state, experience)
+      state, updated = learner.update(
+        state, experience,
+        lr_scale=config.sentinel.lr_factor ** len(rollbacks),
+      )
 
     step += 1
     values = {
@@ -172,20 +191,36 @@ def train(
       **reporting.rollout_metrics(rollout),
       **watch.metrics(),
     }
-    metrics.check_finite(step, values)
+    metrics.check_finite(
+      step, values, functools.partial(_first_nonfinite, experience, state)
+    )
+    alarms = guard.observe(step, values)
+    if _collapsed(config.sentinel, alarms, len(rollbacks)):
+      since = min(alarm.since for alarm in alarms)
+      step, state, meta = _roll_back(saver, state, since, rollbacks)
+      guard = sentinel.Sentinel(
+        settings.sentinel_limits(config), meta["sentinel"]
+      )
+      writer.rewind(step + 1)
+      bar.rewind(step)
+      continue
     last = step == steps
+    new_best = False
     if last or (config.eval.every and step % config.eval.every == 0):
       after = evaluate(step)
       values |= {f"val/{name}": value for name, value in after.items()}
       shown["EM"] = after["em"]
-    writer.write(step, values)
-    preempted = stop is not None and stop.is_set() and not last
-    if last or preempted or step % config.checkpoint.every == 0:
-      meta["seconds"] += time.time() - began
-      began = time.time()
+      new_best = after["em"] > meta["best"]["em"]
+      if new_best:
+        meta["best"] = {"step": step, "em": after["em"]}
       if last:
         meta["after"] = after
-      saver.save(step, state.policy, state.replace(policy=None), meta)
+    writer.write(step, values)
+    preempted = not last and distributed.any_process(
+      stop is not None and stop.is_set()
+    )
+    if last or preempted or new_best or step % config.checkpoint.every == 0:
+      save()
     bar.update(
       reward=values["critic/score/mean"],
       searches=values["env/searches_per_question"],
@@ -206,8 +241,9 @@ def train(
   saver.close()
   engine.close()
   summary = reporting.summary(config, meta, steps)
-  _write_json(workdir / "summary.json", summary)
-  plots.learning_curves(workdir)
+  if distributed.is_primary():
+    _write_json(workdir / "summary.json", summary)
+    plots.learning_curves(workdir)
   return summary
 
 
@@ -236,6 +272,50 @@ def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
   checkpoints.save_reference(workdir, state.policy)
   # The learner donates its state, so the reference has its own buffers.
   return state, checkpoints.load_reference(workdir, state.policy), 0, {}
+
+
+def _first_nonfinite(experience, state) -> str:
+  """The first tensor of a step that is not finite, in data-flow order."""
+  return sentinel.first_nonfinite(
+    token_rewards=experience.batch.token_rewards,
+    logp=experience.logp,
+    reference_logp=experience.reference_logp,
+    values=experience.values,
+    advantages=experience.advantages,
+    policy=state.policy,
+    value=state.value,
+  )
+
+
+def _collapsed(limits, alarms, rollbacks: int) -> bool:
+  """Reports alarms; True if the run has to go back.
+
+  Raises:
+    CollapseError: it has to halt.
+  """
+  if limits.action == "off":
+    return False
+  for alarm in alarms:
+    logging.warning("collapse? %s", alarm.message)
+  if not alarms or limits.action == "warn":
+    return False
+  spent = rollbacks >= limits.rollbacks
+  if limits.action == "halt" or spent:
+    raise sentinel.CollapseError(
+      f"{alarms[0].message}: halted"
+      + (f" after {rollbacks} rollbacks" if rollbacks else "")
+      + "; the last checkpoints stand (limits: config.sentinel)"
+    )
+  return True
+
+
+def _roll_back(saver, state, since: int, rollbacks):
+  """(step, state, meta) of the newest checkpoint before step `since`."""
+  found = saver.rewind(state.policy, state.replace(policy=None), since)
+  step, policy, rest, meta = found
+  rollbacks.add(since, step, write=distributed.is_primary())
+  logging.warning("rolled back to step %d", step)
+  return step, rest.replace(policy=policy), meta
 
 
 def _write_json(path: epath.Path, value: dict) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import sharding
+
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
 _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.
 
@@ -115,29 +117,43 @@ def _cudnn_packed(q, k, v, segment_ids):
 
 
 def _splash_packed(q, k, v, segment_ids):
-  """The same through the splash kernel on TPU."""
+  """The same through the splash kernel on TPU, on each device's own heads."""
+  heads, kv = q.shape[2], k.shape[2]
+  if sharding.shards("heads", heads) != sharding.shards("kv_heads", kv):
+    # Too few kv heads to split: every query head brings its own copy.
+    k, v = (jnp.repeat(x, heads // kv, axis=2) for x in (k, v))
+  query = ("batch", "length", "heads", "head_dim")
+  key = ("batch", "length", "kv_heads", "head_dim")
+  names = (query, key, key, ("batch", "length"))
+  return sharding.per_device(
+    _splash_local, names, query, q, k, v, segment_ids
+  )
+
+
+def _splash_local(q, k, v, segment_ids):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  length, heads, dim = q.shape[1:]
-  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-  kernel = splash.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1)
-  repeats = heads // k.shape[2]
+  length, dim = q.shape[1], q.shape[3]
+  groups = q.shape[2] // k.shape[2]
+  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * groups)
+  # One kv head and the query heads that share it.
+  kernel = splash.make_splash_mqa_single_device(mask=mask)
 
   def one(q, k, v, segments):
     ids = splash.SegmentIds(q=segments, kv=segments)
-    return kernel(q, k, v, segment_ids=ids)
+    return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q, k, v)
 
-  def layout(x, times):
-    return jnp.repeat(jnp.swapaxes(x, 1, 2), times, axis=1)
-
-  scale = jnp.asarray(dim**-0.5, q.dtype)
-  out = jax.vmap(one)(
-    layout(q * scale, 1), layout(k, repeats), layout(v, repeats), segment_ids
-  )
-  return jnp.swapaxes(out, 1, 2)
+  grouped, keys, values = _heads_first(q, k, v)
+  out = jax.vmap(one)(grouped, keys, values, segment_ids)
+  return out.transpose(0, 3, 1, 2, 4).reshape(q.shape[:3] + (dim,))
 
 
-def packed_attention(q, k, v, segment_ids):
+def backend_of(platform: str) -> str:
+  """The packed-attention backend for devices of a platform."""
+  return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+
+
+def packed_attention(q, k, v, segment_ids, backend: str | None = None):
   """Causal self-attention of packed rows.
 
   Args:
@@ -145,13 +161,15 @@ def packed_attention(q, k, v, segment_ids):
     k, v: [B, S, KV, D].
     segment_ids: [B, S] int32; tokens see earlier tokens of their own segment,
       segment 0 is padding and sees nothing.
+    backend: "splash", "cudnn" or "xla"; None asks the default device. What a
+      backend cannot do (odd shapes, float32 in cuDNN) goes through XLA.
 
   Returns:
     [B, S, H, D].
   """
-  backend = jax.default_backend()
-  if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+  backend = backend or backend_of(jax.default_backend())
+  if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16):
     return _cudnn_packed(q, k, v, segment_ids)
-  if backend == "tpu" and q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0:
+  if backend == "splash" and q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0:
     return _splash_packed(q, k, v, segment_ids)
   return _xla_packed(q, k, v, segment_ids)

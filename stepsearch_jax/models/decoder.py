@@ -63,6 +63,7 @@ class DecoderConfig:
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   remat: bool = True
+  attention: str | None = None  # See `attention.packed_attention`.
 
   def __post_init__(self):
     if self.family not in FAMILIES:
@@ -203,7 +204,9 @@ class Attention(nn.Module):
       k = RMSNorm(*norm, name="k_norm")(k)
     q, k = _rotate(q, *rope), _rotate(k, *rope)
     if cache is None:
-      mixed = attention.packed_attention(q, k, v, segment_ids)
+      mixed = attention.packed_attention(
+        q, k, v, segment_ids, c.attention
+      )
     else:
       cache, keys, values = _update(cache, k, v, layer, positions, kv_length)
       mixed = attention.cached_attention(q, keys, values, positions)

@@ -11,7 +11,7 @@ import optax
 import tqdm
 
 from stepsearch_jax import sharding, types
-from stepsearch_jax.models import decoder
+from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.ppo import losses, records, scores
 from stepsearch_jax.rollout import batching
 
@@ -97,10 +97,13 @@ def imitate(
   history = []
   bar = tqdm.tqdm(total=steps, desc="warm start", unit="step")
   with sharding.scope(mesh):
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    opt = tx.init(params)
+    params = sharding.put(
+      params,
+      sharding.tree_shardings(mesh, heads.logical_axes(config), params),
+    )
+    opt = jax.jit(tx.init)(params)
     for i, micro in enumerate(_micros(batch, steps, rows, row_length, seed)):
-      params, opt, value = step(params, opt, jax.device_put(micro, where))
+      params, opt, value = step(params, opt, sharding.put(micro, where))
       history.append(value)
       # One step stays in flight; without this the bar would run ahead.
       jax.block_until_ready(history[max(i - 1, 0)])

@@ -8,6 +8,7 @@ output shardings keep the state from one update a valid input to the next.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,7 @@ import optax
 from stepsearch_jax import sharding, types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import losses, optimizer, records, scores
+from stepsearch_jax.ppo import objectives, optimizer, records, scores
 from stepsearch_jax.ppo.records import (
   Experience,
   LearnerSpec,
@@ -59,29 +60,18 @@ class Learner:
       for kind, rate in self._rates.items()
     }
     self._init_shardings()
+    # Replicated: every process packs, unpacks and estimates the whole batch.
     self._score_policy = jax.jit(
       functools.partial(
         scores.of_policy, config=policy_config, temperature=spec.temperature
-      )
+      ),
+      out_shardings=self._replicated,
     )
     self._score_value = jax.jit(
-      functools.partial(scores.of_value, config=value_config)
+      functools.partial(scores.of_value, config=value_config),
+      out_shardings=self._replicated,
     )
-    grads = {kind: self._shardings[kind] for kind in self._kinds}
-    self._zero = jax.jit(
-      self._zero_sums, out_shardings=(grads, self._replicated)
-    )
-    self._accumulate = jax.jit(
-      self._gradients,
-      donate_argnums=(1, 2),
-      out_shardings=(grads, self._replicated),
-    )
-    self._apply = jax.jit(
-      self._optimise,
-      donate_argnums=0,
-      static_argnames="train_policy",
-      out_shardings=(self._shardings, self._replicated),
-    )
+    self._programs = {kind: self._updaters(kind) for kind in self._kinds}
     self._estimate = jax.jit(self._advantages)
 
   @property
@@ -92,7 +82,7 @@ class Learner:
   def _init_shardings(self) -> None:
     """Where every part of the trained models and their optimisers lives."""
     self._replicated = sharding.replicated(self._mesh)
-    self._shardings = {}
+    self._shardings, self._shapes = {}, {}
     for kind in self._kinds:
       config, tx = self._configs[kind], self._transforms[kind]
       init = heads.init_policy if kind == "policy" else heads.init_value
@@ -102,9 +92,11 @@ class Learner:
       placed = sharding.tree_shardings(
         self._mesh, heads.logical_axes(config, kind), shapes
       )
+      optimiser = jax.eval_shape(tx.init, shapes)
+      self._shapes |= {kind: shapes, f"{kind}_opt": optimiser}
       self._shardings[kind] = placed
       self._shardings[f"{kind}_opt"] = optax.tree_map_params(
-        tx, lambda _, where: where, jax.eval_shape(tx.init, shapes), placed,
+        tx, lambda _, where: where, optimiser, placed,
         transform_non_params=lambda _: self._replicated,
       )
 
@@ -119,8 +111,7 @@ class Learner:
     state = {"value": None, "value_opt": None}
     for kind in self._kinds:
       # A copy, so that donating the state never frees the caller's arrays.
-      params = jax.tree.map(lambda x: jnp.array(x, copy=True), given[kind])
-      state[kind] = jax.device_put(params, self._shardings[kind])
+      state[kind] = sharding.put(given[kind], self._shardings[kind])
       state[f"{kind}_opt"] = jax.jit(
         self._transforms[kind].init,
         out_shardings=self._shardings[f"{kind}_opt"],
@@ -131,8 +122,44 @@ class Learner:
       **state,
     )
 
+  def abstract_state(self) -> dict[str, Any]:
+    """Shapes and places of the trained models and their optimisers."""
+    return {
+      name: sharding.abstract(self._shapes[name], self._shardings[name])
+      for name in self._shapes
+    }
+
+  def lowered(self) -> dict[str, jax.stages.Lowered]:
+    """Every large program by name, lowered but not compiled."""
+    spec, state = self.spec, self.abstract_state()
+    shape = (spec.micro_rows, spec.row_length)
+    fields = {field.name: jnp.float32 for field in dataclasses.fields(Micro)}
+    fields |= dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
+    where = sharding.batch(self._mesh)
+    micro = Micro(**{
+      name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+      for name, dtype in fields.items()
+    })
+    one = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
+    found = {}
+    with sharding.scope(self._mesh):
+      for kind in self._kinds:
+        score = {"policy": self._score_policy, "value": self._score_value}
+        found[f"{kind}_forward"] = score[kind].lower(state[kind], micro)
+        zero, accumulate, apply = self._programs[kind]
+        grads, sums = jax.eval_shape(zero, state[kind])
+        grads = sharding.abstract(grads, self._shardings[kind])
+        sums = sharding.abstract(sums, self._replicated)
+        found[f"{kind}_update"] = accumulate.lower(
+          state[kind], grads, sums, micro, one, one
+        )
+        found[f"{kind}_apply"] = apply.lower(
+          state[kind], state[f"{kind}_opt"], grads, one
+        )
+    return found
+
   def _scalar(self, value):
-    return jax.device_put(value, self._replicated)
+    return sharding.put(value, self._replicated)
 
   def _packing(self, batch, rows) -> batching.Packing:
     lengths = batch.lengths
@@ -155,7 +182,7 @@ class Learner:
     where = sharding.batch(self._mesh)
     for start in range(0, len(packing.source), self.spec.micro_rows):
       part = slice(start, start + self.spec.micro_rows)
-      yield jax.device_put(
+      yield sharding.put(
         Micro(
           segment_ids=packing.segment_ids[part],
           positions=packing.positions[part],
@@ -251,9 +278,14 @@ class Learner:
     return advantages, returns, metrics
 
   def update(
-    self, state: LearnerState, experience: Experience
+    self, state: LearnerState, experience: Experience, lr_scale: float = 1.0
   ) -> tuple[LearnerState, dict[str, Any]]:
     """Runs all epochs and mini-batches; `state` is donated.
+
+    Args:
+      state: current models and optimisers.
+      experience: from `prepare`.
+      lr_scale: multiplies both learning rates (see the sentinel's rollback).
 
     Returns:
       (new state, metrics).
@@ -267,7 +299,7 @@ class Learner:
         for start in range(0, len(rows), spec.mini_batch):
           part = rows[start : start + spec.mini_batch]
           state, metrics = self._mini_batch(
-            state, experience, part, train_policy
+            state, experience, part, train_policy, lr_scale
           )
           history.append(metrics)
     coefficient = self._controller.update(
@@ -282,7 +314,7 @@ class Learner:
       for name in history[0]
     }
 
-  def _mini_batch(self, state, experience, rows, train_policy):
+  def _mini_batch(self, state, experience, rows, train_policy, lr_scale):
     """One optimiser step over `rows`."""
     batch = experience.batch
     packing = self._packing(batch, rows)
@@ -294,97 +326,66 @@ class Learner:
         scope=experience.scope,
       )
     )
-    models = {kind: getattr(state, kind) for kind in self._kinds}
-    grads, sums = self._zero(models)
-    counts = (
-      np.float32(batch.policy_mask[rows].sum()),
-      np.float32(experience.scope[rows].sum()),
-    )
-    for micro in micros:
-      grads, sums = self._accumulate(
-        models, grads, sums, micro, counts, np.float32(len(micros))
-      )
-    trained = {name: getattr(state, name) for name in self._shardings}
-    trained, metrics = self._apply(
-      trained, grads, sums, train_policy=train_policy
-    )
-    return state.replace(**trained), metrics
-
-  def _zero_sums(self, models):
-    """Zero gradients and metric sums to accumulate into."""
-    names = ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
-             "actor/entropy_loss", "actor/kl_loss")
-    if "value" in models:
-      names += ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean")
-    return (
-      jax.tree.map(jnp.zeros_like, models),
-      {name: jnp.float32(0) for name in names},
-    )
-
-  def _gradients(self, models, grads, sums, micro, counts, micros):
-    """Adds one micro-batch's gradients and metric sums."""
-    spec = self.spec
-    if spec.micro_weighting == "token":
-      scale, value_scale = (1.0 / jnp.maximum(c, 1.0) for c in counts)
-    else:
-      scale, value_scale = (
-        1.0 / (jnp.maximum((m > 0).sum(dtype=jnp.float32), 1.0) * micros)
-        for m in (micro.mask, micro.scope)
-      )
-
-    def loss(models):
-      logp, entropy = scores.of_policy(
-        models["policy"], micro, self._configs["policy"], spec.temperature
-      )
-      on = micro.mask > 0
-      policy, hit, gap = losses.policy_loss(
-        logp, micro.logp, micro.advantages, micro.mask, spec.clip_ratio
-      )
-      entropies = jnp.where(on, entropy, 0.0).sum()
-      kl = adv.kl_penalty(logp, micro.reference_logp, spec.kl_estimator)
-      kl = jnp.where(on, kl, 0.0).sum()
-      parts = {
-        "actor/pg_loss": policy * scale,
-        "actor/pg_clipfrac": hit * scale,
-        "actor/ppo_kl": gap * scale,
-        "actor/entropy_loss": entropies * scale,
-        "actor/kl_loss": kl * scale,
-      }
-      total = scale * (
-        policy - spec.entropy_coef * entropies + spec.kl_loss_coef * kl
-      )
-      if "value" in models:
-        values = scores.of_value(models["value"], micro, self._configs["value"])
-        error, clipped = losses.value_loss(
-          values, micro.values, micro.returns, micro.scope, spec.value_clip
-        )
-        parts["critic/vf_loss"] = error * value_scale
-        parts["critic/vf_clipfrac"] = clipped * value_scale
-        parts["critic/vpred_mean"] = value_scale * jnp.where(
-          micro.scope > 0, values, 0.0
-        ).sum()
-        total = total + value_scale * error
-      return total, parts
-
-    new, parts = jax.grad(loss, has_aux=True)(models)
-    return (
-      jax.tree.map(jnp.add, grads, new),
-      {name: sums[name] + parts[name] for name in sums},
-    )
-
-  def _optimise(self, trained, grads, sums, train_policy):
-    """One optimiser step; returns (trained, metrics)."""
-    metrics, trained = dict(sums), dict(trained)
+    counts = {"policy": batch.policy_mask, "value": experience.scope}
+    seen = {}
+    # One model after the other: only one set of gradients exists at a time.
     for kind in self._kinds:
-      role = {"policy": "actor", "value": "critic"}[kind]
-      opt = trained[f"{kind}_opt"]
-      metrics[f"{role}/grad_norm"] = optax.global_norm(grads[kind])
-      metrics[f"{role}/lr"] = self._rates[kind](optimizer.steps_taken(opt))
-      params = trained[kind]
-      if kind == "value" or train_policy:
-        updates, opt = self._transforms[kind].update(grads[kind], opt, params)
-        params = jax.tree.map(jnp.add, params, updates)
-      trained[kind], trained[f"{kind}_opt"] = params, opt
+      if kind == "policy" and not train_policy:
+        continue
+      zero, accumulate, apply = self._programs[kind]
+      params, opt = getattr(state, kind), getattr(state, f"{kind}_opt")
+      grads, sums = zero(params)
+      count = np.float32(counts[kind][rows].sum())
+      for micro in micros:
+        grads, sums = accumulate(
+          params, grads, sums, micro, count, np.float32(len(micros))
+        )
+      params, opt, norms = apply(params, opt, grads, np.float32(lr_scale))
+      state = state.replace(**{kind: params, f"{kind}_opt": opt})
+      seen |= {**sums, **norms}
+    return state, seen
+
+  def _updaters(self, kind: str):
+    """The compiled (zero, accumulate, apply) programs of one model."""
+    placed, replicated = self._shardings[kind], self._replicated
+    objective = functools.partial(
+      {"policy": objectives.of_policy, "value": objectives.of_value}[kind],
+      config=self._configs[kind], spec=self.spec,
+    )
+    rate, tx = self._rates[kind], self._transforms[kind]
+    role = {"policy": "actor", "value": "critic"}[kind]
+
+    def zero(params):
+      sums = {name: jnp.float32(0) for name in objectives.METRICS[kind]}
+      return jax.tree.map(jnp.zeros_like, params), sums
+
+    def accumulate(params, grads, sums, micro, count, micros):
+      new, parts = jax.grad(objective, has_aux=True)(
+        params, micro, count, micros
+      )
+      return (
+        jax.tree.map(jnp.add, grads, new),
+        {name: sums[name] + parts[name] for name in sums},
+      )
+
+    def apply(params, opt, grads, lr_scale):
+      metrics = {
+        f"{role}/grad_norm": optax.global_norm(grads),
+        f"{role}/lr": lr_scale * rate(optimizer.steps_taken(opt)),
+      }
+      updates, opt = tx.update(grads, opt, params)
+      params = jax.tree.map(lambda p, u: p + lr_scale * u, params, updates)
       # Finite exactly when the parameters are, before they reach a checkpoint.
       metrics[f"{role}/param_norm"] = optax.global_norm(params)
-    return trained, metrics
+      return params, opt, metrics
+
+    return (
+      jax.jit(zero, out_shardings=(placed, replicated)),
+      jax.jit(
+        accumulate, donate_argnums=(1, 2), out_shardings=(placed, replicated)
+      ),
+      jax.jit(
+        apply, donate_argnums=(0, 1),
+        out_shardings=(placed, self._shardings[f"{kind}_opt"], replicated),
+      ),
+    )

@@ -48,13 +48,16 @@ def build_index(
   passages: Sequence[types.Passage],
   encoder: encoder_lib.Encoder,
   topk: int = 10,
+  fit: bool = True,
 ) -> None:
   """Embeds passages and writes an index folder.
 
   Args:
     folder: must not exist.
     passages: at least one.
-    encoder: fitted here if it learns from the corpus.
+    encoder: how to embed them.
+    fit: whether the encoder learns its statistics from these passages; False
+      if they are one shard of what it has been fitted to.
     topk: neighbours that ScaNN is tuned for.
 
   Raises:
@@ -65,7 +68,8 @@ def build_index(
     raise ValueError(f"index folder {folder} exists already")
   if not passages:
     raise ValueError("an index needs at least one passage")
-  encoder.fit(passages)
+  if fit:
+    encoder.fit(passages)
   temporary = folder.with_name(folder.name + ".partial")
   if temporary.exists():
     temporary.rmtree()

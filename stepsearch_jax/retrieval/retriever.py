@@ -74,6 +74,36 @@ class LocalRetriever:
     }
 
 
+class EmptyRetriever:
+  """Finds nothing: stands in where another process asks for all."""
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """No passages for each query."""
+    del k
+    return [[] for _ in queries]
+
+  def describe(self) -> dict:
+    """Nothing to say."""
+    return {}
+
+
+class MergingRetriever:
+  """Searches and merges at once; for callers outside the rollout's schedule."""
+
+  def __init__(self, inner, merge):
+    """Wraps a retriever; `merge` is `distributed.merge_topk`."""
+    self._inner = inner
+    self._merge = merge
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """The k best passages of each query over all shards."""
+    return self._merge(self._inner.search(queries, k), k)
+
+
 def open_retriever(
   folder: epath.PathLike,
   encoder: encoder_lib.Encoder,

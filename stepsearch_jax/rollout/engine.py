@@ -102,8 +102,21 @@ class Engine:
     tokenizer,
     spec: EngineSpec,
     seed: int,
+    merge: Callable = lambda found, k: found,
   ):
-    """Keeps the parts; `seed` and an episode number fix a trajectory."""
+    """Keeps the parts; `seed` and an episode number fix a trajectory.
+
+    Args:
+      programs: compiled device programs.
+      env: the search environment.
+      retriever: answers queries, on host threads.
+      tokenizer: of the policy.
+      spec: limits.
+      seed: of the sampling.
+      merge: (a search's results or None for failed, k) to the same; runs in
+        schedule order on the main thread, where processes may exchange them.
+    """
+    self._merge = merge
     self._programs = programs
     self._env = env
     self._retriever = retriever
@@ -216,6 +229,9 @@ class _Run:
         results = future.result()
       except search_env.SearchError as error:
         logging.warning("%d searches failed: %s", len(askers), error)
+        results = None
+      results = self._e._merge(results, self._e._env.topk)
+      if results is None:
         results = [None] * len(askers)
         self.stats.failed_searches += len(askers)
       self.stats.retrieval_wait_seconds += time.perf_counter() - began

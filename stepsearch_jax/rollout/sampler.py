@@ -238,9 +238,16 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
   return state, BlockOutput(tokens, logprobs, state.active, steps)
 
 
-def reshard_cast(params, dtype):
-  """Training weights in the type (and, under jit, layout) of decoding."""
-  return jax.tree.map(lambda x: x.astype(dtype), params)
+def reshard_cast(params, dtype, training):
+  """Training weights in the type (and, under jit, layout) of decoding.
+
+  Cast where they lie (`training`), so that what moves is the smaller type.
+  """
+
+  def cast(x, where):
+    return jax.lax.with_sharding_constraint(x.astype(dtype), where)
+
+  return jax.tree.map(cast, params, training)
 
 
 def _state_shardings(mesh, state: SlotState) -> SlotState:
@@ -276,7 +283,7 @@ class Sampler:
     self.spec = spec
     self._mesh = mesh
     everywhere = sharding.replicated(mesh)
-    self._table = jax.device_put(np.asarray(table, np.int32), everywhere)
+    self._automaton = np.asarray(table, np.int32)
     self._init = functools.partial(init_state, config, spec)
     slots = _state_shardings(mesh, jax.eval_shape(self._init))
     self._init = jax.jit(self._init, out_shardings=slots)
@@ -297,11 +304,13 @@ class Sampler:
     policy = jax.eval_shape(
       functools.partial(heads.init_policy, config), jax.random.key(0)
     )
-    self._layout = sharding.decode_shardings(
-      mesh, heads.logical_axes(config), policy
-    )
+    axes = heads.logical_axes(config)
+    self._layout = sharding.decode_shardings(mesh, axes, policy)
     self._cast = jax.jit(
-      functools.partial(reshard_cast, dtype=config.dtype),
+      functools.partial(
+        reshard_cast, dtype=config.dtype,
+        training=sharding.tree_shardings(mesh, axes, policy),
+      ),
       out_shardings=self._layout,
     )
     buckets = {spec.context}
@@ -310,6 +319,48 @@ class Sampler:
       length = -(-length // 2)
       buckets.add(length)
     self.kv_buckets = tuple(sorted(buckets))
+
+  @functools.cached_property
+  def _table(self) -> jax.Array:
+    """The stop automaton on the devices."""
+    return sharding.put(self._automaton, sharding.replicated(self._mesh))
+
+  def lowered(
+    self, rows: int, tokens: int, params
+  ) -> dict[str, jax.stages.Lowered]:
+    """The programs at their largest shapes, lowered but not compiled.
+
+    Args:
+      rows, tokens: shape of a chunk.
+      params: policy in training layout, as shapes with shardings.
+    """
+    everywhere = sharding.replicated(self._mesh)
+    shapes = jax.eval_shape(self._cast, params)
+    decoding = sharding.abstract(shapes, self._layout)
+    state = jax.eval_shape(self._init)
+    state = sharding.abstract(state, _state_shardings(self._mesh, state))
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    chunk = sharding.abstract(
+      Chunk(
+        slot=row, start=row, length=row, budget=row, episode=row,
+        tokens=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+        begins_turn=jax.ShapeDtypeStruct((rows,), jnp.bool_),
+        temperature=jax.ShapeDtypeStruct((rows,), jnp.float32),
+      ),
+      everywhere,
+    )
+    table, key = sharding.abstract(
+      (self._automaton, jax.eval_shape(jax.random.key, 0)), everywhere
+    )
+    bound = self.spec.context
+    with sharding.scope(self._mesh):
+      return {
+        "reshard_cast": self._cast.lower(params),
+        "extend": self._extend.lower(decoding, state, chunk, kv_length=bound),
+        "decode_block": self._decode.lower(
+          decoding, state, table, key, kv_length=bound
+        ),
+      }
 
   def init_state(self) -> SlotState:
     """See `init_state`."""

@@ -1,0 +1,123 @@
+"""Several processes as one run: start-up, turns, and small host exchanges.
+
+Every process plays the same schedule over the same questions, so all of them
+launch the same device programs in the same order; devices, slots, batches and
+the index are what is split. The schedule is a function of the data alone, which
+is what makes this safe, and its host work (a few milliseconds a block) is too
+small to be worth splitting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from stepsearch_jax import types
+
+_T = TypeVar("_T")
+_HEARTBEAT_SECONDS = 30  # A process silent for this long ends the others.
+
+
+def initialize(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins the other processes of the run; call before any other use of JAX.
+
+  Args:
+    coordinator: host:port of process 0. None asks the environment (TPU pod,
+      SLURM, GKE, MPI).
+    num_processes: how many there are; None likewise.
+    process_id: which one this is; None likewise.
+
+  Raises:
+    ValueError: some arguments are given and others not.
+  """
+  given = [x is not None for x in (coordinator, num_processes, process_id)]
+  if any(given) and not all(given):
+    raise ValueError(
+      "give all of --coordinator, --num_processes and --process_id, or only "
+      f"--multihost; got {coordinator}, {num_processes}, {process_id}"
+    )
+  # CPU collectives; accelerators bring their own.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(
+    coordinator, num_processes, process_id,
+    heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+  )
+
+
+def is_primary() -> bool:
+  """True in the one process that writes metrics, predictions and plots."""
+  return jax.process_index() == 0
+
+
+def in_turn(work: Callable[[], _T]) -> _T:
+  """Runs `work` in the primary process first, then in the others.
+
+  For loading what the first one builds in the shared work directory.
+  """
+  if jax.process_count() == 1:
+    return work()
+  if is_primary():
+    found = work()
+    multihost_utils.sync_global_devices("primary first")
+    return found
+  multihost_utils.sync_global_devices("primary first")
+  return work()
+
+
+def any_process(flag: bool) -> bool:
+  """True if `flag` is set in any process."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def share(total: Sequence[_T]) -> Sequence[_T]:
+  """This process's part of a sequence."""
+  return total[jax.process_index() :: jax.process_count()]
+
+
+def merge_topk(
+  found: Sequence[Sequence[types.Passage]] | None, k: int
+) -> list[list[types.Passage]] | None:
+  """The k best passages over all processes' index shards.
+
+  Args:
+    found: per query, this process's best passages with scores; None where
+      the search failed here.
+    k: passages to keep per query.
+
+  Returns:
+    The same in every process: best first, ties by process; None if the search
+    failed anywhere.
+  """
+  if jax.process_count() == 1:
+    return found
+  packed = json.dumps(
+    found and [[dataclasses.asdict(p) for p in row] for row in found]
+  ).encode()
+  sizes = multihost_utils.process_allgather(np.int32(len(packed)))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: len(packed)] = np.frombuffer(packed, np.uint8)
+  everyone = np.asarray(multihost_utils.process_allgather(padded))
+  shards = [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(everyone, sizes, strict=True)
+  ]
+  if any(shard is None for shard in shards):
+    return None
+  merged = []
+  for rows in zip(*shards, strict=True):
+    # By id, because processes may also hold replicas of one index.
+    passages = {p["id"]: types.Passage(**p) for row in rows for p in row}
+    merged.append(sorted(passages.values(), key=lambda p: -p.score)[:k])
+  return merged

@@ -1,0 +1,382 @@
+"""The arithmetic of a plan: bytes per chip, roofline times, what would fit.
+
+Memory is exact for what stays resident (parameters, optimisers, slot cache,
+by their shardings); a program's temporaries come from the compiler where there
+is one, else from the estimate in `_temporary`. Times are lower bounds: every
+phase at the machine's peak compute or memory rate, whichever is slower.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax import settings, sharding
+from stepsearch_jax.models import attention, decoder, heads
+from stepsearch_jax.ppo import learner, logprobs
+from stepsearch_jax.rollout import sampler
+
+_GB = 1e9
+_STATES = 64  # Upper bound for the stop automaton of the usual tags.
+_USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
+
+# Memory GB, dense bfloat16 TFLOP/s and memory GB/s per chip, from the vendors'
+# data sheets; "cpu": measured in float32 on the project's 2-core machine.
+CHIPS = {
+  "v4": (32.0, 275.0, 1228.0),
+  "v5e": (16.0, 197.0, 819.0),
+  "v5p": (95.0, 459.0, 2765.0),
+  "v6e": (32.0, 918.0, 1640.0),
+  "gpu-a100": (80.0, 312.0, 2039.0),
+  "gpu-h100": (80.0, 989.0, 3350.0),
+  "gpu-h200": (141.0, 989.0, 4800.0),
+  "cpu": (24.0, 0.18, 35.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Chips of one kind.
+
+  Attributes:
+    name: as given on the command line.
+    chips: how many.
+    memory: bytes per chip.
+    flops: peak per chip and second.
+    bandwidth: bytes per chip and second.
+    platform: "tpu", "gpu" or "cpu".
+    topology: name for the TPU compiler; "" where it does not apply.
+  """
+
+  name: str
+  chips: int
+  memory: float
+  flops: float
+  bandwidth: float
+  platform: str
+  topology: str
+
+
+def parse_topology(text: str) -> Machine:
+  """Reads `v5e:4x4`, `gpu-h100x8` or `cpu`.
+
+  Raises:
+    ValueError: an unknown chip or shape.
+  """
+  kind, chips, topology = text, 1, ""
+  if found := re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)*)", text):
+    kind, topology = found[1], text
+    chips = int(np.prod([int(n) for n in found[2].split("x")]))
+  elif found := re.fullmatch(r"(gpu-\w+?)x(\d+)", text):
+    kind, chips = found[1], int(found[2])
+  if kind not in CHIPS or chips < 1:
+    raise ValueError(
+      f"--topology={text!r}: expected for instance v5e:4x4, gpu-h100x8 or cpu; "
+      f"known chips: {', '.join(CHIPS)}"
+    )
+  memory, teraflops, bandwidth = CHIPS[kind]
+  platform = "tpu" if kind.startswith("v") else kind.split("-")[0]
+  return Machine(
+    text, chips, memory * _GB, teraflops * 1e12, bandwidth * _GB, platform,
+    topology,
+  )
+
+
+def resolve_mesh(config, chips: int) -> None:
+  """Replaces -1 in `config.mesh` by what `chips` devices leave, and checks."""
+  sizes = sharding.mesh_shape(chips, **config.mesh)
+  config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
+  settings.validate(config)
+
+
+def model_shape(config) -> decoder.DecoderConfig:
+  """Shape of the policy from `model.size` alone; nothing is downloaded."""
+  return settings.sized_decoder(config, config.model.size.vocab)
+
+
+def build(config, machine: Machine, devices):
+  """(learner, sampler, largest chunk shape) on described devices."""
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  model = dataclasses.replace(
+    model_shape(config), attention=attention.backend_of(machine.platform)
+  )
+  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  table = np.zeros((_STATES, model.vocab_size), np.int32)
+  programs = sampler.Sampler(
+    model, settings.sampler_spec(config), table, _STATES - 1, mesh
+  )
+  rollout = config.rollout
+  chunk = (rollout.extend_rows[-1], rollout.extend_tokens[-1])
+  return learner.Learner(model, model, spec, mesh), programs, chunk
+
+
+def _bytes(shapes, shardings) -> int:
+  """Bytes of a tree on one chip."""
+  sizes = jax.tree.map(
+    lambda x, where: int(np.prod(where.shard_shape(x.shape)))
+    * jnp.dtype(x.dtype).itemsize,
+    shapes, shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def resident(config) -> dict[str, float]:
+  """Bytes per chip of what a run keeps, by part."""
+  model = model_shape(config)
+  mesh = jax.sharding.AbstractMesh(
+    tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
+  )
+  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  parts = {}
+  kinds = ["policy", "value"] if spec.estimator == "gae" else ["policy"]
+  for kind in kinds:
+    init = heads.init_policy if kind == "policy" else heads.init_value
+    shapes = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    axes = heads.logical_axes(model, kind)
+    placed = sharding.tree_shardings(mesh, axes, shapes)
+    parts[kind] = _bytes(shapes, placed)
+    # Two float32 moments, sharded like the parameters.
+    parts[f"{kind} optimiser"] = 2 * parts[kind]
+    if kind == "policy":
+      parts["reference"] = parts[kind]
+      cast = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes
+      )
+      layout = sharding.decode_shardings(mesh, axes, shapes)
+      decoding = _bytes(cast, layout)
+  cache = jax.eval_shape(
+    lambda: decoder.init_cache(
+      model, config.rollout.slots, config.rollout.context, model.dtype
+    )
+  )
+  names = ("layers", "slots", "length", "kv_heads", "head_dim")
+  placed = jax.tree.map(lambda x: sharding.named(mesh, names, x.shape), cache)
+  # Only while a rollout runs.
+  return parts | {
+    "decode weights": decoding, "slot cache": _bytes(cache, placed)
+  }
+
+
+_ROLLOUT_PARTS = ("decode weights", "slot cache")
+
+
+def _temporary(config) -> dict[str, float]:
+  """Estimated temporaries of each program, in bytes per chip.
+
+  Update: the hidden state of every layer (rematerialised), one layer's own
+  activations and gathered weights, a chunk of logits and, with plain
+  attention, a block of scores.
+  """
+  model = model_shape(config)
+  mesh = config.mesh
+  width = jnp.dtype(model.dtype).itemsize
+  rows = config.ppo.micro_rows / (mesh.data * mesh.fsdp)
+  tokens = rows * config.rollout.context
+  layer = 3 * model.hidden_size * model.intermediate_size / mesh.tensor
+  hidden = tokens * model.hidden_size * width
+  kept = model.num_layers if config.model.remat else 8 * model.num_layers
+  inside = tokens * (
+    8 * model.hidden_size + 4 * model.intermediate_size / mesh.tensor
+  ) * width
+  vocab = model.vocab_size / mesh.tensor
+  chunk = 4 * 4 * logprobs.chunk_size(model.vocab_size) * vocab
+  gathered = 2 * 4 * layer + width * vocab * model.hidden_size
+  params = resident(config)["policy"]
+  forward = 2 * hidden + inside + chunk + gathered
+  update = kept * hidden + 2 * inside + chunk + 2 * gathered + params
+  shards = mesh.data * mesh.fsdp
+  rollout = config.rollout
+  extend = rollout.extend_rows[-1] * rollout.extend_tokens[-1] * (
+    8 * model.hidden_size + 4 * model.intermediate_size / mesh.tensor
+  ) * width + rollout.extend_rows[-1] * model.num_heads * 4 * 128 * (
+    rollout.context
+  )
+  decode = 4 * 3 * rollout.slots / shards * vocab
+  found = {
+    "extend": extend, "decode_block": decode, "policy_forward": forward,
+    "policy_update": update,
+  }
+  if "value" in resident(config):
+    found |= {"value_forward": forward, "value_update": update}
+  return found
+
+
+def program_peaks(config, programs) -> dict[str, float]:
+  """Bytes per chip while each program runs: resident parts and its own."""
+  parts = resident(config)
+  always = sum(v for k, v in parts.items() if k not in _ROLLOUT_PARTS)
+  rolling = sum(parts[k] for k in _ROLLOUT_PARTS)
+  if programs:
+    own = {
+      name: max(p["outputs"] - p["aliased"], 0) + p["temporary"]
+      for name, p in programs.items()
+    }
+    for name in own:
+      if name.endswith(("_update", "_apply")):
+        own[name] += parts[name.split("_")[0]]  # The gradients.
+  else:
+    own = _temporary(config)
+  in_rollout = ("extend", "decode_block")
+  return {
+    name: always + size + (rolling if name in in_rollout else 0.0)
+    for name, size in own.items()
+  }
+
+
+def step_times(config, machine: Machine, tokens: int, share: float):
+  """Roofline of a step's phases.
+
+  Args:
+    config: run settings with a resolved mesh.
+    machine: where it runs.
+    tokens: mean tokens of a trajectory.
+    share: part of them that the policy writes.
+
+  Returns:
+    {phase: {"flops", "seconds", "bound"}} over all chips.
+  """
+  model, parts = model_shape(config), resident(config)
+  shapes = jax.eval_shape(
+    functools.partial(heads.init_policy, model), jax.random.key(0)
+  )
+  weights = sum(x.size for x in jax.tree.leaves(shapes))
+  trajectories = config.batch.questions * config.batch.rollouts
+  total = trajectories * tokens
+  written = total * share
+  # Each token meets half its context in attention, on average.
+  per_token = 2 * weights + (
+    4 * model.num_layers * model.num_heads * model.head_dim * tokens / 2
+  )
+  models = 2 if "value" in parts else 1
+  slots = min(config.rollout.slots, trajectories)
+  cache = parts["slot cache"] * tokens / 2 / config.rollout.context
+  decode_steps = written / slots
+  backward = 4.0 if config.model.remat else 3.0
+  work = {
+    # Phase: (FLOPs of all chips, bytes of one chip).
+    "rollout extend": (per_token * (total - written), 0.0),
+    "rollout decode": (
+      per_token * written, decode_steps * (parts["decode weights"] + cache)
+    ),
+    "scores": (per_token * total * (1 + models), 0.0),
+    "updates": (
+      backward * per_token * total * models * config.ppo.epochs, 0.0
+    ),
+  }
+  found = {}
+  for phase, (flops, moved) in work.items():
+    compute = flops / (machine.chips * machine.flops)
+    memory = moved / machine.bandwidth
+    found[phase] = {
+      "flops": flops, "seconds": max(compute, memory),
+      "bound": "memory" if memory > compute else "compute",
+    }
+  return found
+
+
+def _changes(config):
+  """Field changes that save memory: (text, changed config)."""
+  shards = config.mesh.data * config.mesh.fsdp
+  def changed(path, value):
+    other = copy.deepcopy(config)
+    with other.unlocked():
+      node = other
+      *parents, last = path.split(".")
+      for name in parents:
+        node = node[name]
+      node[last] = value
+    return f"{path} = {value}", other
+
+  if config.rollout.slots // 2 >= shards:
+    yield changed("rollout.slots", config.rollout.slots // 2)
+  if config.ppo.micro_rows // 2 >= shards:
+    yield changed("ppo.micro_rows", config.ppo.micro_rows // 2)
+  if config.rollout.context > 1024:
+    yield changed("rollout.context", config.rollout.context // 2)
+  if not config.model.remat:
+    yield changed("model.remat", True)
+  if config.rollout.extend_tokens[-1] > 128:
+    yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
+  if config.mesh.fsdp % 2 == 0:
+    text, other = changed("mesh.tensor", config.mesh.tensor * 2)
+    other.mesh.fsdp //= 2
+    yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
+  if config.algorithm in ("steppo", "ppo"):
+    yield changed("algorithm", "grpo")
+
+
+def advice(config, peak: float) -> list[tuple[str, float]]:
+  """The three field changes that save most memory, with bytes saved."""
+  before = max(program_peaks(config, {}).values())
+  saved = [
+    (text, before - max(program_peaks(other, {}).values()))
+    for text, other in _changes(config)
+  ]
+  saved = [(text, size) for text, size in saved if size > 0.005 * peak]
+  return sorted(saved, key=lambda pair: -pair[1])[:3]
+
+
+def make_plan(
+  config, machine: Machine, programs: dict, tokens: int, share: float
+) -> dict:
+  """Everything that `render` prints, JSON-able."""
+  peaks = program_peaks(config, programs)
+  peak = max(peaks.values())
+  phases = step_times(config, machine, tokens, share)
+  seconds = sum(phase["seconds"] for phase in phases.values())
+  trajectories = config.batch.questions * config.batch.rollouts
+  fits = peak <= _USABLE * machine.memory
+  return {
+    "machine": dataclasses.asdict(machine),
+    "mesh": dict(config.mesh),
+    "compiled": bool(programs),
+    "tokens_per_trajectory": tokens,
+    "policy_share": share,
+    "resident": resident(config),
+    "programs": programs,
+    "peaks": peaks,
+    "peak": peak,
+    "fits": fits,
+    "phases": phases,
+    "step_seconds": seconds,
+    "tokens_per_second": trajectories * tokens / seconds,
+    "binds": max(phases, key=lambda name: phases[name]["seconds"]),
+    "advice": [] if fits else advice(config, peak),
+  }
+
+
+def render(plan: dict) -> str:
+  """A plan as text."""
+  machine = plan["machine"]
+  mesh = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
+  lines = [f"{machine['name']}: {machine['chips']} chips of "
+           f"{machine['memory'] / _GB:.0f} GB, mesh {mesh}", "",
+           f"{'resident on a chip':28}{'GB':>8}"]
+  lines += [f"{k:28}{v / _GB:8.2f}" for k, v in plan["resident"].items()]
+  how = "compiled" if plan["compiled"] else "estimated"
+  lines += ["", f"{'peak during (' + how + ')':28}{'GB':>8}"]
+  lines += [f"{k:28}{v / _GB:8.2f}" for k, v in plan["peaks"].items()]
+  lines += ["", f"{'roofline of a step':28}{'PFLOP':>8}{'s':>9}  bound"]
+  lines += [
+    f"{name:28}{p['flops'] / 1e15:8.2f}{p['seconds']:9.2f}  {p['bound']}"
+    for name, p in plan["phases"].items()
+  ]
+  lines += [
+    "",
+    f"step {plan['step_seconds']:.1f} s, {plan['tokens_per_second']:.0f} "
+    f"tokens/s at best ({plan['tokens_per_trajectory']} tokens a trajectory, "
+    f"{plan['policy_share']:.0%} the policy's); {plan['binds']} binds",
+    f"peak {plan['peak'] / _GB:.2f} GB of {machine['memory'] / _GB:.0f} GB: "
+    + ("fits" if plan["fits"] else "does not fit"),
+  ]
+  if plan["advice"]:
+    lines.append("would save most: " + "; ".join(
+      f"{text} ({size / _GB:.1f} GB)" for text, size in plan["advice"]
+    ))
+  return "\n".join(lines)
