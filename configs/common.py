@@ -62,6 +62,15 @@ def _model():
   return model
 
 
+def _adapters(kind):
+  """Whether all of a model is trained, or low-rank adapters (LoRA)."""
+  trained = ml_collections.ConfigDict()
+  trained.kind = kind
+  trained.rank = 32
+  trained.alpha = 32.0
+  return trained
+
+
 def _data():
   """Questions and passages."""
   data = ml_collections.ConfigDict()
@@ -233,6 +242,8 @@ def base():
   # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
   config.algorithm = "steppo"
   config.model = _model()
+  config.policy = _adapters("full")  # full | lora.
+  config.value = _adapters("full")  # full | adapter (on the reference).
   config.data = _data()
   config.retrieval = _retrieval()
   config.rollout = _rollout()

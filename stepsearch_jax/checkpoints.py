@@ -174,15 +174,19 @@ class Checkpointer:
     self._manager.close()
 
 
-def save_reference(workdir: epath.PathLike, params) -> None:
-  """Writes the frozen reference policy of a fresh run.
+def save_reference(workdir: epath.PathLike, params, dtype) -> None:
+  """Writes the frozen reference policy of a fresh run, in the compute type.
+
+  Nothing is lost: the forward pass casts every weight to it anyway.
 
   One that is there already is replaced: it can only stem from a start that
   never reached its first checkpoint, maybe with other settings.
   """
   folder = epath.Path(workdir).resolve() / "reference"
   with ocp.StandardCheckpointer() as writer:
-    writer.save(folder, params, force=True)
+    writer.save(
+      folder, jax.tree.map(lambda x: x.astype(dtype), params), force=True
+    )
 
 
 def load_reference(workdir: epath.PathLike, like):

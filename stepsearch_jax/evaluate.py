@@ -11,7 +11,6 @@ leaves a card (JSON and Markdown) that says what exactly was measured.
 
 from __future__ import annotations
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -101,13 +100,11 @@ def _gold(where: str, row: dict) -> list[str]:
 
 def _evaluate_model() -> None:
   from stepsearch_jax import (
-    checkpoints,
     experiment,
     reporting,
     settings,
     sharding,
   )
-  from stepsearch_jax.models import heads
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
@@ -125,11 +122,9 @@ def _evaluate_model() -> None:
   if _MODEL.value:
     params, name = experiment.initial_policy(config, model), _MODEL.value
   else:
-    like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
-    like = sharding.abstract(
-      like, sharding.tree_shardings(mesh, heads.logical_axes(model), like)
+    step, params = experiment.trained_policy(
+      config, workdir, model, mesh, _STEP.value
     )
-    step, params = checkpoints.load_policy(workdir, like, _STEP.value)
     name = f"{workdir} step {step}"
   folder = workdir / "eval"
   card = evaluation.evaluate(

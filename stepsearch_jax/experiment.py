@@ -15,13 +15,19 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import checkpoints, distributed, settings, types
+from stepsearch_jax import (
+  checkpoints,
+  distributed,
+  settings,
+  sharding,
+  types,
+)
 from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads, hf_weights
-from stepsearch_jax.ppo import imitation
+from stepsearch_jax.ppo import imitation, variants
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
@@ -137,6 +143,30 @@ def initial_policy(config, model: decoder.DecoderConfig):
     path = hf_weights.resolve(config.model.reference)
     return hf_weights.load_policy(path, model)
   return heads.init_policy(model, jax.random.key(config.seed))
+
+
+def trained_policy(
+  config, workdir: epath.Path, model: decoder.DecoderConfig, mesh,
+  step: int | None = None,
+):
+  """(step, whole policy) of a run's newest or given checkpoint.
+
+  Raises:
+    ValueError: no such checkpoint, or one of another model.
+  """
+  adapter = settings.adapter("policy", config.policy)
+  variant = variants.Variant("policy", model, adapter)
+  shapes = variant.shapes()
+  like = sharding.abstract(
+    shapes, sharding.tree_shardings(mesh, variant.axes(), shapes)
+  )
+  step, params = checkpoints.load_policy(workdir, like, step)
+  if adapter is None:
+    return step, params
+  reference = checkpoints.load_reference(
+    workdir, variants.abstract_reference(model, mesh)
+  )
+  return step, variants.whole_model(variant, params, reference)
 
 
 def load_retriever(config, workdir: epath.Path, data: Data):
@@ -297,6 +327,9 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
 def identity(config, model: decoder.DecoderConfig, data: Data) -> dict:
   """Fingerprint by which a checkpoint knows its model and data."""
   return checkpoints.fingerprint(
-    model=[model, config.model.reference],
+    model=[
+      model, config.model.reference, config.policy.to_dict(),
+      config.value.to_dict(),
+    ],
     data=[question.id for question in data.train],
   )

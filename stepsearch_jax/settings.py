@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from stepsearch_jax import sentinel
 from stepsearch_jax.env import prompts
-from stepsearch_jax.models import decoder
+from stepsearch_jax.models import adapters, decoder
 from stepsearch_jax.ppo import records
 from stepsearch_jax.rewards import step_rewards
 from stepsearch_jax.rollout import sampler
@@ -177,4 +177,18 @@ def learner_spec(config, steps: int) -> records.LearnerSpec:
     mask_scope="attended" if released else "policy",
     micro_weighting="micro_mean" if released else "token",
     first_lr_zero=released,
+    policy_adapter=adapter("policy", config.policy),
+    value_adapter=adapter("value", config.value),
   )
+
+
+def adapter(role: str, given) -> adapters.AdapterSpec | None:
+  """Adapter size of `config.policy` or `config.value`; None trains all."""
+  small = {"policy": "lora", "value": "adapter"}[role]
+  if given.kind not in ("full", small):
+    raise ValueError(
+      f"{role}.kind must be full or {small}, got {given.kind!r}"
+    )
+  if given.kind == "full":
+    return None
+  return adapters.AdapterSpec(given.rank, given.alpha)

@@ -30,6 +30,7 @@ RULES = (
   ("head_dim", None),
   ("length", None),
   ("layers", None),
+  ("rank", None),
 )
 
 

@@ -33,7 +33,6 @@ from stepsearch_jax import (
   sharding,
 )
 from stepsearch_jax.data import input_pipeline
-from stepsearch_jax.models import heads
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.rollout import batching
@@ -127,7 +126,8 @@ def train(
       config, retriever, f"{workdir} step {at}"
     )
     card = evaluation.evaluate(
-      engine, state.policy, data.heldout, tokenizer, described,
+      engine, learner.policy(state, reference), data.heldout, tokenizer,
+      described,
       workdir / "eval", workdir / "predictions" / f"step_{at:06d}.jsonl",
     )
     return card["metrics"]
@@ -162,7 +162,7 @@ def train(
       ]
       first = step * len(questions)
       trajectories, rollout = engine.run(
-        state.policy,
+        learner.policy(state, reference),
         questions,
         range(first, first + len(questions)),
         config.rollout.temperature,
@@ -252,26 +252,25 @@ def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
   """Returns (state, reference policy, step, meta), fresh or resumed."""
   key = jax.random.key(config.seed)
   policy = experiment.initial_policy(config, model)
-  value = None
-  if learner.spec.estimator == "gae":
-    value = heads.value_from_policy(policy, key)
-  state = learner.init_state(policy, value)
+  state = learner.start(policy, key)
   restored = saver.restore(state.policy, state.replace(policy=None))
   if restored is not None:
     step, policy, rest, meta = restored
     logging.info("resumed at step %d", step)
-    reference = checkpoints.load_reference(workdir, policy)
+    reference = checkpoints.load_reference(
+      workdir, learner.abstract_reference()
+    )
     return rest.replace(policy=policy), reference, step, meta
   if config.warm_start.steps:
     policy = experiment.warm_start(
       config, data, tokenizer, env, retriever, mesh, model, policy
     )
-    if value is not None:
-      value = heads.value_from_policy(policy, key)
-    state = learner.init_state(policy, value)
-  checkpoints.save_reference(workdir, state.policy)
-  # The learner donates its state, so the reference has its own buffers.
-  return state, checkpoints.load_reference(workdir, state.policy), 0, {}
+    state = learner.start(policy, key)
+  checkpoints.save_reference(workdir, policy, model.dtype)
+  reference = checkpoints.load_reference(
+    workdir, learner.abstract_reference()
+  )
+  return state, reference, 0, {}
 
 
 def _first_nonfinite(experience, state) -> str:

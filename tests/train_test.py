@@ -85,11 +85,11 @@ def test_a_run_that_died_resumes_to_the_same_numbers(
   update = learner_lib.Learner.update
   calls = []
 
-  def dies(self, state, experience):
+  def dies(self, state, experience, lr_scale=1.0):
     calls.append(1)
     if len(calls) == 2:
       raise KeyboardInterrupt
-    return update(self, state, experience)
+    return update(self, state, experience, lr_scale)
 
   broken = epath.Path(tmp_path) / "run"
   with jax.numpy_dtype_promotion("standard"):

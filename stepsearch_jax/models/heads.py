@@ -8,6 +8,8 @@ trees are plain nested dicts of arrays; layers are stacked on axis 0.
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from stepsearch_jax.models import decoder
 
 def _boxed_trunk(config: decoder.DecoderConfig, key):
   tokens = jnp.zeros((1, 1), jnp.int32)
+  # The kernels of other backends refuse a single token.
+  config = dataclasses.replace(config, attention="xla")
   return decoder.Decoder(config).init(key, tokens, tokens)["params"]
 
 
@@ -39,13 +43,17 @@ def init_policy(config: decoder.DecoderConfig, key: jax.Array):
 
 def value_from_policy(policy, key: jax.Array):
   """A value model on a copy of the policy's trunk, with a small new head."""
-  width = policy["trunk"]["embedding"].shape[1]
-  dtype = policy["trunk"]["embedding"].dtype
-  kernel = 0.02 * jax.random.normal(key, (width, 1), dtype)
   return {
     "trunk": jax.tree.map(jnp.copy, policy["trunk"]),
-    "value_head": {"kernel": kernel, "bias": jnp.zeros((1,), dtype)},
+    "value_head": value_head(policy, key),
   }
+
+
+def value_head(policy, key: jax.Array):
+  """A small random value head for a policy's trunk."""
+  width = policy["trunk"]["embedding"].shape[1]
+  kernel = 0.02 * jax.random.normal(key, (width, 1), jnp.float32)
+  return {"kernel": kernel, "bias": jnp.zeros((1,), jnp.float32)}
 
 
 def init_value(config: decoder.DecoderConfig, key: jax.Array):

@@ -18,9 +18,16 @@ import numpy as np
 import optax
 
 from stepsearch_jax import sharding, types
-from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.models import decoder
 from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import objectives, optimizer, records, scores
+from stepsearch_jax.ppo import (
+  estimates,
+  optimizer,
+  records,
+  scores,
+  updates,
+  variants,
+)
 from stepsearch_jax.ppo.records import (
   Experience,
   LearnerSpec,
@@ -42,7 +49,10 @@ class Learner:
   ):
     """Prepares the programs; nothing is compiled yet."""
     self.spec = spec
-    self._configs = {"policy": policy_config, "value": value_config}
+    self.variants = {
+      "policy": variants.Variant("policy", policy_config, spec.policy_adapter),
+      "value": variants.Variant("value", value_config, spec.value_adapter),
+    }
     self._mesh = mesh
     self._controller = adv.KlController(
       spec.kl_controller, spec.kl_target, spec.kl_horizon
@@ -61,18 +71,36 @@ class Learner:
     }
     self._init_shardings()
     # Replicated: every process packs, unpacks and estimates the whole batch.
-    self._score_policy = jax.jit(
-      functools.partial(
-        scores.of_policy, config=policy_config, temperature=spec.temperature
+    jit = functools.partial(jax.jit, out_shardings=self._replicated)
+    of_policy = functools.partial(
+      scores.of_policy, config=policy_config, temperature=spec.temperature
+    )
+    self._score_reference = jit(of_policy)
+    self._scores = {
+      "policy": jit(
+        lambda params, reference, micro: of_policy(
+          self.variants["policy"].model(params, reference), micro
+        )
       ),
-      out_shardings=self._replicated,
-    )
-    self._score_value = jax.jit(
-      functools.partial(scores.of_value, config=value_config),
-      out_shardings=self._replicated,
-    )
-    self._programs = {kind: self._updaters(kind) for kind in self._kinds}
-    self._estimate = jax.jit(self._advantages)
+      "value": jit(
+        lambda params, reference, micro: scores.of_value(
+          self.variants["value"].model(params, reference), micro, value_config
+        )
+      ),
+    }
+    if spec.policy_adapter is None:  # Then both are one program.
+      self._scores["policy"] = (
+        lambda params, reference, micro: self._score_reference(params, micro)
+      )
+    self._programs = {
+      kind: updates.compiled(
+        self.variants[kind], spec, self._rates[kind], self._transforms[kind],
+        self._shardings[kind], self._shardings[f"{kind}_opt"],
+        self._replicated,
+      )
+      for kind in self._kinds
+    }
+    self._estimate = jax.jit(functools.partial(estimates.estimate, spec))
 
   @property
   def _kinds(self) -> tuple[str, ...]:
@@ -84,14 +112,9 @@ class Learner:
     self._replicated = sharding.replicated(self._mesh)
     self._shardings, self._shapes = {}, {}
     for kind in self._kinds:
-      config, tx = self._configs[kind], self._transforms[kind]
-      init = heads.init_policy if kind == "policy" else heads.init_value
-      shapes = jax.eval_shape(
-        functools.partial(init, config), jax.random.key(0)
-      )
-      placed = sharding.tree_shardings(
-        self._mesh, heads.logical_axes(config, kind), shapes
-      )
+      variant, tx = self.variants[kind], self._transforms[kind]
+      shapes = variant.shapes()
+      placed = sharding.tree_shardings(self._mesh, variant.axes(), shapes)
       optimiser = jax.eval_shape(tx.init, shapes)
       self._shapes |= {kind: shapes, f"{kind}_opt": optimiser}
       self._shardings[kind] = placed
@@ -100,12 +123,22 @@ class Learner:
         transform_non_params=lambda _: self._replicated,
       )
 
-  def init_state(self, policy, value) -> LearnerState:
-    """Fresh optimiser states around parameters, placed on the mesh.
+  def start(self, policy, key: jax.Array) -> LearnerState:
+    """The first state of a run.
 
     Args:
-      policy: policy parameters.
-      value: value parameters, None unless the estimator is "gae".
+      policy: parameters to start from; the value model starts from its trunk.
+      key: of the value head and of adapters.
+    """
+    given = {k: self.variants[k].init(policy, key) for k in self._kinds}
+    return self.init_state(given["policy"], given.get("value"))
+
+  def init_state(self, policy, value) -> LearnerState:
+    """Fresh optimiser states around what is trained, placed on the mesh.
+
+    Args:
+      policy: see `variants.Variant.init`.
+      value: likewise; None unless the estimator is "gae".
     """
     given = {"policy": policy, "value": value}
     state = {"value": None, "value_opt": None}
@@ -129,8 +162,31 @@ class Learner:
       for name in self._shapes
     }
 
-  def lowered(self) -> dict[str, jax.stages.Lowered]:
-    """Every large program by name, lowered but not compiled."""
+  def abstract_reference(self):
+    """Shape and place of the frozen policy, in the compute type."""
+    config = self.variants["policy"].config
+    return variants.abstract_reference(config, self._mesh)
+
+  def policy(self, state: LearnerState, reference):
+    """The whole policy of a state, for rollouts."""
+    if self.spec.policy_adapter is None:
+      return state.policy
+    return variants.whole_model(
+      self.variants["policy"], state.policy, reference
+    )
+
+  def lowered(
+    self, platforms: tuple[str, ...] | None = None
+  ) -> dict[str, jax.stages.Lowered]:
+    """Every large program by name, lowered but not compiled.
+
+    Args:
+      platforms: for other platforms than the mesh's.
+    """
+
+    def lower(program, *arguments):
+      return program.trace(*arguments).lower(lowering_platforms=platforms)
+
     spec, state = self.spec, self.abstract_state()
     shape = (spec.micro_rows, spec.row_length)
     fields = {field.name: jnp.float32 for field in dataclasses.fields(Micro)}
@@ -141,20 +197,26 @@ class Learner:
       for name, dtype in fields.items()
     })
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
+    reference = self.abstract_reference()
     found = {}
     with sharding.scope(self._mesh):
+      found["reference_forward"] = lower(
+        self._score_reference, reference, micro
+      )
       for kind in self._kinds:
-        score = {"policy": self._score_policy, "value": self._score_value}
-        found[f"{kind}_forward"] = score[kind].lower(state[kind], micro)
+        if kind == "value" or self.spec.policy_adapter is not None:
+          found[f"{kind}_forward"] = lower(
+            self._scores[kind], state[kind], reference, micro
+          )
         zero, accumulate, apply = self._programs[kind]
         grads, sums = jax.eval_shape(zero, state[kind])
         grads = sharding.abstract(grads, self._shardings[kind])
         sums = sharding.abstract(sums, self._replicated)
-        found[f"{kind}_update"] = accumulate.lower(
-          state[kind], grads, sums, micro, one, one
+        found[f"{kind}_update"] = lower(
+          accumulate, state[kind], reference, grads, sums, micro, one, one
         )
-        found[f"{kind}_apply"] = apply.lower(
-          state[kind], state[f"{kind}_opt"], grads, one
+        found[f"{kind}_apply"] = lower(
+          apply, state[kind], state[f"{kind}_opt"], grads, one
         )
     return found
 
@@ -209,11 +271,11 @@ class Learner:
     outputs = []
     with sharding.scope(self._mesh):
       for micro in self._micros(packing, batch):
-        logp, entropy = self._score_policy(state.policy, micro)
+        logp, entropy = self._scores["policy"](state.policy, reference, micro)
         ours = {"logp": logp, "entropy": entropy}
-        ours["reference"] = self._score_policy(reference, micro)[0]
+        ours["reference"] = self._score_reference(reference, micro)[0]
         if state.value is not None:
-          ours["values"] = self._score_value(state.value, micro)
+          ours["values"] = self._scores["value"](state.value, reference, micro)
         outputs.append(ours)
       outputs = jax.device_get(outputs)
     whole = {
@@ -236,46 +298,9 @@ class Learner:
     metrics["update/padding_share"] = packing.padding_share
     experience = Experience(
       batch, whole["logp"], whole["reference"], values, advantages, returns,
-      value_scope, float(metrics["critic/kl"]),
+      value_scope, float(metrics["critic/kl"]), reference,
     )
     return experience, {name: float(v) for name, v in metrics.items()}
-
-  def _advantages(self, rewards, values, logp, reference, mask, scope,
-                  value_scope, group, kl_coef):
-    """(advantages, returns, metrics) of a whole batch."""
-    spec = self.spec
-    on = mask > 0
-    kl = adv.kl_penalty(logp, reference, spec.kl_estimator)
-    kl = jnp.where(on, kl, 0.0)
-    shaped = rewards - kl_coef * kl
-    values = jnp.where(value_scope > 0, values, 0.0)
-    if spec.estimator == "gae":
-      estimate = adv.gae if spec.mask_scope == "policy" else adv.gae_released
-      advantages, returns = estimate(shaped, values, scope, spec.gamma,
-                                     spec.lam)
-      advantages = adv.whiten(advantages, scope)
-    elif spec.estimator == "grpo":
-      advantages = returns = adv.grpo(shaped, mask, group)
-    else:
-      advantages = returns = adv.reinforce(shaped, mask, spec.gamma)
-    per_row = kl.sum(-1) / jnp.maximum(on.sum(-1, dtype=jnp.float32), 1.0)
-    error = jnp.where(scope > 0, returns - values, 0.0)
-
-    def variance(x):
-      return adv.masked_mean((x - adv.masked_mean(x, scope)) ** 2, scope)
-
-    unexplained = variance(error) / jnp.maximum(variance(returns), 1e-6)
-    metrics = {
-      "critic/kl": per_row.mean(),
-      "critic/rewards/mean": shaped.sum(-1).mean(),
-      "critic/vf_explained_var": 1.0 - unexplained,
-    }
-    for name, x in (("advantages", advantages), ("returns", returns),
-                    ("values", values)):
-      metrics[f"critic/{name}/mean"] = adv.masked_mean(x, scope)
-      metrics[f"critic/{name}/max"] = jnp.where(scope > 0, x, -jnp.inf).max()
-      metrics[f"critic/{name}/min"] = jnp.where(scope > 0, x, jnp.inf).min()
-    return advantages, returns, metrics
 
   def update(
     self, state: LearnerState, experience: Experience, lr_scale: float = 1.0
@@ -338,54 +363,10 @@ class Learner:
       count = np.float32(counts[kind][rows].sum())
       for micro in micros:
         grads, sums = accumulate(
-          params, grads, sums, micro, count, np.float32(len(micros))
+          params, experience.reference, grads, sums, micro, count,
+          np.float32(len(micros)),
         )
       params, opt, norms = apply(params, opt, grads, np.float32(lr_scale))
       state = state.replace(**{kind: params, f"{kind}_opt": opt})
       seen |= {**sums, **norms}
     return state, seen
-
-  def _updaters(self, kind: str):
-    """The compiled (zero, accumulate, apply) programs of one model."""
-    placed, replicated = self._shardings[kind], self._replicated
-    objective = functools.partial(
-      {"policy": objectives.of_policy, "value": objectives.of_value}[kind],
-      config=self._configs[kind], spec=self.spec,
-    )
-    rate, tx = self._rates[kind], self._transforms[kind]
-    role = {"policy": "actor", "value": "critic"}[kind]
-
-    def zero(params):
-      sums = {name: jnp.float32(0) for name in objectives.METRICS[kind]}
-      return jax.tree.map(jnp.zeros_like, params), sums
-
-    def accumulate(params, grads, sums, micro, count, micros):
-      new, parts = jax.grad(objective, has_aux=True)(
-        params, micro, count, micros
-      )
-      return (
-        jax.tree.map(jnp.add, grads, new),
-        {name: sums[name] + parts[name] for name in sums},
-      )
-
-    def apply(params, opt, grads, lr_scale):
-      metrics = {
-        f"{role}/grad_norm": optax.global_norm(grads),
-        f"{role}/lr": lr_scale * rate(optimizer.steps_taken(opt)),
-      }
-      updates, opt = tx.update(grads, opt, params)
-      params = jax.tree.map(lambda p, u: p + lr_scale * u, params, updates)
-      # Finite exactly when the parameters are, before they reach a checkpoint.
-      metrics[f"{role}/param_norm"] = optax.global_norm(params)
-      return params, opt, metrics
-
-    return (
-      jax.jit(zero, out_shardings=(placed, replicated)),
-      jax.jit(
-        accumulate, donate_argnums=(1, 2), out_shardings=(placed, replicated)
-      ),
-      jax.jit(
-        apply, donate_argnums=(0, 1),
-        out_shardings=(placed, self._shardings[f"{kind}_opt"], replicated),
-      ),
-    )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from stepsearch_jax import types
+from stepsearch_jax.models import adapters
 from stepsearch_jax.ppo import advantages as adv
 
 
@@ -29,6 +30,8 @@ class LearnerSpec:
       whitening and value loss (released: C1, C2, C10).
     micro_weighting: "token", or "micro_mean" (released: C8).
     first_lr_zero: released warm-up (C9).
+    policy_adapter, value_adapter: train adapters on the reference instead of
+      the whole model.
   """
 
   estimator: str = "gae"
@@ -59,6 +62,8 @@ class LearnerSpec:
   mask_scope: str = "policy"
   micro_weighting: str = "token"
   first_lr_zero: bool = False
+  policy_adapter: adapters.AdapterSpec | None = None
+  value_adapter: adapters.AdapterSpec | None = None
 
   def __post_init__(self):
     for field, allowed in (
@@ -80,8 +85,8 @@ class LearnerState:
 
   Attributes:
     step: [] int32, calls of `update`.
-    policy: policy parameters.
-    value: value model parameters; None without a value model.
+    policy: what is trained of the policy (see `variants.Variant`).
+    value: likewise of the value model; None without one.
     policy_opt, value_opt: optimiser states.
     kl_coef: [] float32.
   """
@@ -99,7 +104,7 @@ class Experience:
   """A scored batch: [B, T] float32 host arrays by token, and its mean KL.
 
   `scope` masks the value loss; it is the policy mask except in the released
-  preset (see `scopes`).
+  preset (see `scopes`). `reference` holds the frozen policy's parameters.
   """
 
   batch: types.RolloutBatch
@@ -110,6 +115,7 @@ class Experience:
   returns: np.ndarray
   scope: np.ndarray
   kl: float
+  reference: Any
 
 
 def scopes(

@@ -10,12 +10,11 @@ read it.
 
 from __future__ import annotations
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import checkpoints, cli, experiment
+from stepsearch_jax import cli, experiment, sharding
 from stepsearch_jax.models import hf_export
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,8 +35,10 @@ def main() -> None:
     config, workdir, experiment.load_data(config, workdir)
   )
   model = experiment.decoder_config(config, tokenizer)
-  like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
-  step, params = checkpoints.load_policy(workdir, like, _STEP.value)
+  mesh = sharding.make_mesh(**config.mesh)
+  step, params = experiment.trained_policy(
+    config, workdir, model, mesh, _STEP.value
+  )
   hf_export.save_policy(
     _OUTPUT.value, params, model, tokenizer, _DTYPE.value
   )

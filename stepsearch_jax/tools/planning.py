@@ -19,7 +19,7 @@ import numpy as np
 
 from stepsearch_jax import settings, sharding
 from stepsearch_jax.models import attention, decoder, heads
-from stepsearch_jax.ppo import learner, logprobs
+from stepsearch_jax.ppo import learner, logprobs, variants
 from stepsearch_jax.rollout import sampler
 
 _GB = 1e9
@@ -136,20 +136,21 @@ def resident(config) -> dict[str, float]:
   parts = {}
   kinds = ["policy", "value"] if spec.estimator == "gae" else ["policy"]
   for kind in kinds:
-    init = heads.init_policy if kind == "policy" else heads.init_value
-    shapes = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
-    axes = heads.logical_axes(model, kind)
-    placed = sharding.tree_shardings(mesh, axes, shapes)
+    variant = variants.Variant(
+      kind, model, settings.adapter(kind, config[kind])
+    )
+    shapes = variant.shapes()
+    placed = sharding.tree_shardings(mesh, variant.axes(), shapes)
     parts[kind] = _bytes(shapes, placed)
     # Two float32 moments, sharded like the parameters.
     parts[f"{kind} optimiser"] = 2 * parts[kind]
-    if kind == "policy":
-      parts["reference"] = parts[kind]
-      cast = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes
-      )
-      layout = sharding.decode_shardings(mesh, axes, shapes)
-      decoding = _bytes(cast, layout)
+  frozen = variants.abstract_reference(model, mesh)
+  parts["reference"] = _bytes(
+    frozen, jax.tree.map(lambda x: x.sharding, frozen)
+  )
+  decoding = _bytes(
+    frozen, sharding.decode_shardings(mesh, heads.logical_axes(model), frozen)
+  )
   cache = jax.eval_shape(
     lambda: decoder.init_cache(
       model, config.rollout.slots, config.rollout.context, model.dtype
@@ -187,9 +188,16 @@ def _temporary(config) -> dict[str, float]:
   vocab = model.vocab_size / mesh.tensor
   chunk = 4 * 4 * logprobs.chunk_size(model.vocab_size) * vocab
   gathered = 2 * 4 * layer + width * vocab * model.hidden_size
-  params = resident(config)["policy"]
+  parts = resident(config)
   forward = 2 * hidden + inside + chunk + gathered
-  update = kept * hidden + 2 * inside + chunk + 2 * gathered + params
+  update = kept * hidden + 2 * inside + chunk + 2 * gathered
+
+  def gradients(kind):
+    if config[kind].kind == "full":
+      return parts[kind]
+    # Merged weights, their gradients, and the adapters' own.
+    return 2 * parts["reference"] + parts[kind]
+
   shards = mesh.data * mesh.fsdp
   rollout = config.rollout
   extend = rollout.extend_rows[-1] * rollout.extend_tokens[-1] * (
@@ -199,11 +207,13 @@ def _temporary(config) -> dict[str, float]:
   )
   decode = 4 * 3 * rollout.slots / shards * vocab
   found = {
-    "extend": extend, "decode_block": decode, "policy_forward": forward,
-    "policy_update": update,
+    "extend": extend, "decode_block": decode, "reference_forward": forward,
+    "policy_update": update + gradients("policy"),
   }
-  if "value" in resident(config):
-    found |= {"value_forward": forward, "value_update": update}
+  if "value" in parts:
+    found |= {
+      "value_forward": forward, "value_update": update + gradients("value")
+    }
   return found
 
 
@@ -303,12 +313,14 @@ def _changes(config):
     yield changed("model.remat", True)
   if config.rollout.extend_tokens[-1] > 128:
     yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
+  if config.policy.kind == "full":
+    yield changed("policy.kind", "lora")
+  if config.value.kind == "full" and config.algorithm in ("steppo", "ppo"):
+    yield changed("value.kind", "adapter")
   if config.mesh.fsdp % 2 == 0:
     text, other = changed("mesh.tensor", config.mesh.tensor * 2)
     other.mesh.fsdp //= 2
     yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
-  if config.algorithm in ("steppo", "ppo"):
-    yield changed("algorithm", "grpo")
 
 
 def advice(config, peak: float) -> list[tuple[str, float]]:

@@ -1,0 +1,114 @@
+"""Low-rank adapters on a frozen trunk (LoRA, arXiv 2106.09685).
+
+    W' = W + alpha / rank * A B      for every matrix W of the layers
+
+with A drawn and B zero at first, so that W' = W. Weights are merged before the
+forward pass: one more copy of the layers in the compute type, but the same
+programs, kernels and shardings as without adapters. Embeddings, norms and
+biases stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax.models import decoder
+
+# Matrix: (module, leading input axes behind the layer axis).
+_TARGETS = {
+  "q_kernel": ("attention", 1),
+  "k_kernel": ("attention", 1),
+  "v_kernel": ("attention", 1),
+  "o_kernel": ("attention", 2),
+  "gate_kernel": ("mlp", 1),
+  "up_kernel": ("mlp", 1),
+  "down_kernel": ("mlp", 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+  """Size of the adapters.
+
+  Attributes:
+    rank: columns of A.
+    alpha: strength; the update is scaled by alpha / rank.
+  """
+
+  rank: int = 32
+  alpha: float = 32.0
+
+  def __post_init__(self):
+    if self.rank < 1 or self.alpha <= 0:
+      raise ValueError(f"adapters need rank >= 1 and alpha > 0, got {self}")
+
+
+def init(config: decoder.DecoderConfig, spec: AdapterSpec, key: jax.Array):
+  """Adapters that change nothing yet.
+
+  Returns:
+    {matrix: {"a": [L, *inputs, rank], "b": [L, rank, *outputs]}}.
+  """
+  m, f = config.hidden_size, config.intermediate_size
+  heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
+  shapes = {
+    "q_kernel": ((m,), (heads, dim)),
+    "k_kernel": ((m,), (kv, dim)),
+    "v_kernel": ((m,), (kv, dim)),
+    "o_kernel": ((heads, dim), (m,)),
+    "gate_kernel": ((m,), (f,)),
+    "up_kernel": ((m,), (f,)),
+    "down_kernel": ((f,), (m,)),
+  }
+  layers, dtype = config.num_layers, config.param_dtype
+  tree = {}
+  for (name, (inputs, outputs)), own in zip(
+    shapes.items(), jax.random.split(key, len(shapes)), strict=True
+  ):
+    a = jax.random.normal(own, (layers, *inputs, spec.rank), dtype)
+    tree[name] = {
+      "a": a * math.prod(inputs) ** -0.5,
+      "b": jnp.zeros((layers, spec.rank, *outputs), dtype),
+    }
+  return tree
+
+
+def logical_axes(trunk_axes):
+  """Axis names of adapters, from those of the trunk they adapt."""
+  tree = {}
+  for name, (module, inputs) in _TARGETS.items():
+    layer, *axes = trunk_axes["layers"][module][name]
+    tree[name] = {
+      "a": (layer, *axes[:inputs], "rank"),
+      "b": (layer, "rank", *axes[inputs:]),
+    }
+  return tree
+
+
+def merge(trunk, adapters, spec: AdapterSpec, dtype):
+  """A trunk whose layer matrices have the adapters added.
+
+  Args:
+    trunk: frozen parameters.
+    adapters: from `init`, trained or not.
+    spec: their size.
+    dtype: of the merged matrices, the compute type of the model.
+
+  Returns:
+    A tree like `trunk`.
+  """
+  layers = {k: dict(v) for k, v in trunk["layers"].items()}
+  scale = spec.alpha / spec.rank
+  for name, pair in adapters.items():
+    module = _TARGETS[name][0]
+    frozen = layers[module][name]
+    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(
+      pair["a"], pair["b"]
+    )
+    merged = frozen.astype(jnp.float32) + scale * delta.astype(jnp.float32)
+    layers[module][name] = merged.astype(dtype)
+  return {**trunk, "layers": layers}

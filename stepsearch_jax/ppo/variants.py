@@ -1,0 +1,85 @@
+"""What of a model is trained: all, or adapters on the frozen reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from stepsearch_jax import sharding
+from stepsearch_jax.models import adapters, decoder, heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """Policy or value model, whole or as adapters.
+
+  Attributes:
+    role: "policy" or "value".
+    config: decoder configuration.
+    adapter: size of the adapters; None trains everything.
+  """
+
+  role: str
+  config: decoder.DecoderConfig
+  adapter: adapters.AdapterSpec | None = None
+
+  def init(self, policy, key: jax.Array) -> Any:
+    """Parameters to train, in a run that starts from `policy`."""
+    if self.adapter is None:
+      if self.role == "policy":
+        return policy
+      return heads.value_from_policy(policy, key)
+    low_rank = adapters.init(self.config, self.adapter, key)
+    if self.role == "policy":
+      return {"adapters": low_rank}
+    head = heads.value_head(policy, key)
+    return {"adapters": low_rank, "value_head": head}
+
+  def shapes(self) -> Any:
+    """Shapes of `init`'s result."""
+    key = jax.random.key(0)
+
+    def make(key):
+      return self.init(heads.init_policy(self.config, key), key)
+
+    return jax.eval_shape(make, key)
+
+  def axes(self) -> Any:
+    """Logical axes of `init`'s result."""
+    whole = heads.logical_axes(self.config, self.role)
+    if self.adapter is None:
+      return whole
+    found = {"adapters": adapters.logical_axes(whole["trunk"])}
+    if self.role == "value":
+      found["value_head"] = whole["value_head"]
+    return found
+
+  def model(self, params, reference) -> Any:
+    """The whole model, from what is trained and the frozen reference policy."""
+    if self.adapter is None:
+      return params
+    trunk = adapters.merge(
+      reference["trunk"], params["adapters"], self.adapter, self.config.dtype
+    )
+    rest = reference if self.role == "policy" else params
+    return {k: v for k, v in rest.items() if k != "adapters"} | {"trunk": trunk}
+
+
+def abstract_reference(config: decoder.DecoderConfig, mesh) -> Any:
+  """Shape and place of the frozen policy, in the compute type."""
+  whole = Variant("policy", config)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), whole.shapes()
+  )
+  return sharding.abstract(
+    shapes, sharding.tree_shardings(mesh, whole.axes(), shapes)
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_model(variant: Variant, params, reference):
+  """`Variant.model` as a program of its own, for rollouts and export."""
+  return variant.model(params, reference)

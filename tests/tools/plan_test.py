@@ -1,0 +1,203 @@
+"""Plans against hand arithmetic, and what the TPU compiler really made."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import quickstart, stepsearch_qwen2_5_3b
+from stepsearch_jax import sharding
+from stepsearch_jax.models import decoder
+from stepsearch_jax.ppo import learner, logprobs, records
+from stepsearch_jax.rollout import sampler
+from stepsearch_jax.tools import plan, planning
+
+VOCAB = 151_936
+MODEL = decoder.DecoderConfig(
+  family="qwen2", vocab_size=VOCAB, hidden_size=256, intermediate_size=512,
+  num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, qkv_bias=True,
+  dtype=jnp.bfloat16, remat=True, attention="splash",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_run():
+  """optax promotes types and the splash kernel multiplies in bfloat16."""
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.default_matmul_precision("default"),
+  ):
+    yield
+
+
+def test_topologies_are_read_and_unknown_ones_refused():
+  machine = planning.parse_topology("v5p:2x2x4")
+  assert (machine.chips, machine.platform) == (16, "tpu")
+  assert planning.parse_topology("gpu-h100x8").chips == 8
+  assert planning.parse_topology("cpu").topology == ""
+  for wrong in ("v9:2x2", "gpu-b1x8", "h100x8", "v5e:axb"):
+    with pytest.raises(ValueError, match="expected for instance v5e:4x4"):
+      planning.parse_topology(wrong)
+
+
+def test_resident_bytes_of_the_3b_config_by_hand():
+  config = stepsearch_qwen2_5_3b.get_config()
+  planning.resolve_mesh(config, 16)
+  parts = planning.resident(config)
+  layer = (
+    2048 * 128 * (16 + 2 + 2) + 128 * (16 + 2 + 2)  # q, k, v and biases
+    + 16 * 128 * 2048 + 3 * 2048 * 11008 + 2 * 2048
+  )
+  weights = 36 * layer + VOCAB * 2048 + 2048
+  assert weights == 3_085_938_688  # Qwen2.5-3B's published count.
+  # Norms are whole on every chip, hence a little more than a sixteenth.
+  np.testing.assert_allclose(parts["policy"], 4 * weights / 16, rtol=2e-3)
+  assert parts["policy optimiser"] == 2 * parts["policy"]
+  np.testing.assert_allclose(
+    parts["decode weights"], 2 * weights / 2, rtol=2e-3
+  )
+  cache = 2 * 36 * 128 * 4096 * 2 * 128 * 2
+  assert parts["slot cache"] == cache / 16
+
+
+def test_what_does_not_fit_comes_with_three_changes_that_help():
+  config = stepsearch_qwen2_5_3b.get_config()
+  config.mesh.tensor = 1
+  machine = planning.parse_topology("v5e:2x4")
+  planning.resolve_mesh(config, machine.chips)
+  made = planning.make_plan(config, machine, {}, 2048, 0.15)
+  assert not made["fits"] and len(made["advice"]) == 3
+  assert "does not fit" in planning.render(made)
+  text, saved = made["advice"][0]
+  assert text.startswith("mesh.tensor = 2") and saved > 0
+
+
+def test_roofline_is_the_slower_of_compute_and_memory():
+  config = stepsearch_qwen2_5_3b.get_config()
+  machine = planning.parse_topology("v5e:4x4")
+  planning.resolve_mesh(config, machine.chips)
+  phases = planning.step_times(config, machine, 2048, 0.15)
+  decode = phases["rollout decode"]
+  parts = planning.resident(config)
+  steps = 128 * 2048 * 0.15 / 128
+  moved = steps * (parts["decode weights"] + parts["slot cache"] / 4)
+  assert decode["bound"] == "memory"
+  np.testing.assert_allclose(decode["seconds"], moved / 819e9, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def tpu():
+  """Eight v5e chips that exist only for the compiler."""
+  pytest.importorskip("libtpu")
+  machine = planning.parse_topology("v5e:2x4")
+  return sharding.make_mesh(1, 4, 2, plan.topology_devices(machine))
+
+
+def make_learner(mesh, micro_rows=8, **changes):
+  spec = records.LearnerSpec(
+    mini_batch=32, micro_rows=micro_rows, row_length=1024, **changes
+  )
+  return learner.Learner(MODEL, MODEL, spec, mesh)
+
+
+@pytest.fixture(scope="module")
+def compiled(tpu):
+  """(HLO text, memory analysis) of every program of a small model."""
+  ours = make_learner(tpu)
+  programs = sampler.Sampler(
+    MODEL, sampler.SamplerSpec(slots=8, context=1024),
+    np.zeros((8, VOCAB), np.int32), 7, tpu,
+  )
+  lowered = ours.lowered() | programs.lowered(
+    8, 256, ours.abstract_state()["policy"]
+  )
+  found = {}
+  for name, program in lowered.items():
+    done = program.compile()
+    found[name] = (done.as_text(), done.memory_analysis())
+  return found
+
+
+def sizes(text, operation=""):
+  """Element counts of results in HLO text, of one operation or of all."""
+  pattern = r"= \(?((?:\w+\[[\d,]*\][^ ]*(?:, )?)+)\)? " + operation
+  for match in re.finditer(pattern, text):
+    for dims in re.findall(r"\[([\d,]+)\]", match[1]):
+      shape = [int(d) for d in dims.split(",")]
+      yield int(np.prod(shape)), shape
+
+
+@pytest.mark.slow
+def test_splash_attention_is_in_the_compiled_updates(compiled):
+  for name in ("reference_forward", "policy_update", "value_update"):
+    assert "tpu_custom_call" in compiled[name][0], name
+
+
+@pytest.mark.slow
+def test_no_program_holds_logits_of_all_tokens(compiled):
+  chunk = logprobs.chunk_size(VOCAB)
+  for name, (text, _) in compiled.items():
+    if name == "decode_block":
+      continue  # One token a slot: its logits are [slots, V].
+    for count, shape in sizes(text):
+      wide = any(side >= VOCAB // 2 for side in shape)
+      rest = count / max(shape)
+      assert not wide or rest <= max(chunk, MODEL.hidden_size), (name, shape)
+
+
+@pytest.mark.slow
+def test_no_collective_moves_a_full_parameter_tree(compiled):
+  embedding = VOCAB * MODEL.hidden_size // 2
+  layer = 2 * MODEL.hidden_size * MODEL.intermediate_size
+  for name, (text, _) in compiled.items():
+    if name == "reshard_cast":
+      continue  # Its purpose: whole weights for decoding, once an update.
+    gathered = [
+      count for operation in ("all-gather", "all-gather-start")
+      for count, _ in sizes(text, operation + r"\(")
+    ]
+    assert all(count <= max(embedding, layer) for count in gathered), (
+      name, sorted(gathered)[-3:]
+    )
+
+
+@pytest.mark.slow
+def test_update_memory_grows_with_the_micro_batch_not_the_batch(
+  tpu, compiled
+):
+  # The batch is no argument of any program: the shapes are the micro-batch's.
+  program = make_learner(tpu, micro_rows=32).lowered()["policy_update"]
+  large = program.compile().memory_analysis().temp_size_in_bytes
+  small = compiled["policy_update"][1].temp_size_in_bytes
+  assert large > 1.2 * small
+
+
+@pytest.mark.slow
+def test_the_plan_command_compiles_the_whole_quickstart(tmp_path, tpu):
+  config = quickstart.get_config()
+  machine = planning.parse_topology("v5e:2x4")
+  config.model.dtype = "bfloat16"
+  planning.resolve_mesh(config, machine.chips)
+  programs = plan.compile_programs(config, machine)
+  assert {"reshard_cast", "extend", "decode_block", "reference_forward",
+          "policy_update", "value_update"} <= set(programs)
+  made = planning.make_plan(config, machine, programs, 256, 0.2)
+  assert made["compiled"] and made["fits"]
+  json.dumps(made)
+
+
+def test_update_lowers_for_cuda():
+  # Without cuDNN at hand; tracing its attention needs the CUDA plugin.
+  mesh = sharding.make_mesh()
+  model = dataclasses.replace(
+    MODEL, attention="xla", vocab_size=512, num_layers=1
+  )
+  spec = records.LearnerSpec(mini_batch=4, micro_rows=2, row_length=256)
+  ours = learner.Learner(model, model, spec, mesh)
+  for program in ours.lowered(platforms=("cuda",)).values():
+    assert "stablehlo" in program.as_text()
+  assert jax.default_backend() == "cpu"
