@@ -15,9 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli, evaluation
-from stepsearch_jax.data import files
-from stepsearch_jax.rewards import text_match
+from stepsearch_jax import cli, evaluation, predictions
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
@@ -46,56 +44,6 @@ def print_sources(table: dict[str, dict]) -> None:
       for m in ("em", "f1")
     )
     print(f"{source:24}{row['n']:8d}{cells}")
-
-
-def score_predictions(path: str) -> dict[str, dict]:
-  """EM, F1 and search counts of a prediction file; every row counts.
-
-  Args:
-    path: JSON list or JSONL, gzipped or not. An answer stands under
-      `prediction` or `answer`, or in the last answer tag of `response`; gold
-      answers under `golden_answers`, `ground_truth`, `target` or `answers`,
-      or in verl's `reward_model`.
-
-  Raises:
-    ValueError: naming file, row and field.
-  """
-  scored = []
-  for where, row in files.read_rows(path):
-    gold = _gold(where, row)
-    if "prediction" in row or "answer" in row:
-      answer = row.get("prediction", row.get("answer")) or ""
-    elif "response" in row:
-      answer = text_match.last_answer(row["response"]) or ""
-    else:
-      raise files.DataError(
-        f"{where}: expected prediction, answer or response; found fields "
-        f"{sorted(row)}"
-      )
-    scored.append({
-      "data_source": row.get("data_source", ""),
-      "em": text_match.exact_match(answer, gold),
-      "f1": text_match.f1(answer, gold),
-    })
-  if not scored:
-    raise files.DataError(f"{path}: no predictions in the file")
-  return evaluation.by_source(scored)
-
-
-def _gold(where: str, row: dict) -> list[str]:
-  """Gold answers of a prediction row."""
-  row = {**row.get("reward_model", {}), **row}
-  names = ("golden_answers", "ground_truth", "target", "answers")
-  gold = next((row[name] for name in names if name in row), None)
-  if isinstance(gold, dict):
-    gold = gold.get("target")
-  gold = [gold] if isinstance(gold, str) else gold
-  if not gold or not all(isinstance(answer, str) for answer in gold):
-    raise files.DataError(
-      f"{where}: expected gold answers under one of {names}, got {gold!r}; "
-      f"found fields {sorted(row)}"
-    )
-  return list(gold)
 
 
 def _evaluate_model() -> None:
@@ -141,7 +89,7 @@ def _evaluate_model() -> None:
 def main() -> None:
   """Entry; see the module docstring."""
   if _PREDICTIONS.value:
-    print_sources(score_predictions(_PREDICTIONS.value))
+    print_sources(predictions.score_predictions(_PREDICTIONS.value))
   elif _CONFIG.value is None or not _WORKDIR.value:
     raise ValueError("need --predictions, or --config and --workdir")
   else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,71 +20,10 @@ from stepsearch_jax import settings, sharding
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.ppo import learner, logprobs, variants
 from stepsearch_jax.rollout import sampler
+from stepsearch_jax.tools.machines import GB, Machine
 
-_GB = 1e9
 _STATES = 64  # Upper bound for the stop automaton of the usual tags.
 _USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
-
-# Memory GB, dense bfloat16 TFLOP/s and memory GB/s per chip, from the vendors'
-# data sheets; "cpu": measured in float32 on the project's 2-core machine.
-CHIPS = {
-  "v4": (32.0, 275.0, 1228.0),
-  "v5e": (16.0, 197.0, 819.0),
-  "v5p": (95.0, 459.0, 2765.0),
-  "v6e": (32.0, 918.0, 1640.0),
-  "gpu-a100": (80.0, 312.0, 2039.0),
-  "gpu-h100": (80.0, 989.0, 3350.0),
-  "gpu-h200": (141.0, 989.0, 4800.0),
-  "cpu": (24.0, 0.18, 35.0),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-  """Chips of one kind.
-
-  Attributes:
-    name: as given on the command line.
-    chips: how many.
-    memory: bytes per chip.
-    flops: peak per chip and second.
-    bandwidth: bytes per chip and second.
-    platform: "tpu", "gpu" or "cpu".
-    topology: name for the TPU compiler; "" where it does not apply.
-  """
-
-  name: str
-  chips: int
-  memory: float
-  flops: float
-  bandwidth: float
-  platform: str
-  topology: str
-
-
-def parse_topology(text: str) -> Machine:
-  """Reads `v5e:4x4`, `gpu-h100x8` or `cpu`.
-
-  Raises:
-    ValueError: an unknown chip or shape.
-  """
-  kind, chips, topology = text, 1, ""
-  if found := re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)*)", text):
-    kind, topology = found[1], text
-    chips = int(np.prod([int(n) for n in found[2].split("x")]))
-  elif found := re.fullmatch(r"(gpu-\w+?)x(\d+)", text):
-    kind, chips = found[1], int(found[2])
-  if kind not in CHIPS or chips < 1:
-    raise ValueError(
-      f"--topology={text!r}: expected for instance v5e:4x4, gpu-h100x8 or cpu; "
-      f"known chips: {', '.join(CHIPS)}"
-    )
-  memory, teraflops, bandwidth = CHIPS[kind]
-  platform = "tpu" if kind.startswith("v") else kind.split("-")[0]
-  return Machine(
-    text, chips, memory * _GB, teraflops * 1e12, bandwidth * _GB, platform,
-    topology,
-  )
 
 
 def resolve_mesh(config, chips: int) -> None:
@@ -323,15 +261,32 @@ def _changes(config):
     yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
 
 
-def advice(config, peak: float) -> list[tuple[str, float]]:
-  """The three field changes that save most memory, with bytes saved."""
+def advice(config, peak: float, limit: float) -> list[tuple[str, float]]:
+  """Up to three field changes, one upon the other, until the run fits.
+
+  Args:
+    config: run settings that do not fit.
+    peak: their bytes per chip.
+    limit: bytes that a chip has to give.
+
+  Returns:
+    (change, bytes per chip after it), the largest saving first.
+  """
   before = max(program_peaks(config, {}).values())
-  saved = [
-    (text, before - max(program_peaks(other, {}).values()))
-    for text, other in _changes(config)
-  ]
-  saved = [(text, size) for text, size in saved if size > 0.005 * peak]
-  return sorted(saved, key=lambda pair: -pair[1])[:3]
+  found = []
+  while peak > limit and len(found) < 3:
+    options = [
+      (max(program_peaks(other, {}).values()), text, other)
+      for text, other in _changes(config)
+    ]
+    if not options:
+      break
+    after, text, config = min(options, key=lambda option: option[0])
+    if after >= before:
+      break
+    peak, before = peak + after - before, after
+    found.append((text, peak))
+  return found
 
 
 def make_plan(
@@ -359,7 +314,7 @@ def make_plan(
     "step_seconds": seconds,
     "tokens_per_second": trajectories * tokens / seconds,
     "binds": max(phases, key=lambda name: phases[name]["seconds"]),
-    "advice": [] if fits else advice(config, peak),
+    "advice": advice(config, peak, _USABLE * machine.memory),
   }
 
 
@@ -368,12 +323,12 @@ def render(plan: dict) -> str:
   machine = plan["machine"]
   mesh = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
   lines = [f"{machine['name']}: {machine['chips']} chips of "
-           f"{machine['memory'] / _GB:.0f} GB, mesh {mesh}", "",
+           f"{machine['memory'] / GB:.0f} GB, mesh {mesh}", "",
            f"{'resident on a chip':28}{'GB':>8}"]
-  lines += [f"{k:28}{v / _GB:8.2f}" for k, v in plan["resident"].items()]
+  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["resident"].items()]
   how = "compiled" if plan["compiled"] else "estimated"
   lines += ["", f"{'peak during (' + how + ')':28}{'GB':>8}"]
-  lines += [f"{k:28}{v / _GB:8.2f}" for k, v in plan["peaks"].items()]
+  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["peaks"].items()]
   lines += ["", f"{'roofline of a step':28}{'PFLOP':>8}{'s':>9}  bound"]
   lines += [
     f"{name:28}{p['flops'] / 1e15:8.2f}{p['seconds']:9.2f}  {p['bound']}"
@@ -384,11 +339,15 @@ def render(plan: dict) -> str:
     f"step {plan['step_seconds']:.1f} s, {plan['tokens_per_second']:.0f} "
     f"tokens/s at best ({plan['tokens_per_trajectory']} tokens a trajectory, "
     f"{plan['policy_share']:.0%} the policy's); {plan['binds']} binds",
-    f"peak {plan['peak'] / _GB:.2f} GB of {machine['memory'] / _GB:.0f} GB: "
+    f"peak {plan['peak'] / GB:.2f} GB of {machine['memory'] / GB:.0f} GB: "
     + ("fits" if plan["fits"] else "does not fit"),
   ]
   if plan["advice"]:
-    lines.append("would save most: " + "; ".join(
-      f"{text} ({size / _GB:.1f} GB)" for text, size in plan["advice"]
-    ))
+    last = plan["advice"][-1][1]
+    helps = last <= _USABLE * machine["memory"]
+    lines.append(
+      ("would fit with " if helps else "would still not fit with ")
+      + "; ".join(f"{text} ({size / GB:.1f} GB)"
+                  for text, size in plan["advice"])
+    )
   return "\n".join(lines)

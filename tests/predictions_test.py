@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from stepsearch_jax import evaluate, evaluation
+from stepsearch_jax import evaluation, predictions
 from stepsearch_jax.data import files
 
 
@@ -15,7 +15,7 @@ def test_real_rollouts_score_as_their_own_evaluation_did(shared, name):
   path = shared / f"data/search_r1_rollouts/{name}_qwen25_3b_base.jsonl.gz"
   with gzip.open(path, "rt") as file:
     recorded = [json.loads(line)["metric"] for line in file]
-  table = evaluate.score_predictions(str(path))["unknown"]
+  table = predictions.score_predictions(str(path))["unknown"]
   assert table["n"] == len(recorded)
   for metric in ("em", "f1"):
     assert table[metric] == pytest.approx(
@@ -34,13 +34,13 @@ def test_sources_are_apart_and_unanswered_rows_count(tmp_path):
   ]
   path = tmp_path / "p.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  table = evaluate.score_predictions(str(path))
+  table = predictions.score_predictions(str(path))
   assert {s: (r["n"], r["em"]) for s, r in table.items()} == {
     "a": (2, 0.5), "b": (1, 0.0)
   }
   assert table["b"]["f1"] == pytest.approx(2 / 3)
   path.with_name("list.json").write_text(json.dumps(rows))
-  assert evaluate.score_predictions(str(tmp_path / "list.json")) == table
+  assert predictions.score_predictions(str(tmp_path / "list.json")) == table
 
 
 @pytest.mark.parametrize("row, message", [
@@ -52,7 +52,7 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path, row, message):
   good = {"target": "x", "prediction": "x"}
   path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
   with pytest.raises(files.DataError, match=message):
-    evaluate.score_predictions(str(path))
+    predictions.score_predictions(str(path))
 
 
 def test_bootstrap_interval_covers_what_normal_theory_gives():

@@ -1,0 +1,71 @@
+"""Chips that a run can be planned for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+
+GB = 1e9
+
+# Memory GB, dense bfloat16 TFLOP/s and memory GB/s per chip, from the vendors'
+# data sheets; "cpu": measured in float32 on the project's 2-core machine.
+CHIPS = {
+  "v4": (32.0, 275.0, 1228.0),
+  "v5e": (16.0, 197.0, 819.0),
+  "v5p": (95.0, 459.0, 2765.0),
+  "v6e": (32.0, 918.0, 1640.0),
+  "gpu-a100": (80.0, 312.0, 2039.0),
+  "gpu-h100": (80.0, 989.0, 3350.0),
+  "gpu-h200": (141.0, 989.0, 4800.0),
+  "cpu": (24.0, 0.18, 35.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Chips of one kind.
+
+  Attributes:
+    name: as given on the command line.
+    chips: how many.
+    memory: bytes per chip.
+    flops: peak per chip and second.
+    bandwidth: bytes per chip and second.
+    platform: "tpu", "gpu" or "cpu".
+    topology: name for the TPU compiler; "" where it does not apply.
+  """
+
+  name: str
+  chips: int
+  memory: float
+  flops: float
+  bandwidth: float
+  platform: str
+  topology: str
+
+
+def parse_topology(text: str) -> Machine:
+  """Reads `v5e:4x4`, `gpu-h100x8` or `cpu`.
+
+  Raises:
+    ValueError: an unknown chip or shape.
+  """
+  kind, chips, topology = text, 1, ""
+  if found := re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)*)", text):
+    kind, topology = found[1], text
+    chips = int(np.prod([int(n) for n in found[2].split("x")]))
+  elif found := re.fullmatch(r"(gpu-\w+?)x(\d+)", text):
+    kind, chips = found[1], int(found[2])
+  if kind not in CHIPS or chips < 1:
+    raise ValueError(
+      f"--topology={text!r}: expected for instance v5e:4x4, gpu-h100x8 or cpu; "
+      f"known chips: {', '.join(CHIPS)}"
+    )
+  memory, teraflops, bandwidth = CHIPS[kind]
+  platform = "tpu" if kind.startswith("v") else kind.split("-")[0]
+  return Machine(
+    text, chips, memory * GB, teraflops * 1e12, bandwidth * GB, platform,
+    topology,
+  )
