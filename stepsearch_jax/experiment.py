@@ -105,7 +105,11 @@ def load_tokenizer(config, workdir: epath.Path, data: Data):
     trained = tokenizer_lib.train_bpe(
       _protocol_texts(config, data), config.model.size.vocab
     )
-    trained.save(folder)
+    partial = workdir / "tokenizer.partial"
+    if partial.exists():
+      partial.rmtree()
+    trained.save(partial)
+    partial.rename(folder)  # Whole or not at all.
   return tokenizer_lib.load(str(folder))
 
 
