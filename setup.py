@@ -62,6 +62,9 @@ setuptools.setup(
       "pytest==9.2.0",
       "pytest-xdist==3.8.0",
       "ruff==0.17.6",
+      # The TPU compiler; needs no TPU.
+      "libtpu==0.0.42.1; sys_platform == 'linux' and "
+      "platform_machine == 'x86_64'",
       "scikit-learn==1.9.1",
     ],
   },

@@ -79,4 +79,4 @@ while :; do
   echo "code $code: trying again ($attempt of $retries)" >&2
   sleep 30
 done
-echo "done; checkpoints and metrics: $bucket"
+[ -n "$dry_run" ] || echo "done; checkpoints and metrics: $bucket"

@@ -1,26 +1,30 @@
-"""Runs a config's `sweep(add)`, one run after the other.
+"""Runs a config's `sweep(add)`: here, N at a time, or on any scheduler.
 
   python launch/sweep.py --config=configs/quickstart.py --workdir=runs/sweep
-  python launch/sweep.py --config=configs/quickstart.py --workdir=W --dry_run
+  python launch/sweep.py --config=... --workdir=gs://... --dry_run | parallel
 
-Every run gets a folder of its own; the same command resumes what was
-interrupted and skips what is finished. A table of all summaries ends it.
+Every run gets a numbered folder; the same command resumes what was interrupted
+and skips what is finished. A table and a plot over the sweep (`sweep.png`) end
+it. --dry_run prints one command a line instead.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file with a sweep(add).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run folders.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time.",
+                                 lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands only.")
 
 
@@ -67,16 +71,69 @@ def runs(path: str) -> list[tuple[str, list[str]]]:
     ]
 
   module.sweep(add)
-  return list(found.items())
+  return [
+    (f"{number:03d}_{name}", arguments)
+    for number, (name, arguments) in enumerate(found.items())
+  ]
 
 
-def _table(workdir: pathlib.Path, names: list[str]) -> None:
+def table(workdir: pathlib.Path, names: Sequence[str]) -> str:
+  """Summaries of the finished runs, one a line."""
   columns = ("em_before", "em_after", "f1_after", "searches_per_question",
              "train_seconds")
-  print(f"\n{'run':40}" + "".join(f"{c:>24}" for c in columns))
+  lines = [f"{'run':40}" + "".join(f"{c:>24}" for c in columns)]
   for name in names:
     summary = json.loads((workdir / name / "summary.json").read_text())
-    print(f"{name:40}" + "".join(f"{summary[c]:24.3f}" for c in columns))
+    lines.append(
+      f"{name:40}" + "".join(f"{summary[c]:24.3f}" for c in columns)
+    )
+  return "\n".join(lines)
+
+
+def plot(workdir: pathlib.Path, names: Sequence[str]) -> None:
+  """Draws the reward curves and the final scores of all runs."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, (curves, bars) = plt.subplots(
+    1, 2, figsize=(14, 5), layout="constrained"
+  )
+  before, after = [], []
+  for name in names:
+    lines = (workdir / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    points = [(r["step"], r["critic/score/mean"]) for r in records
+              if "critic/score/mean" in r]
+    if points:
+      curves.plot(*zip(*points, strict=True), label=name)
+    summary = json.loads((workdir / name / "summary.json").read_text())
+    before.append(summary["em_before"])
+    after.append(summary["em_after"])
+  curves.set(title="reward per question", xlabel="step")
+  curves.legend(fontsize=7)
+  places = range(len(names))
+  bars.barh([p + 0.2 for p in places], before, 0.4, label="before")
+  bars.barh([p - 0.2 for p in places], after, 0.4, label="after")
+  bars.set_yticks(list(places), names, fontsize=7)
+  bars.set(title="held-out EM")
+  bars.legend()
+  figure.savefig(workdir / "sweep.png", dpi=100)
+  plt.close(figure)
+
+
+def _run(workdir: pathlib.Path, name: str, command: list[str],
+         quiet: bool) -> int:
+  """Exit code of one run; its output goes to a file if others run beside it."""
+  if (workdir / name / "summary.json").exists():
+    return 0
+  print(f"[{name}] {shlex.join(command)}", flush=True)
+  if not quiet:
+    return subprocess.run(command).returncode
+  (workdir / name).mkdir(parents=True, exist_ok=True)
+  with (workdir / name / "log.txt").open("a") as log:
+    return subprocess.run(command, stdout=log, stderr=log).returncode
 
 
 def main(argv) -> None:
@@ -88,18 +145,35 @@ def main(argv) -> None:
     planned = runs(_CONFIG.value)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
-  for number, (name, arguments) in enumerate(planned, 1):
-    command = [sys.executable, "-m", "stepsearch_jax.train", *arguments,
-               f"--workdir={workdir / name}"]
-    print(f"[{number}/{len(planned)}] {shlex.join(command)}", flush=True)
-    if _DRY_RUN.value or (workdir / name / "summary.json").exists():
-      continue
-    code = subprocess.run(command).returncode
-    if code:
-      sys.exit(f"error: run {name} ended with code {code}; the same command "
-               "goes on from there")
-  if not _DRY_RUN.value:
-    _table(workdir, [name for name, _ in planned])
+  names = [name for name, _ in planned]
+  # As a string: a bucket path must keep both slashes of its scheme.
+  base = _WORKDIR.value.rstrip("/")
+  commands = [
+    [sys.executable, "-m", "stepsearch_jax.train", *arguments,
+     f"--workdir={base}/{name}"]
+    for name, arguments in planned
+  ]
+  if _DRY_RUN.value:
+    print("\n".join(shlex.join(command) for command in commands))
+    return
+  with concurrent.futures.ThreadPoolExecutor(_PARALLEL.value) as pool:
+    codes = list(pool.map(
+      lambda name, command: _run(workdir, name, command, _PARALLEL.value > 1),
+      names, commands,
+    ))
+  finished = [
+    name for name in names if (workdir / name / "summary.json").exists()
+  ]
+  print("\n" + table(workdir, finished))
+  if finished:
+    plot(workdir, finished)
+  failed = [
+    f"{name} (code {code})" for name, code in zip(names, codes, strict=True)
+    if code
+  ]
+  if failed:
+    sys.exit(f"error: {', '.join(failed)} did not finish; the same command "
+             "goes on from there")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ def test_two_processes_train_like_one(tmp_path):
     errors, codes = finish(start(tmp_path / name, processes, devices), 600)
     assert codes == [0] * processes, errors[0][-3000:]
   two, one = tmp_path / "two", tmp_path / "one"
+  _compare(two, one)
+  # The run of two processes goes on in one, on another mesh.
+  errors, codes = finish(start(two, 1, 2, "--config.total_steps=3"), 600)
+  assert codes == [0], errors[0][-3000:]
+  assert "resumed at step 2" in errors[0]
+  assert [r["step"] for r in train_test.records(two)] == [0, 1, 2, 3]
+
+
+def _compare(two, one):
   assert (two / "index_0_of_2").exists() and (two / "index_1_of_2").exists()
   for ours, theirs in zip(
     train_test.records(two), train_test.records(one), strict=True

@@ -1,7 +1,9 @@
 """The real training loop on a tiny config: runs, resumes, refuses."""
 
 import json
+import pathlib
 import re
+import shutil
 import threading
 
 import jax
@@ -118,6 +120,22 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
     with pytest.raises(cli.PreemptedError, match="after step 1 and saved"):
       train.train(config, ours, stop)
     train.train(config, ours)
+  assert records(ours) == records(workdir)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+  finished, tmp_path, caplog
+):
+  workdir, _ = finished
+  ours = pathlib.Path(tmp_path) / "run"
+  shutil.copytree(workdir, ours)
+  for file in (ours / "checkpoints/2/rest").rglob("*"):
+    if file.is_file() and file.stat().st_size > 1000:
+      file.write_bytes(file.read_bytes()[:100])
+  with jax.numpy_dtype_promotion("standard"):
+    train.train(tiny(), epath.Path(ours))
+  assert "checkpoints/2 cannot be read" in caplog.text
   assert records(ours) == records(workdir)
 
 
