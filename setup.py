@@ -39,6 +39,8 @@ _SERVE = [
   "prometheus-client==0.26.0",
 ]
 
+_BM25 = ["bm25s==0.3.16"]
+
 setuptools.setup(
   name="stepsearch_jax",
   version="0.1.0",
@@ -53,12 +55,15 @@ setuptools.setup(
     "tpu": ["jax[tpu]==0.10.2"],
     "gpu": ["jax[cuda12]==0.10.2"],
     "wandb": ["wandb"],
+    # retrieval.engine = bm25
+    "bm25": _BM25,
     # tools/serve_retrieval
     "serve": _SERVE,
     # Peers of tools/benchmark; the product never imports them.
-    "bench": ["scikit-learn==1.9.1", "torch==2.13.0"],
+    "bench": ["scikit-learn==1.9.1", "torch==2.13.0", "faiss-cpu==1.15.1"],
     "test": [
       *_SERVE,
+      *_BM25,
       "pytest==9.2.0",
       "pytest-xdist==3.8.0",
       "ruff==0.17.6",

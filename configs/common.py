@@ -87,6 +87,11 @@ def _data():
 def _retrieval():
   """Encoder and index."""
   retrieval = ml_collections.ConfigDict()
+  # index (encoder + ScaNN) | bm25 | online (web search, key in SERPER_API_KEY).
+  retrieval.engine = "index"
+  # Cross-encoder (folder, HF id, package:<name>) that reorders what is found.
+  retrieval.reranker = ""
+  retrieval.candidates = 20  # Passages that it scores per query.
   # hashed_tfidf, or a BERT-family encoder: folder, HF id, package:<name>.
   retrieval.encoder = "hashed_tfidf"
   retrieval.index = ""  # Folder of a ready index; empty = build in workdir.

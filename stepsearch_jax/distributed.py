@@ -74,6 +74,12 @@ def in_turn(work: Callable[[], _T]) -> _T:
   return work()
 
 
+def wait(name: str) -> None:
+  """Returns once every process has come to the same place."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 def any_process(flag: bool) -> bool:
   """True if `flag` is set in any process."""
   if jax.process_count() == 1:

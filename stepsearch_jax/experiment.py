@@ -28,10 +28,16 @@ from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads, hf_weights
 from stepsearch_jax.ppo import imitation, variants
+from stepsearch_jax.retrieval import (
+  bm25,
+  index_build,
+  online,
+  record,
+  remote,
+  rerank,
+)
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
-from stepsearch_jax.retrieval import index as index_lib
-from stepsearch_jax.retrieval import record, remote
 from stepsearch_jax.retrieval import retriever as retriever_lib
 from stepsearch_jax.rollout import (
   automaton,
@@ -193,6 +199,10 @@ def load_retriever(config, workdir: epath.Path, data: Data):
       inner = _searching(given, workdir, data)
     return record.ReplayRetriever(given.replay, inner)
   retriever = _searching(given, workdir, data)
+  if given.reranker:
+    retriever = rerank.RerankingRetriever(
+      retriever, given.reranker, given.candidates
+    )
   if given.record:
     retriever = record.RecordingRetriever(retriever, given.record)
   return retriever
@@ -206,10 +216,18 @@ def _searching(given, workdir, data):
         "set retrieval.remote or retrieval.index, not both: "
         f"{given.remote!r} and {given.index!r}"
       )
+  if given.engine not in ("index", "bm25", "online"):
+    raise ValueError("retrieval.engine must be index, bm25 or online, got "
+                     f"{given.engine!r}")
+  if given.remote or given.engine != "index":
     # One process asks; the others learn the answer when results are merged.
     if not distributed.is_primary():
       return retriever_lib.EmptyRetriever()
-    return remote.RemoteRetriever(given.remote)
+    if given.remote:
+      return remote.RemoteRetriever(given.remote)
+    if given.engine == "online":
+      return online.OnlineRetriever()
+    return bm25.Bm25Retriever(data.corpus)
   encoder = encoder_lib.load_encoder(given.encoder)
   corpus, folder = data.corpus, epath.Path(given.index or workdir / "index")
   if not folder.exists():
@@ -226,7 +244,7 @@ def _searching(given, workdir, data):
       )
   if not folder.exists():
     logging.info("building an index of %d passages", len(corpus))
-    index_lib.build_index(folder, corpus, encoder, fit=False)
+    index_build.build_index(folder, corpus, encoder, fit=False)
   return retriever_lib.open_retriever(
     folder,
     encoder,

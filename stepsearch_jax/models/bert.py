@@ -66,8 +66,14 @@ class Bert(nn.Module):
   config: BertConfig
 
   @nn.compact
-  def __call__(self, tokens, mask):
-    """Returns hidden states [B, S, M] of tokens [B, S] under mask [B, S]."""
+  def __call__(self, tokens, mask, kinds=None):
+    """Returns hidden states [B, S, M].
+
+    Args:
+      tokens: [B, S] int32.
+      mask: [B, S] bool, True on tokens.
+      kinds: [B, S] int32, 0 for the first text, 1 for the second; None = 0.
+    """
     c = self.config
 
     def table(name, rows):
@@ -76,7 +82,8 @@ class Bert(nn.Module):
 
     x = table("word", c.vocab_size)[tokens]
     x = x + table("position", c.max_positions)[None, : tokens.shape[1]]
-    x = x + table("type", c.type_vocab_size)[0]
+    kind = table("type", c.type_vocab_size)
+    x = x + (kind[0] if kinds is None else kind[kinds])
     x = _norm(c, "norm")(x)
     layers = nn.scan(
       BertLayer,
@@ -109,6 +116,48 @@ def embed(params, tokens, mask, *, config: BertConfig, pooling: str):
     pooled = (hidden * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
   norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
   return pooled / jnp.maximum(norm, 1e-12)
+
+
+def relevance(params, tokens, kinds, mask, *, config: BertConfig):
+  """Scores of query-passage pairs by a cross-encoder.
+
+  Args:
+    params: from `load_cross_encoder`.
+    tokens: [B, S] int32.
+    kinds: [B, S] int32, 0 on the query, 1 on the passage.
+    mask: [B, S] bool.
+    config: shape.
+
+  Returns:
+    [B] float32 logits.
+  """
+  hidden = Bert(config).apply({"params": params["bert"]}, tokens, mask, kinds)
+  head = params["head"]
+  pooled = jnp.tanh(hidden[:, 0] @ head["pooler"] + head["pooler_bias"])
+  return (pooled @ head["classifier"] + head["classifier_bias"])[:, 0]
+
+
+def load_cross_encoder(path: str) -> tuple[BertConfig, dict]:
+  """Reads a BertForSequenceClassification folder with one output.
+
+  Raises:
+    hf_weights.WeightError: a tensor is missing or misshapen.
+    ValueError: the folder holds another architecture.
+  """
+  config, params = load_bert(path)
+  tensors = hf_weights.read_tensors(path)
+  width = config.hidden_size
+  names = {
+    "pooler": ("bert.pooler.dense.weight", (width, width)),
+    "pooler_bias": ("bert.pooler.dense.bias", (width,)),
+    "classifier": ("classifier.weight", (width, 1)),
+    "classifier_bias": ("classifier.bias", (1,)),
+  }
+  head = {
+    ours: _fit(tensors, name, shape, path)
+    for ours, (name, shape) in names.items()
+  }
+  return config, {"bert": params, "head": head}
 
 
 def load_bert(path: str) -> tuple[BertConfig, dict]:

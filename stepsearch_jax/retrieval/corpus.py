@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from stepsearch_jax import types
 from stepsearch_jax.data import files, questions
@@ -34,6 +34,27 @@ def load_corpus(path: str) -> list[types.Passage]:
   if not passages:
     raise files.DataError(f"{path}: no passages in the file")
   return list(passages.values())
+
+
+def stream_corpus(path: str) -> Iterator[types.Passage]:
+  """The passages of a file one by one, for corpora larger than memory.
+
+  Unlike `load_corpus`, paragraphs that repeat are not recognised, except in
+  files of questions, which are read whole.
+
+  Raises:
+    files.DataError: naming file, line and field.
+  """
+  rows = files.read_rows(path)
+  where, first = next(rows, (path, None))
+  if first is None:
+    raise files.DataError(f"{path}: no passages in the file")
+  if "paragraphs" in first or "context" in first:
+    yield from load_corpus(path)
+    return
+  yield from _passages(where, first)
+  for where, row in rows:
+    yield from _passages(where, row)
 
 
 def _passages(where: str, row: dict) -> Iterable[types.Passage]:

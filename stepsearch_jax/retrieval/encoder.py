@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -50,15 +51,16 @@ def passage_text(passage: types.Passage) -> str:
   return f"{passage.title}\n{passage.text}"
 
 
-def load_encoder(reference: str) -> Encoder:
+def load_encoder(reference: str, mesh=None) -> Encoder:
   """An encoder by name.
 
   Args:
     reference: "hashed_tfidf", or a BERT folder, hub id or package:<name>.
+    mesh: local devices over which a BERT encoder splits large batches.
   """
   if reference == "hashed_tfidf":
     return HashedTfidfEncoder()
-  return BertEncoder(reference)
+  return BertEncoder(reference, mesh=mesh)
 
 
 class HashedTfidfEncoder:
@@ -135,6 +137,7 @@ class BertEncoder:
     query_prefix: str | None = None,
     passage_prefix: str | None = None,
     max_length: int | None = None,
+    mesh=None,
   ):
     """Loads weights; settings default to what the family was trained with.
 
@@ -144,15 +147,21 @@ class BertEncoder:
       query_prefix: put before queries.
       passage_prefix: put before passages.
       max_length: tokens kept, special ones included.
+      mesh: devices over which full batches are split; None = the first one.
     """
-    import jax
     import transformers
 
+    from stepsearch_jax import sharding
     from stepsearch_jax.models import bert, hf_weights
 
     path = hf_weights.resolve(reference)
     family = next(f for f in _FAMILIES if f[0] in reference.lower())
     self._config, params = bert.load_bert(path)
+    self._rows, self._where = _ROWS, None
+    if mesh is not None and mesh.size > 1:
+      self._rows = (*_ROWS[:-1], _ROWS[-1] * mesh.size)
+      self._where = sharding.batch(mesh)
+      params = jax.device_put(params, sharding.replicated(mesh))
     self._params = jax.device_put(params)
     self._hf = transformers.AutoTokenizer.from_pretrained(path)
     self.dim = self._config.hidden_size
@@ -195,17 +204,19 @@ class BertEncoder:
     )["input_ids"]
     out = np.empty((len(texts), self.dim), np.float32)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), _ROWS[-1]):
-      group = order[start : start + _ROWS[-1]]
+    for start in range(0, len(order), self._rows[-1]):
+      group = order[start : start + self._rows[-1]]
       longest = len(ids[group[-1]])
       length = next((b for b in _LENGTHS if b >= longest), longest)
-      rows = next(b for b in _ROWS if b >= len(group))
+      rows = next(b for b in self._rows if b >= len(group))
       tokens = np.zeros((rows, min(length, self._limit)), np.int32)
       mask = np.zeros(tokens.shape, bool)
       mask[:, 0] = True  # Padding rows need one visible token.
       for row, i in enumerate(group):
         tokens[row, : len(ids[i])] = ids[i]
         mask[row, : len(ids[i])] = True
+      if self._where is not None and rows == self._rows[-1]:
+        tokens, mask = jax.device_put((tokens, mask), self._where)
       vectors = np.asarray(self._embed(self._params, tokens, mask))
       out[group] = vectors[: len(group)]
     return out

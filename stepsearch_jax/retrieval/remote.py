@@ -8,11 +8,13 @@ searches fail at once instead of stalling every rollout on a dead server.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import httpx2
 
@@ -20,6 +22,7 @@ from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 
 _BATCH = 256  # Queries per request.
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +45,37 @@ class RemoteSpec:
   open_seconds: float = 30.0
 
 
-class RemoteRetriever:
-  """Speaks /retrieve; safe to call from several threads."""
+class PatientClient:
+  """POSTs JSON with retries behind a circuit breaker; thread-safe."""
 
   def __init__(
     self,
     url: str,
-    spec: RemoteSpec | None = None,
-    *,
+    spec: RemoteSpec,
+    headers: Mapping[str, str] | None = None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Opens a connection pool; nothing is asked yet.
 
     Args:
-      url: of the server, with or without /retrieve.
+      url: where to post.
       spec: patience.
+      headers: of every request; never part of a message.
       sleep, clock: of the retries and the circuit; replaced in tests.
     """
-    self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
-    self._spec = spec or RemoteSpec()
-    self._client = httpx2.Client(timeout=self._spec.timeout_seconds)
+    self.url = url
+    self._spec = spec
+    self._client = httpx2.Client(
+      timeout=spec.timeout_seconds, headers=dict(headers or {})
+    )
     self._sleep, self._clock = sleep, clock
     self._lock = threading.Lock()
     self._failures = 0
     self._open_until = float("-inf")
 
-  def search(
-    self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
-    """The k best passages of each query.
+  def post(self, payload: dict, parse: Callable[[dict], _T]) -> _T:
+    """Parsed answer to `payload`.
 
     Raises:
       SearchError: the server failed for good, or the circuit is open.
@@ -82,26 +86,17 @@ class RemoteRetriever:
           f"{self.url} failed {self._failures} times in a row; asking again "
           f"in {self._open_until - self._clock():.0f} s"
         )
-    found = []
-    for start in range(0, len(queries), _BATCH):
-      found += self._ask(list(queries[start : start + _BATCH]), k)
-    return found
-
-  def _ask(self, queries: list[str], k: int) -> list[list[types.Passage]]:
     spec, reason = self._spec, ""
     for attempt in range(spec.retries + 1):
       if attempt:
         pause = spec.backoff_seconds * 2 ** (attempt - 1)
         self._sleep(pause * (1 + random.random()))
       try:
-        response = self._client.post(
-          self.url,
-          json={"queries": queries, "topk": k, "return_scores": True},
-        )
+        response = self._client.post(self.url, json=payload)
         if response.status_code == 200:
-          passages = _parse(response.json(), len(queries))
+          parsed = parse(response.json())
           self._note(failed=False)
-          return passages
+          return parsed
         reason = f"status {response.status_code}: {response.text[:200]}"
         if 400 <= response.status_code < 500 and response.status_code != 429:
           break  # The same request will not do better.
@@ -115,6 +110,42 @@ class RemoteRetriever:
       self._failures = self._failures + 1 if failed else 0
       if self._failures >= self._spec.open_after:
         self._open_until = self._clock() + self._spec.open_seconds
+
+  def close(self) -> None:
+    """Closes the connections."""
+    self._client.close()
+
+
+class RemoteRetriever:
+  """Speaks /retrieve; safe to call from several threads."""
+
+  def __init__(self, url: str, spec: RemoteSpec | None = None, **testing):
+    """Prepares a client.
+
+    Args:
+      url: of the server, with or without /retrieve.
+      spec: patience.
+      **testing: sleep and clock of `PatientClient`.
+    """
+    self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+    self._client = PatientClient(self.url, spec or RemoteSpec(), **testing)
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """The k best passages of each query.
+
+    Raises:
+      SearchError: the server failed for good, or the circuit is open.
+    """
+    found = []
+    for start in range(0, len(queries), _BATCH):
+      part = list(queries[start : start + _BATCH])
+      payload = {"queries": part, "topk": k, "return_scores": True}
+      found += self._client.post(
+        payload, functools.partial(_parse, count=len(part))
+      )
+    return found
 
   def describe(self) -> dict[str, str]:
     """What evaluation cards say about the retrieval."""

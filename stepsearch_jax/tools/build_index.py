@@ -1,35 +1,72 @@
 """Embeds a corpus and writes an index folder for training and evaluation.
 
-  python -m stepsearch_jax.tools.build_index --corpus=wiki-18.jsonl \\
+  python -m stepsearch_jax.tools.build_index --corpus=wiki-18.jsonl.gz \\
     --encoder=intfloat/e5-base-v2 --output=wiki18_index
+
+The same command goes on after a kill. With --multihost (or --coordinator ...)
+several processes split the embedding. --vectors= takes embeddings that exist
+already: a .npy file or a FAISS flat index.
 """
 
 from __future__ import annotations
 
-from absl import flags
+import json
 
-from stepsearch_jax import cli
-from stepsearch_jax.retrieval import corpus, encoder, index
+import jax
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli, distributed, sharding
+from stepsearch_jax.retrieval import corpus, encoder, index_build, vectors
 
 _CORPUS = flags.DEFINE_string(
   "corpus", None,
-  "Passages (.jsonl, .json, .parquet, or .gz): {id, contents} or {id, title, "
-  "text}; question files with paragraphs work too.",
+  "Passages (.jsonl, .json, .parquet, or .gz, or tfds:FOLDER:SPLIT): {id, "
+  "contents} or {id, title, text}; question files with paragraphs work too.",
 )
 _ENCODER = flags.DEFINE_string(
   "encoder", "hashed_tfidf",
   "hashed_tfidf, or a BERT-family folder, hub id or package:<name>.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Index folder; must not exist.")
+_VECTORS = flags.DEFINE_string(
+  "vectors", None, "Embeddings of the passages by the same encoder (.npy or "
+  "FAISS flat index), instead of embedding them here.",
+)
+_RECALL = flags.DEFINE_float(
+  "recall", 0.98, "Share of the exact neighbours that the search must find.",
+  0.0, 1.0,
+)
+_K = flags.DEFINE_integer("k", 3, "Neighbours that recall counts.", 1)
+_SOAR = flags.DEFINE_bool(
+  "soar", False, "Let tree partitions spill: more memory, better recall."
+)
 
 
 def main() -> None:
   """Entry; see the module docstring."""
-  passages = corpus.load_corpus(_CORPUS.value)
-  index.build_index(
-    _OUTPUT.value, passages, encoder.load_encoder(_ENCODER.value)
+  spec = index_build.IndexSpec(
+    recall=_RECALL.value, k=_K.value, topk=max(10, _K.value), soar=_SOAR.value
   )
-  print(f"{len(passages)} passages, corpus {corpus.corpus_hash(passages)}: "
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  index_build.build_index(
+    _OUTPUT.value,
+    corpus.stream_corpus(_CORPUS.value),
+    encoder.load_encoder(_ENCODER.value, mesh),
+    spec,
+    vectors=vectors.open_vectors(_VECTORS.value) if _VECTORS.value else None,
+    together=True,
+  )
+  if not distributed.is_primary():
+    return
+  about = json.loads((epath.Path(_OUTPUT.value) / "manifest.json").read_text())
+  for row in about["tuning"]:
+    setting = row["setting"]
+    print(f"{setting['kind']:8} leaves {setting['leaves']:6d}  reorder "
+          f"{setting['reorder']:4d}  recall@{_K.value} {row['recall']:.3f}  "
+          f"{row['queries_per_second']:9.0f} queries/s")
+  print(f"{about['count']} passages, corpus {about['corpus']}, search "
+        f"{about['search']['kind']}, {about['bytes'] / 1e6:.1f} MB: "
         f"{_OUTPUT.value}")
 
 

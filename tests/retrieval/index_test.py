@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from stepsearch_jax import types
-from stepsearch_jax.retrieval import corpus, encoder, index, retriever
+from stepsearch_jax.retrieval import (
+  corpus,
+  encoder,
+  index,
+  index_build,
+  retriever,
+)
 
 PASSAGES = [
   types.Passage("a", "Ada", "Ada Rook was born in the town of Lintel."),
@@ -18,7 +24,7 @@ PASSAGES = [
 @pytest.fixture
 def folder(tmp_path):
   path = tmp_path / "index"
-  index.build_index(path, PASSAGES, encoder.HashedTfidfEncoder())
+  index_build.build_index(path, PASSAGES, encoder.HashedTfidfEncoder())
   return path
 
 
@@ -62,14 +68,14 @@ def test_another_encoder_or_corpus_is_refused(folder):
 
 def test_folder_is_complete_or_absent(folder, tmp_path):
   with pytest.raises(ValueError, match="exists already"):
-    index.build_index(folder, PASSAGES, encoder.HashedTfidfEncoder())
+    index_build.build_index(folder, PASSAGES, encoder.HashedTfidfEncoder())
 
   class Failing(encoder.HashedTfidfEncoder):
     def encode(self, texts, kind):
       raise OSError("disk full")
 
   with pytest.raises(OSError):
-    index.build_index(tmp_path / "x", PASSAGES, Failing())
+    index_build.build_index(tmp_path / "x", PASSAGES, Failing())
   assert not (tmp_path / "x").exists()
   with pytest.raises(ValueError, match="manifest.json is missing"):
     index.open_index(tmp_path / "x", encoder.HashedTfidfEncoder())
@@ -80,7 +86,7 @@ def test_scann_equals_exact_search_on_wiki_passages(shared, tmp_path):
   path = str(shared / "data/wiki18/wiki18_passages.jsonl")
   passages = corpus.load_corpus(path)[:3000]
   ours = encoder.HashedTfidfEncoder(512)
-  index.build_index(tmp_path / "wiki", passages, ours)
+  index_build.build_index(tmp_path / "wiki", passages, ours)
   opened = index.open_index(tmp_path / "wiki", ours)
   queries = ours.encode([p.text[:80] for p in passages[:50]], "query")
   rows, scores = opened.search(queries, 3)
@@ -107,9 +113,9 @@ def test_tree_search_reaches_the_exact_neighbours(tmp_path):
       return table[[int(t.split("\n")[0]) for t in texts]]
 
   passages = [types.Passage(str(i), str(i), "x") for i in range(len(table))]
-  index.build_index(tmp_path / "tree", passages, Rows(32))
+  index_build.build_index(tmp_path / "tree", passages, Rows(32))
   manifest = json.loads((tmp_path / "tree" / "manifest.json").read_text())
-  assert manifest["search"] == "scann"
+  assert manifest["search"]["kind"] in ("hashed", "tree")
   rows, _ = index.open_index(tmp_path / "tree", Rows(32)).search(table[:200], 3)
   want, _ = index.exact_search(table, table[:200], 3)
   recall = np.mean([

@@ -1,0 +1,61 @@
+"""BM25 (Robertson et al., 1995) through bm25s, over a corpus in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from stepsearch_jax import types
+from stepsearch_jax.retrieval import corpus as corpus_lib
+from stepsearch_jax.retrieval import encoder as encoder_lib
+
+
+class Bm25Retriever:
+  """Ranks passages by BM25 of title and text."""
+
+  def __init__(self, passages: Sequence[types.Passage]):
+    """Indexes passages.
+
+    Args:
+      passages: at least one.
+
+    Raises:
+      ValueError: bm25s is not installed.
+    """
+    try:
+      import bm25s
+    except ImportError as error:
+      raise ValueError(
+        "retrieval.engine = bm25 needs the extra: pip install -e \".[bm25]\""
+      ) from error
+    self._tokenize = lambda texts: bm25s.tokenize(
+      texts, stopwords="en", show_progress=False
+    )
+    self._passages = list(passages)
+    self._bm25 = bm25s.BM25()
+    self._bm25.index(
+      self._tokenize([encoder_lib.passage_text(p) for p in self._passages]),
+      show_progress=False,
+    )
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """The k best passages of each query, best first, with scores."""
+    rows, scores = self._bm25.retrieve(
+      self._tokenize(list(queries)), k=min(k, len(self._passages)),
+      show_progress=False,
+    )
+    return [
+      [
+        dataclasses.replace(self._passages[i], score=float(s))
+        for i, s in zip(row, score, strict=True)
+      ]
+      for row, score in zip(rows, scores, strict=True)
+    ]
+
+  def describe(self) -> dict[str, str | int]:
+    """What evaluation cards say about the retrieval."""
+    digest = corpus_lib.corpus_hash(self._passages)
+    return {"index": f"bm25:{digest}", "encoder": "bm25",
+            "passages": len(self._passages), "corpus_hash": digest}

@@ -1,0 +1,74 @@
+"""Passages on disk: a JSONL file, and where each line begins.
+
+Twenty million passages do not belong in memory: rows are read when a search
+finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from etils import epath
+
+from stepsearch_jax import types
+
+_TEXTS = "passages.jsonl"
+_OFFSETS = "offsets.npy"
+
+
+def write_passages(
+  folder: epath.Path, passages: Iterable[types.Passage]
+) -> tuple[int, str]:
+  """Writes a passage store.
+
+  Args:
+    folder: exists.
+    passages: consumed once.
+
+  Returns:
+    (number of passages, corpus hash as in `corpus.corpus_hash`).
+  """
+  digest, offsets, at = hashlib.sha256(), [], 0
+  with (folder / _TEXTS).open("wb") as file:
+    for p in passages:
+      row = {"id": p.id, "title": p.title, "text": p.text}
+      line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+      file.write(line)
+      offsets.append(at)
+      at += len(line)
+      for part in (p.id, p.title, p.text):
+        digest.update(part.encode())
+        digest.update(b"\x00")
+  with (folder / _OFFSETS).open("wb") as file:
+    np.save(file, np.array([*offsets, at], np.int64), allow_pickle=False)
+  return len(offsets), digest.hexdigest()[:16]
+
+
+class PassageStore:
+  """The passages of an index folder, read on demand."""
+
+  def __init__(self, folder: epath.Path):
+    """Opens what `write_passages` wrote."""
+    with (folder / _OFFSETS).open("rb") as file:
+      self._offsets = np.load(file, allow_pickle=False)
+    if len(self._offsets) > 1:
+      with open(folder / _TEXTS, "rb") as file:
+        self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+  def __len__(self) -> int:
+    """How many there are."""
+    return len(self._offsets) - 1
+
+  def __getitem__(self, i: int) -> types.Passage:
+    """Passage in row `i`."""
+    start, stop = self._offsets[i], self._offsets[i + 1]
+    row = json.loads(self._bytes[start:stop])
+    return types.Passage(row["id"], row["title"], row["text"])
+
+  def __iter__(self) -> Iterator[types.Passage]:
+    """All passages in order."""
+    return (self[i] for i in range(len(self)))

@@ -1,0 +1,60 @@
+"""Passage vectors that exist already: .npy files and FAISS flat indexes."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+_FLAT = {b"IxFI": "inner product", b"IxF2": "L2"}
+
+
+def open_vectors(path: str) -> np.ndarray:
+  """Memory-maps vectors.
+
+  Args:
+    path: .npy of float32 or float16 [n, d], or a file of FAISS's IndexFlat
+      (IndexFlatIP or IndexFlatL2 as written by faiss.write_index).
+
+  Returns:
+    [n, d], read-only, nothing loaded yet.
+
+  Raises:
+    ValueError: no such file, or it holds something else.
+  """
+  try:
+    with open(path, "rb") as file:
+      head = file.read(64)
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+  if head[:6] == b"\x93NUMPY":
+    table = np.load(path, mmap_mode="r", allow_pickle=False)
+    if table.ndim != 2 or table.dtype not in (np.float32, np.float16):
+      raise ValueError(
+        f"{path}: expected float32 or float16 [n, d], got {table.dtype} "
+        f"{list(table.shape)}"
+      )
+    return table
+  if head[:4] in _FLAT:
+    return _faiss_flat(path, head)
+  raise ValueError(
+    f"{path}: expected a .npy file or a FAISS flat index (IndexFlatIP, "
+    f"IndexFlatL2), it begins with {head[:4]!r}"
+  )
+
+
+def _faiss_flat(path: str, head: bytes) -> np.ndarray:
+  # fourcc, d, ntotal, two unused words, is_trained, metric, then the length of
+  # the codes in 4-byte units and the codes themselves.
+  dim, count, _, _, _, metric = struct.unpack_from("<iqqqbi", head, 4)
+  at = 4 + struct.calcsize("<iqqqbi")
+  if metric > 1:
+    raise ValueError(f"{path}: FAISS metric {metric} is not supported, only "
+                     "inner product and L2")
+  (floats,) = struct.unpack_from("<Q", head, at)
+  if floats != dim * count:
+    raise ValueError(
+      f"{path}: the header promises {count} x {dim} floats, the file says "
+      f"{floats}"
+    )
+  return np.memmap(path, np.float32, "r", offset=at + 8, shape=(count, dim))
