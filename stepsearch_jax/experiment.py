@@ -270,7 +270,7 @@ def build_engine(
   stops = automaton.build_automaton(
     tokenizer.token_bytes(), STOP_TAGS, tokenizer.eos_ids
   )
-  table = _pad_vocabulary(stops.table, model.vocab_size)
+  table = automaton.pad_vocabulary(stops.table, model.vocab_size)
   programs = sampler.Sampler(
     model,
     settings.sampler_spec(config),
@@ -291,17 +291,6 @@ def build_engine(
     programs, env, retriever, tokenizer, spec, config.seed,
     merge=distributed.merge_topk,
   )
-
-
-def _pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
-  """Models may have more rows than the tokenizer has tokens."""
-  if table.shape[1] > vocab:
-    raise ValueError(
-      f"the tokenizer has {table.shape[1]} tokens, the model only {vocab}: "
-      "model.tokenizer and model.reference do not belong together"
-    )
-  extra = np.zeros((table.shape[0], vocab - table.shape[1]), table.dtype)
-  return np.concatenate([table, extra], axis=1)
 
 
 def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+
+from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.data import files, questions
@@ -79,6 +82,19 @@ def _passages(where: str, row: dict) -> Iterable[types.Passage]:
 
 def _identified(title: str, text: str) -> types.Passage:
   return types.Passage(questions.paragraph_id(title, text), title, text)
+
+
+def write_corpus(path: epath.Path, passages: Iterable[types.Passage]) -> int:
+  """Writes passages as `{"id", "title", "text"}` rows; returns how many."""
+  temporary = path.with_name(path.name + ".tmp")
+  count = 0
+  with temporary.open("w") as file:
+    for p in passages:
+      row = {"id": p.id, "title": p.title, "text": p.text}
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      count += 1
+  temporary.replace(path)
+  return count
 
 
 def corpus_from_questions(paths: Sequence[str]) -> list[types.Passage]:

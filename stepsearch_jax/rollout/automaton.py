@@ -124,3 +124,14 @@ def build_automaton(
   table[:first_stop, special] = 0
   table[:first_stop, list(eos_ids)] = states - 1
   return StopAutomaton(table, first_stop)
+
+
+def pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
+  """Models may have more rows than the tokenizer has tokens."""
+  if table.shape[1] > vocab:
+    raise ValueError(
+      f"the tokenizer has {table.shape[1]} tokens, the model only {vocab}: "
+      "model.tokenizer and model.reference do not belong together"
+    )
+  extra = np.zeros((table.shape[0], vocab - table.shape[1]), table.dtype)
+  return np.concatenate([table, extra], axis=1)

@@ -1,15 +1,24 @@
-"""Checks question files before a run, and converts large ones to TFDS.
+"""Checks, supervises, audits and converts question files before a run.
 
   python -m stepsearch_jax.tools.prepare_data --check --input=train.jsonl
+  python -m stepsearch_jax.tools.prepare_data --input=musique.jsonl \\
+    --supervise --writers=rules,Qwen/Qwen2.5-7B-Instruct \\
+    --retrievers=intfloat/e5-base-v2,bm25,hashed_tfidf --output=train.jsonl
+  python -m stepsearch_jax.tools.prepare_data --input=dev.jsonl --audit \\
+    --corpus=wiki-18.jsonl.gz --merged=wiki-18-complete.jsonl
   python -m stepsearch_jax.tools.prepare_data --input=train.parquet \\
     --tfds_dir=gs://bucket/tfds --name=musique --split=train
 
 `--check` prints the first questions as the policy will see them, with the
 rewards of a perfect, an empty and a wrong answer, so that a wrong schema shows
-before a run and not after a day.
+before a run and not after a day. `--supervise` writes search keys for every
+sub-question and keeps those that most retrievers answer; it goes on where it
+was killed. `--audit` counts the gold passages that a corpus lacks.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from absl import flags
 from etils import epath
@@ -33,6 +42,36 @@ _TOKENIZER = flags.DEFINE_string(
 )
 _PRESET = flags.DEFINE_enum(
   "preset", "paper", sorted(step_rewards.PRESETS), "Reward of --check."
+)
+_LIMIT = flags.DEFINE_integer("limit", None, "Use only so many questions.")
+_SUPERVISE = flags.DEFINE_bool("supervise", False, "Write search keys.")
+_WRITERS = flags.DEFINE_list(
+  "writers", ["rules"],
+  "Who writes queries: rules, a local model (HF folder or id, *.gguf, "
+  "package:<name>), or URL#MODEL of an OpenAI-compatible endpoint (key in "
+  "OPENAI_API_KEY).",
+)
+_RETRIEVERS = flags.DEFINE_list(
+  "retrievers", ["hashed_tfidf", "bm25"],
+  "Which retrievers judge the queries: bm25, hashed_tfidf or BERT encoders.",
+)
+_QUERIES = flags.DEFINE_integer(
+  "queries", 3, "Queries per sub-question and writer.", 1
+)
+_TOPK = flags.DEFINE_integer("topk", 3, "Passages that a retriever shows.", 1)
+_CORPUS = flags.DEFINE_string(
+  "corpus", None, "Passages; default the paragraphs of --input."
+)
+_CACHE = flags.DEFINE_string(
+  "cache", "supervision_cache", "Folder for completions and indexes."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Where --supervise writes (.jsonl or .parquet); a report "
+  "lies beside it.",
+)
+_AUDIT = flags.DEFINE_bool("audit", False, "What of the gold --corpus lacks.")
+_MERGED = flags.DEFINE_string(
+  "merged", None, "Write --corpus plus what it lacks to this .jsonl file."
 )
 _TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "Write a TFDS dataset here.")
 _NAME = flags.DEFINE_string("name", "custom", "Name of the TFDS dataset.")
@@ -94,12 +133,57 @@ def check(questions: list[types.Question]) -> None:
       print(f"{len(lacking)} without {what}: {loss}")
 
 
+def audit(questions: list[types.Question]) -> None:
+  """Prints what the corpus lacks; writes a corpus that lacks nothing."""
+  from stepsearch_jax.data import coverage
+  from stepsearch_jax.retrieval import corpus
+
+  if not _CORPUS.value:
+    raise ValueError("--audit needs --corpus")
+  counts, missing = coverage.audit(
+    questions, corpus.stream_corpus(_CORPUS.value)
+  )
+  for name, count in counts.items():
+    print(f"{name:24}{count:10d}")
+  if _MERGED.value:
+    both = itertools.chain(corpus.stream_corpus(_CORPUS.value), missing)
+    count = corpus.write_corpus(epath.Path(_MERGED.value), both)
+    print(f"{count} passages: {_MERGED.value}")
+
+
+def supervise(questions: list[types.Question]) -> None:
+  """Runs the step-supervision pipeline."""
+  from stepsearch_jax.retrieval import corpus
+  from stepsearch_jax.tools import supervise as pipeline
+
+  if not _OUTPUT.value or not _OUTPUT.value.endswith((".jsonl", ".parquet")):
+    raise ValueError("--supervise needs --output=<file>.jsonl or .parquet, got "
+                     f"{_OUTPUT.value!r}")
+  if _CORPUS.value:
+    passages = corpus.load_corpus(_CORPUS.value)
+  else:
+    passages = corpus.corpus_from_questions([_INPUT.value])
+  print(pipeline.supervise(
+    questions, passages, _WRITERS.value, _RETRIEVERS.value,
+    queries=_QUERIES.value, topk=_TOPK.value, cache=epath.Path(_CACHE.value),
+    output=epath.Path(_OUTPUT.value),
+  ))
+  print(f"--config.data.train={_OUTPUT.value}")
+
+
 def main() -> None:
   """Entry; see the module docstring."""
-  if not (_CHECK.value or _TFDS_DIR.value):
-    raise ValueError("nothing to do: give --check or --tfds_dir")
+  if not (_CHECK.value or _TFDS_DIR.value or _SUPERVISE.value or _AUDIT.value):
+    raise ValueError(
+      "nothing to do: give --check, --supervise, --audit or --tfds_dir"
+    )
+  questions = questions_lib.load_questions(_INPUT.value, limit=_LIMIT.value)
   if _CHECK.value:
-    check(questions_lib.load_questions(_INPUT.value))
+    check(questions)
+  if _AUDIT.value:
+    audit(questions)
+  if _SUPERVISE.value:
+    supervise(questions)
   if _TFDS_DIR.value:
     from stepsearch_jax.data.datasets import multihop_qa
 

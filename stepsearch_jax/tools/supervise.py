@@ -1,0 +1,88 @@
+"""The step-supervision pipeline of `tools/prepare_data`, put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from absl import logging
+from etils import epath
+
+from stepsearch_jax import types
+from stepsearch_jax.data import supervision
+from stepsearch_jax.retrieval import bm25, encoder, index_build, retriever
+from stepsearch_jax.retrieval import corpus as corpus_lib
+from stepsearch_jax.tools import writers as writers_lib
+
+
+def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
+  """A cached writer: "rules", URL#MODEL of an endpoint, or a local model."""
+  if name == "rules":
+    writer = supervision.RuleWriter()
+  elif name.startswith(("http://", "https://")):
+    url, separator, model = name.partition("#")
+    if not separator:
+      raise ValueError(f"--writers: {name!r} must be URL#MODEL")
+    writer = writers_lib.EndpointWriter(url, model)
+  else:
+    writer = writers_lib.LocalWriter(name)
+  return supervision.CachedWriter(writer, cache / "writers")
+
+
+def open_retrievers(names, passages, cache: epath.Path) -> dict:
+  """Retrievers by name: "bm25" or an encoder; indexes stay in `cache`."""
+  digest = corpus_lib.corpus_hash(passages)
+  opened = {}
+  for name in names:
+    if name == "bm25":
+      opened[name] = bm25.Bm25Retriever(passages)
+      continue
+    embed = encoder.load_encoder(name)
+    safe = "".join(c if c.isalnum() else "_" for c in name)
+    folder = cache / f"index_{safe}_{digest}"
+    if not folder.exists():
+      index_build.build_index(folder, passages, embed)
+    opened[name] = retriever.open_retriever(folder, embed, digest)
+  return opened
+
+
+def supervise(
+  questions: list[types.Question],
+  passages: list[types.Passage],
+  writer_names: list[str],
+  retriever_names: list[str],
+  *,
+  queries: int,
+  topk: int,
+  cache: epath.Path,
+  output: epath.Path,
+) -> str:
+  """Writes questions with filtered search keys; returns the report.
+
+  Questions without supporting passages get pseudo-labels (passages that hold a
+  sub-answer) and are flagged; those without a decomposition get one from the
+  first language model among the writers.
+  """
+  writers = [open_writer(name, cache) for name in writer_names]
+  models = [w for w in writers if w.name != "rules"]
+  retrievers = open_retrievers(retriever_names, passages, cache)
+  questions = supervision.decompose(questions, models[0] if models else None)
+  first = next(iter(retrievers.values()))
+  pseudo = {q.id for q in questions if not q.support}
+  questions = [
+    dataclasses.replace(q, support=supervision.pseudo_support(q, first, topk))
+    if q.id in pseudo else q
+    for q in questions
+  ]
+  ready = [q for q in questions if q.decomposition and q.support]
+  if len(ready) < len(questions):
+    logging.warning("%d questions without decomposition or support left out",
+                    len(questions) - len(ready))
+  written = supervision.write_queries(ready, writers, queries)
+  kept, report = supervision.filter_queries(ready, written, retrievers, topk)
+  rows = [supervision.released_row(q, q.id in pseudo) for q in kept]
+  supervision.write_rows(output, rows)
+  output.with_name(output.name + ".report.json").write_text(
+    json.dumps(report, indent=2) + "\n"
+  )
+  return supervision.render_report(report, list(retrievers))
