@@ -55,11 +55,15 @@ def load_encoder(reference: str, mesh=None) -> Encoder:
   """An encoder by name.
 
   Args:
-    reference: "hashed_tfidf", or a BERT folder, hub id or package:<name>.
+    reference: "hashed_tfidf" (or "hashed_tfidf:<dimensions>"), or a BERT
+      folder, hub id or package:<name>.
     mesh: local devices over which a BERT encoder splits large batches.
   """
-  if reference == "hashed_tfidf":
-    return HashedTfidfEncoder()
+  name, _, dim = reference.partition(":")
+  if name == "hashed_tfidf":
+    if dim and not dim.isdigit():
+      raise ValueError(f"{reference!r}: the dimensions must be a number")
+    return HashedTfidfEncoder(int(dim)) if dim else HashedTfidfEncoder()
   return BertEncoder(reference, mesh=mesh)
 
 
@@ -123,7 +127,7 @@ _FAMILIES = (
    "Represent this sentence for searching relevant passages: ", "", 512),
   ("", "mean", "", "", 256),
 )
-_LENGTHS = (16, 32, 64, 128, 256, 512)
+_LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 _ROWS = (1, 8, 32)
 
 

@@ -16,6 +16,8 @@ rows are scored again exactly is swept at search time, without a new build.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import time
 from collections.abc import Iterator
 
@@ -25,6 +27,7 @@ import tqdm
 _EXACT_ROWS = 5_000
 _TREE_ROWS = 200_000
 _QUERIES = 512
+_PARALLEL_QUERIES = 64  # Fewer are done before threads have started.
 _REORDER = (32, 64, 128, 256)
 
 
@@ -89,21 +92,27 @@ def _settings(kind: str, count: int) -> Iterator[Setting]:
       yield Setting(kind, 0, reorder)
   else:
     total = int(np.sqrt(count))
-    for share in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32):
-      leaves = max(int(total * share), 1)
+    shares = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    for leaves in sorted({max(int(total * share), 1) for share in shares}):
       for reorder in _REORDER[::3]:
         yield Setting(kind, leaves, reorder)
 
 
 def search(searcher, setting: Setting, queries: np.ndarray, k: int):
   """(rows [N, k], scores [N, k]) under a setting."""
+  batched = searcher.search_batched
+  if len(queries) >= _PARALLEL_QUERIES:
+    batched = functools.partial(
+      searcher.search_batched_parallel,
+      batch_size=-(-len(queries) // (os.cpu_count() or 1)),
+    )
   if setting.kind == "exact":
-    return searcher.search_batched(queries, final_num_neighbors=k)
+    return batched(queries, final_num_neighbors=k)
   # The first pass of a hashed search must leave something to choose from.
   options = {"pre_reorder_num_neighbors": max(setting.reorder, k)}
   if setting.kind == "tree":
     options["leaves_to_search"] = setting.leaves
-  return searcher.search_batched(queries, final_num_neighbors=k, **options)
+  return batched(queries, final_num_neighbors=k, **options)
 
 
 def sample_queries(vectors: np.ndarray, seed: int = 0) -> np.ndarray:

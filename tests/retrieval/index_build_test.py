@@ -1,0 +1,204 @@
+"""Builds that are killed, take ready vectors, and choose their search."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stepsearch_jax import types
+from stepsearch_jax.retrieval import (
+  corpus,
+  encoder,
+  index,
+  index_build,
+  passages,
+  tuning,
+  vectors,
+)
+
+ROWS = [
+  types.Passage(str(i), f"T{i}", f"passage {i} väter\nline {i % 7}")
+  for i in range(40)
+]
+
+
+class Rows:
+  """An encoder that looks vectors up by the passage's number."""
+
+  settings = {"name": "rows"}
+
+  def __init__(self, table, dies_at=None):
+    self.table, self.dim = table, table.shape[1]
+    self.dies_at, self.encoded = dies_at, []
+
+  def fit(self, unused):
+    pass
+
+  save = load = fit
+
+  def encode(self, texts, kind):
+    numbers = [int(text.split("\n")[0][1:]) for text in texts]
+    if self.dies_at is not None and self.dies_at in numbers:
+      raise KeyboardInterrupt
+    self.encoded += numbers
+    return self.table[numbers]
+
+
+def unit(count, dim, seed=0):
+  table = np.random.default_rng(seed).normal(size=(count, dim))
+  table = table.astype(np.float32)
+  return table / np.linalg.norm(table, axis=1, keepdims=True)
+
+
+def test_passages_are_read_back_one_by_one(tmp_path):
+  count, digest = passages.write_passages(tmp_path, iter(ROWS))
+  store = passages.PassageStore(tmp_path)
+  assert (count, digest) == (40, corpus.corpus_hash(ROWS))
+  assert list(store) == ROWS and store[7] == ROWS[7]
+
+
+def test_a_killed_build_embeds_only_what_is_missing(tmp_path, monkeypatch):
+  monkeypatch.setattr(index_build, "_SHARD", 8)
+  table = unit(40, 16)
+  folder = tmp_path / "index"
+  with pytest.raises(KeyboardInterrupt):
+    index_build.build_index(folder, ROWS, Rows(table, dies_at=20))
+  assert not folder.exists()
+  second = Rows(table)
+  index_build.build_index(folder, ROWS, second)
+  assert second.encoded == list(range(16, 40))
+  np.testing.assert_array_equal(np.load(folder / "embeddings.npy"), table)
+  left = {path.name for path in folder.iterdir()}
+  assert left == {"embeddings.npy", "manifest.json", "passages.jsonl",
+                  "offsets.npy"}
+
+
+def test_another_corpus_starts_anew(tmp_path, monkeypatch):
+  monkeypatch.setattr(index_build, "_SHARD", 8)
+  table, folder = unit(40, 16), tmp_path / "index"
+  with pytest.raises(KeyboardInterrupt):
+    index_build.build_index(folder, ROWS, Rows(table, dies_at=20))
+  second = Rows(table)
+  index_build.build_index(folder, ROWS[:30], second)
+  assert second.encoded == list(range(30))
+
+
+@pytest.mark.slow
+def test_sigkill_in_the_command_line_tool_is_survived(tmp_path):
+  source = tmp_path / "corpus.jsonl"
+  source.write_text("".join(
+    json.dumps({"id": str(i), "title": "t", "text": f"word{i} " * 60}) + "\n"
+    for i in range(30_000)
+  ))
+  command = [
+    sys.executable, "-m", "stepsearch_jax.tools.build_index",
+    f"--corpus={source}", "--encoder=hashed_tfidf:64",
+    f"--output={tmp_path}/index",
+  ]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  partial = tmp_path / "index.partial"
+  process = subprocess.Popen(command, env=environment,
+                             stderr=subprocess.DEVNULL)
+  while not list(partial.glob("done_*")) and process.poll() is None:
+    pass
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (tmp_path / "index").exists()
+  done = subprocess.run(command, env=environment, capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "going on with" in done.stderr
+  opened = index.open_index(tmp_path / "index", encoder.HashedTfidfEncoder(64))
+  assert len(opened.passages) == 30_000
+
+
+def test_ready_vectors_are_normalised_and_not_embedded_again(tmp_path):
+  table = unit(40, 16)
+  ours = Rows(table, dies_at=0)  # Encoding would raise.
+  index_build.build_index(tmp_path / "i", ROWS, ours, vectors=3 * table)
+  np.testing.assert_allclose(
+    np.load(tmp_path / "i/embeddings.npy"), table, atol=1e-6
+  )
+  with pytest.raises(ValueError, match=r"\[39, 16\].*need \[40, 16\]"):
+    index_build.build_index(tmp_path / "j", ROWS, ours, vectors=table[:39])
+
+
+@pytest.mark.parametrize("fourcc", [b"IxFI", b"IxF2"])
+def test_faiss_flat_files_are_read_without_faiss(tmp_path, fourcc):
+  table = unit(5, 8)
+  metric = 0 if fourcc == b"IxFI" else 1
+  path = tmp_path / "flat.index"
+  path.write_bytes(
+    fourcc + struct.pack("<iqqqbi", 8, 5, 1 << 20, 1 << 20, 1, metric)
+    + struct.pack("<Q", 40) + table.tobytes()
+  )
+  np.testing.assert_array_equal(vectors.open_vectors(str(path)), table)
+  faiss = pytest.importorskip("faiss")
+  flat = faiss.IndexFlatIP(8) if metric == 0 else faiss.IndexFlatL2(8)
+  flat.add(table)
+  faiss.write_index(flat, str(tmp_path / "theirs.index"))
+  np.testing.assert_array_equal(
+    vectors.open_vectors(str(tmp_path / "theirs.index")), table
+  )
+
+
+@pytest.mark.parametrize("content, message", [
+  (b"hello", "begins with b'hell'"),
+  (b"IxFI" + struct.pack("<iqqqbi", 8, 5, 0, 0, 1, 0) + struct.pack("<Q", 9),
+   "promises 5 x 8 floats"),
+])
+def test_other_vector_files_are_refused(tmp_path, content, message):
+  path = tmp_path / "x.index"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    vectors.open_vectors(str(path))
+
+
+def test_exact_rows_in_chunks_equal_one_product():
+  table, queries = unit(500, 8), unit(20, 8, seed=1)
+  want = np.argsort(-(queries @ table.T), axis=1)[:, :3]
+  np.testing.assert_array_equal(
+    tuning.exact_rows(table, queries, 3, chunk=64), want
+  )
+
+
+def test_kind_follows_the_documented_rule():
+  assert tuning.kinds(4_999) == ("exact",)
+  assert tuning.kinds(5_000) == ("exact", "hashed", "tree")
+  assert tuning.kinds(200_000) == ("tree",)
+
+
+def test_choice_is_the_fastest_that_reaches_the_recall():
+  def row(recall, rate):
+    return tuning.Measured(tuning.Setting("exact"), recall, rate)
+
+  rows = [row(1.0, 10), row(0.985, 30), row(0.97, 99)]
+  assert max(rows, key=lambda m: tuning._rank(m, 0.98)) == rows[1]
+  assert max(rows, key=lambda m: tuning._rank(m, 0.999)) == rows[0]
+  assert max(rows[1:], key=lambda m: tuning._rank(m, 0.999)) == rows[1]
+
+
+@pytest.mark.slow
+def test_tuned_index_reaches_its_recall_and_says_how(tmp_path):
+  pytest.importorskip("scann")
+  rng = np.random.default_rng(0)
+  table = unit(400, 32)[rng.integers(0, 400, 12_000)]
+  table = table + 0.1 * rng.normal(size=table.shape).astype(np.float32)
+  table /= np.linalg.norm(table, axis=1, keepdims=True)
+  rows = [types.Passage(str(i), f"T{i}", "x") for i in range(12_000)]
+  index_build.build_index(
+    tmp_path / "i", rows, Rows(table), index_build.IndexSpec(recall=0.95)
+  )
+  manifest = json.loads((tmp_path / "i/manifest.json").read_text())
+  assert manifest["recall"] >= 0.95 and len(manifest["tuning"]) > 5
+  opened = index.open_index(tmp_path / "i", Rows(table))
+  queries = tuning.sample_queries(table, seed=5)
+  truth = tuning.exact_rows(table, queries, 3)
+  found, _ = opened.search(queries, 3)
+  hits = (found[:, :, None] == truth[:, None, :]).any(2).mean()
+  assert hits > 0.93
