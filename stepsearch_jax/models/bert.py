@@ -41,7 +41,7 @@ class BertLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask):
-    """One step of the scan over layers; `mask` [B, S] is True on tokens."""
+    """Maps [B, S, M] to the same; `mask` [B, S] is True on tokens."""
     c = self.config
     heads = (c.num_heads, c.hidden_size // c.num_heads)
     query, key, value = (
@@ -57,7 +57,7 @@ class BertLayer(nn.Module):
     inner = nn.Dense(c.intermediate_size, name="up")(x)
     inner = jax.nn.gelu(inner, approximate=False)
     out = nn.Dense(c.hidden_size, name="down")(inner)
-    return _norm(c, "mlp_norm")(x + out), None
+    return _norm(c, "mlp_norm")(x + out)
 
 
 class Bert(nn.Module):
@@ -85,14 +85,10 @@ class Bert(nn.Module):
     kind = table("type", c.type_vocab_size)
     x = x + (kind[0] if kinds is None else kind[kinds])
     x = _norm(c, "norm")(x)
-    layers = nn.scan(
-      BertLayer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=c.num_layers,
-    )(c, name="layers")
-    return layers(x, mask)[0]
+    # Not scanned: a short query costs less than copying the stacked weights.
+    for i in range(c.num_layers):
+      x = BertLayer(c, name=f"layer_{i}")(x, mask)
+    return x
 
 
 def embed(params, tokens, mask, *, config: BertConfig, pooling: str):
@@ -190,13 +186,12 @@ def load_bert(path: str) -> tuple[BertConfig, dict]:
   shapes = jax.eval_shape(Bert(config).init, jax.random.key(0), *zeros)
 
   def read(where, shape):
-    keys = [entry.key for entry in where]
-    if keys[0] != "layers":
-      return _fit(tensors, _outer_name(keys), shape.shape, path)
-    return np.stack([
-      _fit(tensors, _layer_name(i, keys[1:]), shape.shape[1:], path)
-      for i in range(config.num_layers)
-    ])
+    outer, *inner = [entry.key for entry in where]
+    name = (
+      _layer_name(int(outer.removeprefix("layer_")), inner)
+      if outer.startswith("layer_") else _outer_name([outer, *inner])
+    )
+    return _fit(tensors, name, shape.shape, path)
 
   return config, jax.tree_util.tree_map_with_path(read, shapes["params"])
 

@@ -127,8 +127,9 @@ _FAMILIES = (
    "Represent this sentence for searching relevant passages: ", "", 512),
   ("", "mean", "", "", 256),
 )
-_LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
-_ROWS = (1, 8, 32)
+# Padded tokens cost as much as others, a further shape one compilation.
+_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
+_ROWS = (1, 4, 16, 32)
 
 
 class BertEncoder:
@@ -207,20 +208,35 @@ class BertEncoder:
       max_length=self._limit,
     )["input_ids"]
     out = np.empty((len(texts), self.dim), np.float32)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), self._rows[-1]):
-      group = order[start : start + self._rows[-1]]
-      longest = len(ids[group[-1]])
-      length = next((b for b in _LENGTHS if b >= longest), longest)
-      rows = next(b for b in self._rows if b >= len(group))
-      tokens = np.zeros((rows, min(length, self._limit)), np.int32)
-      mask = np.zeros(tokens.shape, bool)
-      mask[:, 0] = True  # Padding rows need one visible token.
-      for row, i in enumerate(group):
-        tokens[row, : len(ids[i])] = ids[i]
-        mask[row, : len(ids[i])] = True
-      if self._where is not None and rows == self._rows[-1]:
-        tokens, mask = jax.device_put((tokens, mask), self._where)
-      vectors = np.asarray(self._embed(self._params, tokens, mask))
-      out[group] = vectors[: len(group)]
+    buckets: dict[int, list[int]] = {}
+    for i, tokens in enumerate(ids):
+      length = next((b for b in _LENGTHS if b >= len(tokens)), len(tokens))
+      buckets.setdefault(min(length, self._limit), []).append(i)
+    for length, group in buckets.items():
+      while group:
+        rows = _row_bucket(len(group), self._rows)
+        part, group = group[:rows], group[rows:]
+        out[part] = self._forward([ids[i] for i in part], rows, length)
     return out
+
+  def _forward(self, ids, rows: int, length: int) -> np.ndarray:
+    """[len(ids), dim] vectors of token lists, padded to [rows, length]."""
+    tokens = np.zeros((rows, length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    mask[:, 0] = True  # Padding rows need one visible token.
+    for row, own in enumerate(ids):
+      tokens[row, : len(own)] = own
+      mask[row, : len(own)] = True
+    if self._where is not None and rows == self._rows[-1]:
+      tokens, mask = jax.device_put((tokens, mask), self._where)
+    return np.asarray(self._embed(self._params, tokens, mask))[: len(ids)]
+
+
+def _row_bucket(count: int, sizes: Sequence[int]) -> int:
+  """Rows of the next batch: all of `count` if little padding does it."""
+  if count >= sizes[-1]:
+    return sizes[-1]
+  above = next(size for size in sizes if size >= count)
+  if above <= 1.25 * count:
+    return above
+  return max(size for size in sizes if size <= count)
