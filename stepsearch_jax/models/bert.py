@@ -44,10 +44,9 @@ class BertLayer(nn.Module):
     """Maps [B, S, M] to the same; `mask` [B, S] is True on tokens."""
     c = self.config
     heads = (c.num_heads, c.hidden_size // c.num_heads)
-    query, key, value = (
-      nn.DenseGeneral(heads, name=name)(x)
-      for name in ("query", "key", "value")
-    )
+    # One product: three of a short query's size would not fill a core.
+    qkv = nn.DenseGeneral((3, *heads), name="qkv")(x)
+    query, key, value = (qkv[:, :, i] for i in range(3))
     scores = jnp.einsum("bshd,bthd->bhst", query, key)
     scores = scores / jnp.sqrt(jnp.float32(heads[1]))
     scores = jnp.where(mask[:, None, None], scores, -1e30)
@@ -187,11 +186,17 @@ def load_bert(path: str) -> tuple[BertConfig, dict]:
 
   def read(where, shape):
     outer, *inner = [entry.key for entry in where]
-    name = (
-      _layer_name(int(outer.removeprefix("layer_")), inner)
-      if outer.startswith("layer_") else _outer_name([outer, *inner])
-    )
-    return _fit(tensors, name, shape.shape, path)
+    if not outer.startswith("layer_"):
+      return _fit(tensors, _outer_name([outer, *inner]), shape.shape, path)
+    index, kind = int(outer.removeprefix("layer_")), inner[1]
+    if inner[0] != "qkv":
+      return _fit(tensors, _layer_name(index, inner), shape.shape, path)
+    at = -3  # [M, 3, H, D] or [3, H, D]
+    one = shape.shape[:at] + shape.shape[at + 1 :]
+    return np.stack([
+      _fit(tensors, _layer_name(index, (part, kind)), one, path)
+      for part in ("query", "key", "value")
+    ], axis=at)
 
   return config, jax.tree_util.tree_map_with_path(read, shapes["params"])
 

@@ -21,6 +21,7 @@ from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
 from stepsearch_jax.retrieval import passages as passages_lib
 from stepsearch_jax.retrieval import tuning
+from stepsearch_jax.retrieval import vectors as vectors_lib
 
 _SHARD = 4096  # Passages between two notes of progress.
 
@@ -98,6 +99,7 @@ def build_index(
   elif part == 0:
     _copy(vectors, table)
   table.flush()
+  del table  # Its pages would count twice while the search is built.
   if together:
     distributed.wait("embedded")
   if part == 0:
@@ -179,6 +181,7 @@ def _copy(vectors, table) -> None:
       raise ValueError(f"vectors {start}..{start + len(rows) - 1} hold NaN or "
                        "infinity")
     table[start : start + _SHARD] = rows / np.maximum(norms, 1e-12)
+    vectors_lib.release(vectors)
 
 
 def _finish(folder, partial, about, encoder, spec) -> None:
@@ -194,6 +197,7 @@ def _finish(folder, partial, about, encoder, spec) -> None:
       scann, vectors, min(spec.k, len(vectors)), spec.recall, spec.topk,
       spec.soar,
     )
+    vectors_lib.release(vectors)
     if choice.setting.kind != "exact":
       assets = partial / "scann"
       if assets.exists():

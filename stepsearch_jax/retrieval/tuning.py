@@ -7,7 +7,7 @@ The rule, by rows n and dimensions d:
                       built and the fastest that reaches the recall is kept
   n >= 200,000        tree
 
-Trees have sqrt(n) leaves, trained on at most 250,000 rows; hashing uses 2
+Trees have sqrt(n) leaves, trained on 100,000 rows or 40 a leaf; hashing uses 2
 dimensions a block up to d = 512 and ceil(d / 256) above, because more than 256
 blocks leave the fast lookup path. How many leaves are searched and how many
 rows are scored again exactly is swept at search time, without a new build.
@@ -24,10 +24,12 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
+from stepsearch_jax.retrieval import vectors as vectors_lib
+
 _EXACT_ROWS = 5_000
 _TREE_ROWS = 200_000
 _QUERIES = 512
-_PARALLEL_QUERIES = 64  # Fewer are done before threads have started.
+_PARALLEL_QUERIES = 16  # Fewer are done before threads have started.
 _REORDER = (32, 64, 128, 256)
 
 
@@ -64,7 +66,9 @@ def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
   if kind == "tree":
     leaves = int(np.sqrt(count))
     builder = builder.tree(
-      leaves, max(leaves // 20, 1), training_sample_size=min(count, 250_000),
+      leaves, max(leaves // 20, 1),
+      # More would not move the centres, but would be copied twice.
+      training_sample_size=min(count, max(100_000, 40 * leaves)),
       soar_lambda=1.5 if soar else None,
     )
   block = 2 if dim <= 512 else -(-dim // 256)
@@ -92,9 +96,9 @@ def _settings(kind: str, count: int) -> Iterator[Setting]:
       yield Setting(kind, 0, reorder)
   else:
     total = int(np.sqrt(count))
-    shares = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    shares = 0.01 * 2 ** np.arange(0, 5.5, 0.5)
     for leaves in sorted({max(int(total * share), 1) for share in shares}):
-      for reorder in _REORDER[::3]:
+      for reorder in _REORDER[:3:2]:
         yield Setting(kind, leaves, reorder)
 
 
@@ -181,11 +185,13 @@ def tune(
     return build(scann, vectors, "exact", topk, soar), choice, [choice]
   queries = sample_queries(vectors)
   truth = exact_rows(vectors, queries, k)
+  vectors_lib.release(vectors)
   table, best, kept = [], None, None
   bar = tqdm.tqdm(names, desc="tune", unit="kind")
   for kind in bar:
     bar.set_postfix_str(kind)
     searcher = build(scann, vectors, kind, topk, soar)
+    vectors_lib.release(vectors)
     rows = [
       measure(searcher, setting, queries, truth)
       for setting in _settings(kind, len(vectors))

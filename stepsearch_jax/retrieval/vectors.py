@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 
 import numpy as np
@@ -41,6 +42,16 @@ def open_vectors(path: str) -> np.ndarray:
     f"{path}: expected a .npy file or a FAISS flat index (IndexFlatIP, "
     f"IndexFlatL2), it begins with {head[:4]!r}"
   )
+
+
+def release(table: np.ndarray) -> None:
+  """Lets go of the pages of a memory-mapped array; using it reads them again.
+
+  Without this a build over a file counts as much memory as the file is large.
+  """
+  mapped = getattr(table, "_mmap", None)
+  if mapped is not None:
+    mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _faiss_flat(path: str, head: bytes) -> np.ndarray:

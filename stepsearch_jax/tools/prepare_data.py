@@ -66,8 +66,8 @@ _CACHE = flags.DEFINE_string(
   "cache", "supervision_cache", "Folder for completions and indexes."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "Where --supervise writes (.jsonl or .parquet); a report "
-  "lies beside it.",
+  "output", None, "Where --supervise writes (.jsonl or .parquet; with "
+  "--tfds_dir also TFDS); a report lies beside it.",
 )
 _AUDIT = flags.DEFINE_bool("audit", False, "What of the gold --corpus lacks.")
 _MERGED = flags.DEFINE_string(
@@ -187,8 +187,9 @@ def main() -> None:
   if _TFDS_DIR.value:
     from stepsearch_jax.data.datasets import multihop_qa
 
+    source = _OUTPUT.value if _SUPERVISE.value else _INPUT.value
     reference = multihop_qa.build(
-      epath.Path(_INPUT.value), _TFDS_DIR.value, _SPLIT.value, _NAME.value
+      epath.Path(source), _TFDS_DIR.value, _SPLIT.value, _NAME.value
     )
     print(f"--config.data.train={reference}")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -115,6 +116,39 @@ def test_sigkill_in_the_command_line_tool_is_survived(tmp_path):
   assert "going on with" in done.stderr
   opened = index.open_index(tmp_path / "index", encoder.HashedTfidfEncoder(64))
   assert len(opened.passages) == 30_000
+
+
+@pytest.mark.slow
+def test_two_processes_embed_one_index(tmp_path):
+  source = tmp_path / "corpus.jsonl"
+  source.write_text("".join(
+    json.dumps({"id": str(i), "title": "t", "text": f"word{i} river"}) + "\n"
+    for i in range(9_000)  # Three shards for two processes.
+  ))
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+  def start(folder, *joining):
+    return subprocess.Popen(
+      [sys.executable, "-m", "stepsearch_jax.tools.build_index",
+       f"--corpus={source}", "--encoder=hashed_tfidf:64",
+       f"--output={folder}", *joining],
+      env=environment, stderr=subprocess.PIPE, text=True,
+      stdout=subprocess.DEVNULL,
+    )
+
+  handles = [
+    start(tmp_path / "two", f"--coordinator=127.0.0.1:{port}",
+          "--num_processes=2", f"--process_id={i}")
+    for i in range(2)
+  ] + [start(tmp_path / "one")]
+  for handle in handles:
+    _, errors = handle.communicate(timeout=300)
+    assert handle.returncode == 0, errors[-2000:]
+  two, one = (np.load(tmp_path / n / "embeddings.npy") for n in ("two", "one"))
+  np.testing.assert_array_equal(two, one)
 
 
 def test_ready_vectors_are_normalised_and_not_embedded_again(tmp_path):

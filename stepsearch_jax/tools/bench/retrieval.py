@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import pathlib
 from collections.abc import Iterator
@@ -61,8 +62,13 @@ def _search_duels(name: str, table: np.ndarray) -> list[duel.Duel]:
   flat.add(table)
   graph, width = _hnsw(faiss, table, queries, truth)
 
-  def ours():
-    return tuning.search(searcher, choice.setting, queries, _K)[0]
+  def batched(search, size):
+    return np.concatenate([
+      search(queries[i : i + size]) for i in range(0, len(queries), size)
+    ])
+
+  def ours(part):
+    return tuning.search(searcher, choice.setting, part, _K)[0]
 
   def same(mine, theirs):
     found = (_recall(mine, truth), _recall(theirs, truth))
@@ -70,13 +76,21 @@ def _search_duels(name: str, table: np.ndarray) -> list[duel.Duel]:
       raise ValueError(f"recall@{_K} fell short: ours {found[0]:.3f}, peer "
                        f"{found[1]:.3f}")
 
-  work = (f"{len(queries)} queries, {table.shape[0]} x {table.shape[1]}, "
-          f"{choice.setting.kind}, recall@{_K} {_recall(ours(), truth):.3f}")
+  reached = _recall(ours(queries), truth)
+  peers = {
+    "FAISS flat": lambda part: flat.search(part, _K)[1],
+    f"FAISS HNSW32, efSearch {width}": lambda part: graph.search(part, _K)[1],
+  }
   return [
-    duel.Duel(f"search {name}", work, "FAISS flat", ours,
-              lambda: flat.search(queries, _K)[1], same),
-    duel.Duel(f"search {name}", work, f"FAISS HNSW32, efSearch {width}", ours,
-              lambda: graph.search(queries, _K)[1], same),
+    duel.Duel(
+      f"search {name}, batch {size}",
+      f"{len(queries)} queries, {table.shape[0]} x {table.shape[1]}, "
+      f"{choice.setting.kind}, recall@{_K} {reached:.3f}",
+      peer,
+      functools.partial(batched, ours, size),
+      functools.partial(batched, theirs, size), same,
+    )
+    for size in (32, 1024) for peer, theirs in peers.items()
   ]
 
 
