@@ -190,8 +190,8 @@ def tune(
   bar = tqdm.tqdm(names, desc="tune", unit="kind")
   for kind in bar:
     bar.set_postfix_str(kind)
-    searcher = build(scann, vectors, kind, topk, soar)
-    vectors_lib.release(vectors)
+    with vectors_lib.releasing(vectors):
+      searcher = build(scann, vectors, kind, topk, soar)
     rows = [
       measure(searcher, setting, queries, truth)
       for setting in _settings(kind, len(vectors))

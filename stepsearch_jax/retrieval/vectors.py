@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
+import threading
 
 import numpy as np
 
@@ -52,6 +54,29 @@ def release(table: np.ndarray) -> None:
   mapped = getattr(table, "_mmap", None)
   if mapped is not None:
     mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def releasing(table: np.ndarray, every: float = 0.1):
+  """Lets go of the pages of `table` again and again, while others read it.
+
+  ScaNN copies its input early in a long build; the mapped original would stay
+  in memory to the end.
+  """
+  done = threading.Event()
+
+  def loop():
+    while not done.wait(every):
+      release(table)
+
+  thread = threading.Thread(target=loop, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+    release(table)
 
 
 def _faiss_flat(path: str, head: bytes) -> np.ndarray:

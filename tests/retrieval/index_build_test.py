@@ -162,6 +162,15 @@ def test_ready_vectors_are_normalised_and_not_embedded_again(tmp_path):
     index_build.build_index(tmp_path / "j", ROWS, ours, vectors=table[:39])
 
 
+def test_released_pages_read_the_same_again(tmp_path):
+  np.save(tmp_path / "v.npy", unit(1000, 16))
+  table = vectors.open_vectors(str(tmp_path / "v.npy"))
+  before = table.sum()
+  with vectors.releasing(table, every=0.001):
+    assert table.sum() == before
+  assert table.sum() == before
+
+
 @pytest.mark.parametrize("fourcc", [b"IxFI", b"IxF2"])
 def test_faiss_flat_files_are_read_without_faiss(tmp_path, fourcc):
   table = unit(5, 8)
