@@ -293,7 +293,8 @@ def released_row(question: types.Question, pseudo: bool = False) -> dict:
     "question": question.text,
     "final_answer": question.answers[0],
     "answer_aliases": list(question.answers[1:]),
-    "sub_searchs": [list(group) for group in question.search_keys],
+    # A hop without a query would be a key that nobody can ever match.
+    "sub_searchs": [list(group) for group in question.search_keys if group],
     "sub_support_docs": [
       {"title": p.title, "paragraph_text": p.text} for p in question.support
     ],
