@@ -9,13 +9,30 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 
 from etils import epath
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class DataError(ValueError):
   """A data file is missing or malformed; the message names file and line."""
+
+
+def encodable(value):
+  """A JSON value whose strings hold no half of a surrogate pair.
+
+  JSON can spell such a half as an escape, but no encoder or file takes it.
+  """
+  if isinstance(value, str):
+    return _SURROGATE.sub("\ufffd", value)
+  if isinstance(value, list):
+    return [encodable(item) for item in value]
+  if isinstance(value, dict):
+    return {encodable(k): encodable(v) for k, v in value.items()}
+  return value
 
 
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
@@ -93,7 +110,7 @@ def _json(path: epath.Path, name: str) -> Iterator[tuple[str, dict]]:
             f"{path}:{error.lineno}: malformed JSON ({error.msg})"
           ) from error
         for number, row in enumerate(rows, 1):
-          yield _object(f"{path}:{number}", row)
+          yield _object(f"{path}:{number}", encodable(row))
         return
       file = io.StringIO(head + file.read())
     try:
@@ -106,11 +123,13 @@ def _json(path: epath.Path, name: str) -> Iterator[tuple[str, dict]]:
 
 def _parse(where: str, line: str):
   try:
-    return json.loads(line)
+    row = json.loads(line)
   except json.JSONDecodeError as error:
     raise DataError(
       f"{where}: malformed JSON ({error.msg} at column {error.colno})"
     ) from error
+  # Most lines have no such escape, and their walk is saved.
+  return encodable(row) if "\\ud" in line or "\\uD" in line else row
 
 
 def _object(where: str, row) -> tuple[str, dict]:

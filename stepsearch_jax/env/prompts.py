@@ -80,22 +80,43 @@ _LAST_TURN = (
   "Now let me make a final thought and give an answer. </warning>\n\n"
 )
 
-# Protocol tags and chat markers that a document must not be able to write.
+# What a document must not be able to write: the tags of the protocols, tags of
+# tool calls (ordinary tokens in some vocabularies, so that encoding as plain
+# text does not split them), ChatML and Llama 3 (<|..|>), DeepSeek (fullwidth
+# bars), Llama 2, Gemma and T5.
 _MARKUP = re.compile(
-  r"<(/?(?:search|answer|information|think|plan|observation|warning)\b[^<>]*"
-  r"|\|[^<>|]*\|)>",
+  r"<(/?(?:search|answer|information|think|plan|observation|warning|tools?"
+  r"|tool_call|tool_response)\b[^<>]*"
+  r"|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)"
+  r"|\|[^<>|]*\||\uff5c[^<>]*\uff5c|</?SYS>)>",
   re.IGNORECASE,
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+# Mistral's markers are in square brackets, which here are the harmless form.
+_BRACKETED = re.compile(
+  r"\[(/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS))\]",
+  re.IGNORECASE,
+)
+# Halves of surrogate pairs count as control: no encoder takes them.
+_CONTROL = re.compile(
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)
+# Zero width, direction, byte order and tag characters: nobody sees them.
+_INVISIBLE = re.compile(
+  "[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+  "\U000e0000-\U000e007f]"
+)
 
 
 def neutralise(text: str) -> str:
   """Document text that can be read but not taken for protocol.
 
-  Control characters become spaces; protocol tags and chat-template markers
-  lose their angle brackets' meaning by turning into square brackets.
+  Control characters become spaces and invisible ones vanish; protocol tags and
+  chat-template markers lose their brackets' meaning by turning into others.
   """
-  return _MARKUP.sub(r"[\1]", _CONTROL.sub(" ", text))
+  # First what could hide inside a tag, then the tags.
+  text = _INVISIBLE.sub("", _CONTROL.sub(" ", text))
+  text = _MARKUP.sub(r"[\1]", text)
+  return _BRACKETED.sub(r"(\1)", text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,8 @@ class SearchEnv:
     template: fixed texts.
     max_turns: turns that may search; one forced answer turn follows.
     topk: passages per search.
-    hostile: treat document text as untrusted (see `prompts.neutralise`).
+    hostile: treat questions and documents as untrusted (see
+      `prompts.neutralise`).
   """
 
   template: prompts.Template
@@ -93,7 +94,10 @@ class SearchEnv:
 
   def prompt(self, question: types.Question) -> str:
     """User message of a question."""
-    return self.template.render(question.text)
+    # The chat template around it is encoded with its special tokens, so this
+    # alone keeps a question from spelling them.
+    text = prompts.neutralise(question.text) if self.hostile else question.text
+    return self.template.render(text)
 
   def is_last(self, turn: int) -> bool:
     """Whether turn `turn` (from 0) is the forced one that cannot search."""

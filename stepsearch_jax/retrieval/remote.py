@@ -19,6 +19,7 @@ from typing import TypeVar
 import httpx2
 
 from stepsearch_jax import types
+from stepsearch_jax.data import files
 from stepsearch_jax.env import search_env
 
 _BATCH = 256  # Queries per request.
@@ -94,7 +95,7 @@ class PatientClient:
       try:
         response = self._client.post(self.url, json=payload)
         if response.status_code == 200:
-          parsed = parse(response.json())
+          parsed = parse(files.encodable(response.json()))
           self._note(failed=False)
           return parsed
         reason = f"status {response.status_code}: {response.text[:200]}"

@@ -26,7 +26,7 @@ from etils import epath
 from stepsearch_jax import cli, types
 from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.data import questions as questions_lib
-from stepsearch_jax.env import prompts
+from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.rewards import step_rewards, token_rewards
 
 _INPUT = flags.DEFINE_string(
@@ -103,10 +103,10 @@ def trial_rewards(
 def check(questions: list[types.Question]) -> None:
   """Prints what a run would make of the first questions."""
   spec = step_rewards.PRESETS[_PRESET.value]()
-  template = prompts.TEMPLATES[_TEMPLATE.value]
+  env = search_env.SearchEnv(prompts.TEMPLATES[_TEMPLATE.value])
   tokenizer = _TOKENIZER.value and tokenizer_lib.load(_TOKENIZER.value)
   for question in questions[: _ROWS.value]:
-    prompt = template.render(question.text)
+    prompt = env.prompt(question)
     print(f"=== {question.source or 'unknown source'}  {question.id}")
     if tokenizer:
       prompt = tokenizer.chat_prompt(prompt)
