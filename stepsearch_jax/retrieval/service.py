@@ -3,7 +3,8 @@
     POST /retrieve {"queries": [..], "topk": 3, "return_scores": true}
       -> {"result": [[{"document": {..}, "score": 0.8}, ..], ..]}
 
-Without scores the inner lists hold bare documents. Requests wait in a bounded
+Without scores the inner lists hold bare documents; no queries, which a client
+sends when no trajectory searches, give no results. Requests wait in a bounded
 queue; a worker joins what is waiting into one search, because encoding many
 queries at once costs little more than encoding one.
 """
@@ -21,6 +22,7 @@ import prometheus_client
 from starlette import applications, requests, responses, routing
 
 from stepsearch_jax import types
+from stepsearch_jax.data import files
 from stepsearch_jax.env import search_env
 
 
@@ -30,23 +32,29 @@ class ServiceLimits:
 
   Attributes:
     body_bytes: larger bodies get 413.
-    queries: per request.
-    query_chars: per query.
+    queries: per request; the clients of the family send a whole rollout batch.
+    query_chars: per query; a policy may put its whole turn between the tags.
     topk: passages per query.
     default_topk: when a request names none.
     waiting: queries that may wait; further requests get 429.
     batch: queries searched together.
-    timeout_seconds: a request that waited longer gets 503.
+    timeout_seconds: a request that waited longer gets 503, one that is still
+      being sent 408.
   """
 
-  body_bytes: int = 1 << 20
-  queries: int = 512
-  query_chars: int = 4096
+  body_bytes: int = 16 << 20
+  queries: int = 4096
+  query_chars: int = 16384
   topk: int = 100
   default_topk: int = 3
-  waiting: int = 4096
+  waiting: int = 8192
   batch: int = 256
   timeout_seconds: float = 60.0
+
+  def __post_init__(self):
+    if self.default_topk > self.topk:
+      raise ValueError(f"default_topk = {self.default_topk} exceeds topk = "
+                       f"{self.topk}")
 
 
 class BadRequestError(ValueError):
@@ -116,9 +124,11 @@ class Batcher:
     try:
       found = await asyncio.to_thread(self._retriever.search, queries, topk)
     except Exception as error:  # The requests get it; the worker lives on.
-      for item in items:
-        if not item.future.done():
-          item.future.set_exception(error)
+      if len(items) > 1:  # One request must not fail those beside it.
+        for item in items:
+          await self._serve([item], topk)
+      elif not items[0].future.done():
+        items[0].future.set_exception(error)
       return
     results = iter(found)
     for item in items:
@@ -137,7 +147,7 @@ def parse_request(
   """
   try:
     row = json.loads(body)
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise BadRequestError(f"the body is no JSON: {error}") from error
   if not isinstance(row, dict):
     raise BadRequestError("the body must be a JSON object")
@@ -146,11 +156,12 @@ def parse_request(
     isinstance(query, str) for query in queries
   ):
     raise BadRequestError("queries must be a list of strings")
-  if not 0 < len(queries) <= limits.queries:
+  most = min(limits.queries, limits.waiting)
+  if len(queries) > most:
     raise BadRequestError(
-      f"queries must hold 1 to {limits.queries} strings, got {len(queries)}"
+      f"queries must hold up to {most} strings, got {len(queries)}"
     )
-  longest = max(map(len, queries))
+  longest = max(map(len, queries), default=0)
   if longest > limits.query_chars:
     raise BadRequestError(
       f"a query has {longest} characters, the limit is {limits.query_chars}"
@@ -165,7 +176,7 @@ def parse_request(
   scores = row.get("return_scores", False)
   if not isinstance(scores, bool):
     raise BadRequestError(f"return_scores must be a boolean, got {scores!r}")
-  return queries, topk, scores
+  return files.encodable(queries), topk, scores
 
 
 def to_document(passage: types.Passage) -> dict[str, str]:
@@ -178,12 +189,18 @@ def to_document(passage: types.Passage) -> dict[str, str]:
   }
 
 
-async def _body(request: requests.Request, limit: int) -> bytes:
-  body = bytearray()
-  async for part in request.stream():
-    body += part
-    if len(body) > limit:
-      raise BadRequestError(f"the body has more than {limit} bytes", 413)
+async def _body(request: requests.Request, limits: ServiceLimits) -> bytes:
+  body, limit = bytearray(), limits.body_bytes
+  try:
+    async with asyncio.timeout(limits.timeout_seconds):
+      async for part in request.stream():
+        body += part
+        if len(body) > limit:
+          raise BadRequestError(f"the body has more than {limit} bytes", 413)
+  except TimeoutError as error:
+    raise BadRequestError(
+      f"the body took more than {limits.timeout_seconds} s", 408
+    ) from error
   return bytes(body)
 
 
@@ -211,9 +228,9 @@ def make_app(
   async def answer(request: requests.Request) -> tuple[int, dict]:
     try:
       queries, topk, scores = parse_request(
-        await _body(request, limits.body_bytes), limits
+        await _body(request, limits), limits
       )
-      found = await batcher.search(queries, topk)
+      found = await batcher.search(queries, topk) if queries else []
     except BadRequestError as error:
       return error.status, {"error": str(error)}
     except QueueFullError as error:

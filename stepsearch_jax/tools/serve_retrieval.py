@@ -6,7 +6,8 @@
 
 Training here needs no server; this one is for other projects and for sharing
 one index between runs (`--config.retrieval.remote=http://host:8000`).
-/health answers when the index is loaded, /metrics is for Prometheus.
+/health answers when the index is loaded, /metrics is for Prometheus. SIGTERM
+lets the requests that are being answered finish.
 """
 
 from __future__ import annotations
@@ -25,9 +26,17 @@ _HOST = flags.DEFINE_string(
 )
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on.")
 _TOPK = flags.DEFINE_integer("topk", 3, "Passages when a request names none.")
+_MAX_TOPK = flags.DEFINE_integer("max_topk", 100, "Most per query.", 1)
 _BATCH = flags.DEFINE_integer("batch", 256, "Queries searched together.", 1)
+_QUERIES = flags.DEFINE_integer("queries", 4096, "Most in one request.", 1)
+_QUERY_CHARS = flags.DEFINE_integer(
+  "query_chars", 16384, "Most characters of a query.", 1
+)
+_BODY_BYTES = flags.DEFINE_integer(
+  "body_bytes", 16 << 20, "Most bytes of a request.", 1
+)
 _WAITING = flags.DEFINE_integer(
-  "waiting", 4096, "Queries that may wait; more get status 429.", 1
+  "waiting", 8192, "Queries that may wait; more get status 429.", 1
 )
 _TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until status 503.", 0.1)
 
@@ -38,14 +47,16 @@ def main() -> None:
 
   from stepsearch_jax.retrieval import service
 
+  limits = service.ServiceLimits(
+    body_bytes=_BODY_BYTES.value, queries=_QUERIES.value,
+    query_chars=_QUERY_CHARS.value, topk=_MAX_TOPK.value,
+    default_topk=_TOPK.value, waiting=_WAITING.value, batch=_BATCH.value,
+    timeout_seconds=_TIMEOUT.value,
+  )
   opened = retriever.open_retriever(
     _INDEX.value, encoder.load_encoder(_ENCODER.value)
   )
   opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
-  limits = service.ServiceLimits(
-    default_topk=_TOPK.value, batch=_BATCH.value, waiting=_WAITING.value,
-    timeout_seconds=_TIMEOUT.value,
-  )
   logging.info("%d passages on http://%s:%d/retrieve",
                len(opened.index.passages), _HOST.value, _PORT.value)
   uvicorn.run(

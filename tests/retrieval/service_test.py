@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,8 +15,9 @@ import httpx2
 import pytest
 import uvicorn
 
-from stepsearch_jax.env import search_env
-from stepsearch_jax.retrieval import remote, service
+from stepsearch_jax import types
+from stepsearch_jax.env import actions, search_env
+from stepsearch_jax.retrieval import encoder, index_build, remote, service
 
 
 @contextlib.contextmanager
@@ -44,17 +49,100 @@ def url():
     yield url
 
 
-def test_requests_of_both_families_get_their_shapes(url):
-  # Search-R1 and StepSearch ask with scores, verl's tool leaves them out.
-  asked = {"queries": ["a", "b"], "topk": 2, "return_scores": True}
-  result = httpx2.post(f"{url}/retrieve", json=asked).json()["result"]
-  assert [[d["document"]["contents"] for d in row] for row in result] == [
-    ["T\nfound a here"] * 2, ["T\nfound b here"] * 2
+def released_observations(url, predictions, active, topk):
+  """What the released loop does with a turn: one request for the whole batch.
+
+  The request is sent even when no row searches; contents are split at their
+  first line end; errors are not looked at.
+  """
+  asked = []
+  for text, on in zip(predictions, active, strict=True):
+    action = actions.parse(text)
+    if on and action.kind == "search":
+      asked.append(action.content)
+  payload = {"queries": asked, "topk": topk, "return_scores": True}
+  found = iter(httpx2.post(f"{url}/retrieve", json=payload).json()["result"])
+  seen = []
+  for text, on in zip(predictions, active, strict=True):
+    seen.append(None)
+    if on and actions.parse(text).kind == "search":
+      lines = ""
+      for i, item in enumerate(next(found), 1):
+        title, *rest = item["document"]["contents"].split("\n")
+        lines += f"Doc {i}<## Title: {title} ##> " + "\n".join(rest) + "\n"
+      seen[-1] = f"\n\n<information> {lines.strip()} </information>\n\n"
+  assert not list(found)
+  return seen
+
+
+def test_released_client_sees_what_the_released_server_showed_it(shared):
+  path = shared / "golden/protocol/protocol_cases.json"
+  cases = [
+    case for case in json.loads(path.read_text())["execute_predictions"]
+    if "expected" in case and case["do_search"] and not case["is_last"]
+  ]
+  known = {}
+
+  class Golden:
+    def search(self, queries, k):
+      return [known.get(query, known[None])[:k] for query in queries]
+
+  compared = 0
+  with serving(service.make_app(Golden())) as url:
+    for case in cases:
+      results = {**case["results_by_query"], None: case["default_result"]}
+      for query, documents in results.items():
+        parts = [d["document"]["contents"].partition("\n") for d in documents]
+        known[query] = [
+          types.Passage(str(i), title, text)
+          for i, (title, _, text) in enumerate(parts)
+        ]
+      seen = released_observations(
+        url, case["predictions"], case["active_mask"], topk=3
+      )
+      for ours, expected in zip(seen, case["expected"]["next_obs"],
+                                strict=True):
+        if ours is not None:
+          assert ours == expected, case["id"]
+          compared += 1
+  assert compared >= 8
+  assert {"exec_case:all_inactive", "exec_case:answer_mid"} <= {
+    case["id"] for case in cases
+  }  # Turns without a search: the client sends no queries.
+
+
+def test_verl_tool_gets_the_documents_that_it_formats(url):
+  response = httpx2.post(
+    f"{url}/retrieve",
+    headers={"Content-Type": "application/json", "Accept": "application/json"},
+    json={"queries": ["a", "b"], "topk": 2, "return_scores": True},
+  )
+  response.raise_for_status()
+  assert response.headers["content-type"] == "application/json"
+  result = response.json()["result"]
+  assert [len(row) for row in result] == [2, 2]
+  formatted = [
+    f"Doc {i} (Title: {title})\n{text}"
+    for row in result
+    for i, (title, text) in enumerate(
+      [d["document"]["contents"].split("\n") for d in row], 1
+    )
+  ]
+  assert formatted == [
+    "Doc 1 (Title: T)\nfound a here", "Doc 2 (Title: T)\nfound a here",
+    "Doc 1 (Title: T)\nfound b here", "Doc 2 (Title: T)\nfound b here",
   ]
   assert all(isinstance(d["score"], float) for row in result for d in row)
-  bare = httpx2.post(f"{url}/retrieve", json={"queries": ["a"]}).json()
-  assert len(bare["result"][0]) == 3  # The default number of passages.
-  assert bare["result"][0][0]["contents"] == "T\nfound a here"
+
+
+def test_without_scores_documents_are_bare(url):
+  for asked in ({"queries": ["a"]}, {"queries": ["a"], "topk": None}):
+    bare = httpx2.post(f"{url}/retrieve", json=asked).json()
+    assert len(bare["result"][0]) == 3  # The default number of passages.
+    assert bare["result"][0][0]["contents"] == "T\nfound a here"
+  assert httpx2.post(f"{url}/retrieve", json={"queries": []}).json() == {
+    "result": []
+  }
 
 
 @pytest.mark.parametrize("body, status, reason", [
@@ -63,20 +151,35 @@ def test_requests_of_both_families_get_their_shapes(url):
   (b"{}", 400, "queries must be a list of strings"),
   (b'{"queries": "a"}', 400, "queries must be a list of strings"),
   (b'{"queries": [1]}', 400, "queries must be a list of strings"),
-  (b'{"queries": []}', 400, "1 to 4 strings, got 0"),
-  (b'{"queries": ["a","a","a","a","a"]}', 400, "1 to 4 strings, got 5"),
+  (b'{"queries": ["a","a","a","a","a"]}', 400, "up to 4 strings, got 5"),
+  (b'{"queries": null}', 400, "queries must be a list of strings"),
   (json.dumps({"queries": ["x" * 101]}).encode(), 400, "101 characters"),
   (b'{"queries": ["a"], "topk": 6}', 400, "topk must be an integer from 1"),
   (b'{"queries": ["a"], "topk": -1}', 400, "topk must be an integer from 1"),
   (b'{"queries": ["a"], "topk": true}', 400, "topk must be an integer"),
   (b'{"queries": ["a"], "return_scores": 1}', 400, "must be a boolean"),
+  (b'{"queries": ["a"], "topk": 2.5}', 400, "topk must be an integer"),
+  (b'{"queries": ["a"], "topk": 1e400}', 400, "topk must be an integer"),
+  (b'{"topk": ' + b"9" * 1900 + b', "queries": ["a"]}', 400, "topk must be"),
   (b"x" * 2001, 413, "more than 2000 bytes"),
   (b"[" * 1999, 400, "no JSON"),
+  (b"\xff\xfe{", 400, "no JSON"),
 ])
 def test_bad_requests_get_a_reason(url, body, status, reason):
   response = httpx2.post(f"{url}/retrieve", content=body)
   assert response.status_code == status
   assert reason in response.json()["error"]
+
+
+def test_half_a_surrogate_pair_is_searched_as_a_replacement_character(url):
+  body = b'{"queries": ["a\\ud800"], "topk": 1}'
+  response = httpx2.post(f"{url}/retrieve", content=body)
+  assert response.json()["result"][0][0]["contents"] == "T\nfound a\ufffd here"
+
+
+def test_wrong_methods_and_paths_are_refused(url):
+  assert httpx2.get(f"{url}/retrieve").status_code == 405
+  assert httpx2.post(f"{url}/other", json={}).status_code == 404
 
 
 def test_health_and_metrics_tell_what_happened(url):
@@ -118,6 +221,97 @@ def test_concurrent_requests_share_searches_and_the_queue_is_bounded():
   assert len(statuses) == 24 and set(statuses) == {200, 429}
   assert max(searches) > 1 and max(searches) <= 8
   assert sum(searches) == statuses.count(200)
+
+
+def test_a_query_that_fails_does_not_fail_the_requests_beside_it():
+  class Picky(fakes.FakeRetriever):
+    def search(self, queries, k):
+      found = super().search(queries, k)
+      if "bad" in queries:
+        raise RuntimeError("secret detail")
+      return found
+
+  answers = {}
+  names = ["slow", "a", "bad", "b"]
+
+  def ask(url, name):
+    answers[name] = httpx2.post(
+      f"{url}/retrieve", json={"queries": [name]}, timeout=30
+    )
+
+  with serving(service.make_app(Picky(delay=0.3))) as url:
+    threads = [threading.Thread(target=ask, args=(url, n)) for n in names]
+    for thread in threads:
+      thread.start()
+      time.sleep(0.05)  # The others wait together behind the slow one.
+    for thread in threads:
+      thread.join()
+  assert [answers[name].status_code for name in names] == [200, 200, 500, 200]
+  assert answers["bad"].json() == {"error": "the search failed: RuntimeError"}
+
+
+def test_a_request_that_never_ends_is_given_up():
+  limits = service.ServiceLimits(timeout_seconds=0.2)
+  with serving(service.make_app(fakes.FakeRetriever(), limits)) as url:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+      client.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\n"
+                     b"Content-Length: 100\r\n\r\n{")
+      assert client.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_requests_in_flight_are_answered_before_the_server_stops():
+  codes = []
+
+  def ask(url):
+    codes.append(httpx2.post(
+      f"{url}/retrieve", json={"queries": ["a"]}, timeout=30
+    ).status_code)
+
+  slow = fakes.FakeRetriever(delay=0.5)
+  with serving(service.make_app(slow)) as url:
+    thread = threading.Thread(target=ask, args=(url,))
+    thread.start()
+    time.sleep(0.2)
+  thread.join()
+  assert codes == [200]
+  with pytest.raises(httpx2.ConnectError):
+    httpx2.get(f"{url}/health")
+
+
+@pytest.mark.slow
+def test_command_listens_on_this_machine_only_and_stops_when_told(tmp_path):
+  index_build.build_index(
+    tmp_path / "index", [types.Passage("1", "Ada", "Ada wrote programs")],
+    encoder.HashedTfidfEncoder(64),
+  )
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  process = subprocess.Popen(
+    [sys.executable, "-m", "stepsearch_jax.tools.serve_retrieval",
+     f"--index={tmp_path}/index", "--encoder=hashed_tfidf:64",
+     f"--port={port}", "--queries=2"],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  url = f"http://127.0.0.1:{port}"
+  try:
+    for _ in range(600):
+      with contextlib.suppress(httpx2.ConnectError):
+        if httpx2.get(f"{url}/health").status_code == 200:
+          break
+      assert process.poll() is None
+      time.sleep(0.1)
+    found = httpx2.post(f"{url}/retrieve", json={"queries": ["Ada"]}).json()
+    assert found["result"][0][0]["id"] == "1"
+    many = httpx2.post(f"{url}/retrieve", json={"queries": ["a"] * 3})
+    assert many.status_code == 400
+    with pytest.raises(OSError):  # Linux answers all of 127/8 on 0.0.0.0.
+      socket.create_connection(("127.0.0.2", port), timeout=5)
+  finally:
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=30)
+  assert code in (0, -signal.SIGTERM)
 
 
 def test_a_search_that_takes_too_long_is_given_up():
