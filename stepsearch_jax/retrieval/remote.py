@@ -23,6 +23,10 @@ from stepsearch_jax.data import files
 from stepsearch_jax.env import search_env
 
 _BATCH = 256  # Queries per request.
+# What reading an answer of unexpected shape can raise.
+_UNREADABLE = (
+  ValueError, TypeError, AttributeError, LookupError, RecursionError
+)
 _T = TypeVar("_T")
 
 
@@ -62,7 +66,8 @@ class PatientClient:
     Args:
       url: where to post.
       spec: patience.
-      headers: of every request; never part of a message.
+      headers: of every request; never part of a message, not even where the
+        server repeats them.
       sleep, clock: of the retries and the circuit; replaced in tests.
     """
     self.url = url
@@ -70,6 +75,10 @@ class PatientClient:
     self._client = httpx2.Client(
       timeout=spec.timeout_seconds, headers=dict(headers or {})
     )
+    self._secrets = {
+      part for value in (headers or {}).values() for part in value.split()
+      if len(part) >= 6  # "Bearer" is in every such header and no secret.
+    } - {"Bearer"}
     self._sleep, self._clock = sleep, clock
     self._lock = threading.Lock()
     self._failures = 0
@@ -98,13 +107,19 @@ class PatientClient:
           parsed = parse(files.encodable(response.json()))
           self._note(failed=False)
           return parsed
-        reason = f"status {response.status_code}: {response.text[:200]}"
+        said = self._redacted(response.text)[:200]
+        reason = f"status {response.status_code}: {said}"
         if 400 <= response.status_code < 500 and response.status_code != 429:
           break  # The same request will not do better.
-      except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+      except (httpx2.HTTPError, *_UNREADABLE) as error:
+        reason = f"{type(error).__name__}: {self._redacted(str(error))}"
     self._note(failed=True)
     raise search_env.SearchError(f"{self.url}: {reason}")
+
+  def _redacted(self, text: str) -> str:
+    for secret in self._secrets:
+      text = text.replace(secret, "[secret]")
+    return text
 
   def _note(self, failed: bool) -> None:
     with self._lock:

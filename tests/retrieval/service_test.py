@@ -14,6 +14,7 @@ import fakes
 import httpx2
 import pytest
 import uvicorn
+from starlette import applications, responses, routing
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions, search_env
@@ -356,3 +357,19 @@ def test_the_client_does_not_repeat_a_refused_request(url):
   client = remote.RemoteRetriever(url, sleep=lambda seconds: pytest.fail())
   with pytest.raises(search_env.SearchError, match="status 400: .*topk"):
     client.search(["a"], 99)
+
+
+@pytest.mark.parametrize("answer", [
+  [], {"result": "x"}, {"result": [["x"]]}, {"result": [None]},
+  {"result": [[{"document": "x"}]]}, {"result": [[{"document": {}}]]},
+  {"result": [[], []]}, {"result": [[{"text": 5}]]}, {}, None,
+])
+def test_answers_of_any_other_shape_are_failed_searches(answer):
+  app = applications.Starlette(routes=[routing.Route(
+    "/retrieve", lambda request: responses.JSONResponse(answer),
+    methods=["POST"],
+  )])
+  with serving(app) as url:
+    client = remote.RemoteRetriever(url, remote.RemoteSpec(retries=0))
+    with pytest.raises(search_env.SearchError, match="/retrieve: .*Error"):
+      client.search(["a"], 1)

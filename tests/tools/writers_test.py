@@ -53,6 +53,9 @@ def endpoint(monkeypatch):
       seen["keys"].add(self.headers["Authorization"])
       self.send_response(seen["status"])
       self.end_headers()
+      if seen["status"] != 200:  # Some servers repeat the key.
+        self.wfile.write(f"bad {self.headers['Authorization']}".encode())
+        return
       text = f"{body['model']}: {body['messages'][0]['content']}"
       choice = {"message": {"role": "assistant", "content": text}}
       self.wfile.write(json.dumps({"choices": [choice]}).encode())
@@ -77,6 +80,7 @@ def test_endpoint_writer_keeps_the_order_and_its_key(endpoint):
   assert "secret-key" not in writer.name
   seen["status"] = 401
   patient = remote.RemoteSpec(retries=0)
-  with pytest.raises(search_env.SearchError, match="status 401") as error:
+  shown = r"status 401: bad Bearer \[secret\]$"
+  with pytest.raises(search_env.SearchError, match=shown) as error:
     writers.EndpointWriter(url, "big", spec=patient).write(["x"])
   assert "secret-key" not in str(error.value)
