@@ -1,12 +1,16 @@
 """Searches of a run on file, and runs that are played from the file.
 
 One JSON object a line: first what was searched, then each distinct (query, k)
-with its documents and scores. A replay needs neither index nor encoder and
-returns what the recorded run saw.
+with its documents and scores, or why it failed. A replay needs neither index
+nor encoder and returns what the recorded run saw: a query on record is never
+searched again, not even by the run that records, so engines whose answers
+change cannot make the two differ; what failed before it was found fails as
+often again.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import threading
@@ -16,6 +20,7 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.data import files
+from stepsearch_jax.env import search_env
 
 
 class RecordingRetriever:
@@ -33,16 +38,15 @@ class RecordingRetriever:
     """
     self._inner = inner
     self._lock = threading.Lock()
-    self._known: set[tuple[str, int]] = set()
+    self._found: dict[tuple[str, int], list[types.Passage]] = {}
     path = epath.Path(path)
     if path.exists():
-      about, found = _read(path)
+      about, self._found, _ = _read(path)
       if about != inner.describe():
         raise ValueError(
           f"{path} records {about}, this run searches {inner.describe()}: "
           "choose another retrieval.record"
         )
-      self._known = set(found)
     else:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps({"searched": inner.describe()}) + "\n")
@@ -51,18 +55,32 @@ class RecordingRetriever:
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """See `search_env.Retriever`; failed searches are not recorded."""
-    found = self._inner.search(queries, k)
+    """See `search_env.Retriever`; what is on record is not searched."""
     with self._lock:
-      for query, documents in zip(queries, found, strict=True):
-        if (query, k) in self._known:
-          continue
-        self._known.add((query, k))
-        row = {"query": query, "k": k,
-               "documents": [dataclasses.asdict(d) for d in documents]}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-      self._file.flush()
-    return found
+      missing = [
+        q for q in dict.fromkeys(queries) if (q, k) not in self._found
+      ]
+    try:
+      fresh = self._inner.search(missing, k) if missing else []
+    except search_env.SearchError as error:
+      with self._lock:
+        for query in missing:
+          self._write({"query": query, "k": k, "failed": str(error)})
+      raise
+    with self._lock:
+      for query, documents in zip(missing, fresh, strict=True):
+        # Another thread may have been first; both return the same.
+        if (query, k) not in self._found:
+          self._found[query, k] = list(documents)
+          self._write({
+            "query": query, "k": k,
+            "documents": [dataclasses.asdict(d) for d in documents],
+          })
+      return [list(self._found[query, k]) for query in queries]
+
+  def _write(self, row: dict) -> None:
+    self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    self._file.flush()
 
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
@@ -84,7 +102,8 @@ class ReplayRetriever:
     """
     self._path = path
     self._inner = inner
-    self._about, self._found = _read(epath.Path(path))
+    self._about, self._found, self._failures = _read(epath.Path(path))
+    self._lock = threading.Lock()
 
   def search(
     self, queries: Sequence[str], k: int
@@ -92,8 +111,17 @@ class ReplayRetriever:
     """The recorded passages of each query.
 
     Raises:
+      SearchError: the recorded search failed.
       ValueError: a query is not on record and nobody else may be asked.
     """
+    with self._lock:
+      failed = [q for q in dict.fromkeys(queries) if self._failures[q, k]]
+      for query in failed:
+        self._failures[query, k] -= 1
+    if failed:
+      raise search_env.SearchError(
+        f"{self._path}: the recorded search for {failed[0]!r} failed"
+      )
     missing = [q for q in dict.fromkeys(queries) if (q, k) not in self._found]
     if missing and self._inner is None:
       raise ValueError(
@@ -114,17 +142,21 @@ class ReplayRetriever:
     return {**self._about, "replayed": str(self._path)}
 
 
-def _read(
-  path: epath.Path,
-) -> tuple[dict, dict[tuple[str, int], list[types.Passage]]]:
+def _read(path: epath.Path) -> tuple[
+  dict, dict[tuple[str, int], list[types.Passage]], collections.Counter
+]:
+  """(what was searched, documents of each search, failures before them)."""
   rows = files.read_rows(path)
   where, first = next(rows, (str(path), {}))
   if "searched" not in first:
     raise files.DataError(
       f"{where}: no record of searches, the first line must hold searched"
     )
-  found = {
-    (row["query"], row["k"]): [types.Passage(**d) for d in row["documents"]]
-    for _, row in rows
-  }
-  return first["searched"], found
+  found, failures = {}, collections.Counter()
+  for _, row in rows:
+    key = row["query"], row["k"]
+    if "failed" in row:
+      failures[key] += 1
+    else:
+      found[key] = [types.Passage(**d) for d in row["documents"]]
+  return first["searched"], found, failures

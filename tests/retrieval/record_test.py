@@ -1,9 +1,18 @@
 """A recorded run can be played again without its index."""
 
-import fakes
-import pytest
+import json
 
+import fakes
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import quickstart
+from stepsearch_jax import experiment, train
 from stepsearch_jax.data import files
+from stepsearch_jax.env import search_env
+from stepsearch_jax.env.actions import Action
 from stepsearch_jax.retrieval import record
 
 
@@ -53,3 +62,99 @@ def test_records_are_not_mixed_up(tmp_path):
   bad.write_text('{"query": "a"}\n')
   with pytest.raises(files.DataError, match="bad.jsonl:1: no record"):
     record.ReplayRetriever(bad)
+
+
+class Flaky(Described):
+  """Every third search fails, and no two searches find the same."""
+
+  calls = 0
+
+  def search(self, queries, k):
+    self.calls += 1
+    if self.calls % 3 == 0:
+      raise search_env.SearchError("down")
+    self.text = f"answer {self.calls} to {{query}}"
+    return super().search(queries, k)
+
+
+def outcomes(retriever, asked):
+  seen = []
+  for queries in asked:
+    try:
+      seen.append(retriever.search(queries, 2))
+    except search_env.SearchError:
+      seen.append("failed")
+  return seen
+
+
+def test_failures_and_changing_answers_are_replayed_in_their_order(tmp_path):
+  asked = [["a"], ["b"], ["c", "a"], ["c"], ["a", "c"], ["d", "c"], ["d"],
+           ["b", "d"]]
+  path = tmp_path / "searches.jsonl"
+  first = outcomes(record.RecordingRetriever(Flaky(), path), asked)
+  assert [seen == "failed" for seen in first] == [
+    False, False, True, False, False, False, False, False
+  ]
+  assert first[4] == [first[0][0], first[3][0]]  # What is on record stays.
+  assert outcomes(record.ReplayRetriever(path), asked) == first
+  row = json.loads(path.read_text().splitlines()[3])
+  assert row == {"query": "c", "k": 2, "failed": "down"}
+
+
+def play(retriever):
+  """Rollouts in which every turn of a random policy is a search."""
+  tokenizer = fakes.make_tokenizer()
+  model = fakes.make_model(tokenizer.vocab_size)
+  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
+  engine = fakes.make_engine(tokenizer, model, retriever, slots=3)
+  done, stats = engine.run(policy, fakes.make_questions(6), range(6), 1.0)
+  engine.close()
+  return done, stats
+
+
+def test_rollouts_from_a_record_are_the_recorded_ones(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    "stepsearch_jax.env.actions.parse", lambda text: Action("search", text)
+  )
+  path = tmp_path / "searches.jsonl"
+  recorded, stats = play(record.RecordingRetriever(Flaky(), path))
+  replayed, again = play(record.ReplayRetriever(path))
+  assert stats.searches > 10 and stats.failed_searches > 1
+  assert again.failed_searches == stats.failed_searches
+  for ours, theirs in zip(replayed, recorded, strict=True):
+    assert ours.turns == theirs.turns
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_record_needs_no_index_and_ends_with_the_same_bits(
+  tmp_path, monkeypatch
+):
+  def run(name, **retrieval):
+    config = quickstart.get_config("runlocal")
+    config.warm_start.steps = 2
+    config.data.eval_limit = 3
+    config.rollout.max_turn = 12
+    config.rollout.max_turns = 2
+    config.retrieval.update(retrieval)
+    workdir = epath.Path(tmp_path) / name
+    with jax.numpy_dtype_promotion("standard"):
+      train.train(config, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return workdir, [
+      {k: v for k, v in json.loads(line).items()
+       if not k.startswith(("timing_s/", "perf/"))}
+      for line in lines
+    ]
+
+  path = str(tmp_path / "searches.jsonl")
+  _, recorded = run("recorded", record=path)
+  monkeypatch.setattr(
+    experiment, "_searching", lambda *unused: pytest.fail("an index was opened")
+  )
+  workdir, replayed = run("replayed", replay=path)
+  assert replayed == recorded and len(recorded) == 3
+  assert not (workdir / "index").exists()
+  card = json.loads((workdir / "eval/card.json").read_text())["settings"]
+  assert card["replayed"] == path and card["corpus_hash"]
