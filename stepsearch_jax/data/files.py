@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 
+import numpy as np
 from etils import epath
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -40,7 +41,8 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
 
   Args:
     path: the file, or `tfds:<folder of the prepared dataset>:<split>` for a
-      dataset that `tools/prepare_data` built.
+      dataset that `tools/prepare_data` built or one whose features are the
+      fields of a row (stored as array_record, which needs no TensorFlow).
 
   Raises:
     DataError: the file is missing, of an unknown type, or a row is no object.
@@ -78,7 +80,22 @@ def _tfds(reference: str) -> Iterator[tuple[str, dict]]:
       f"{sorted(builder.info.splits)}"
     )
   for number, example in enumerate(builder.as_data_source(split), 1):
-    yield f"{reference}:{number}", json.loads(example["record"])
+    where = f"{reference}:{number}"
+    if "record" in example:
+      yield where, _parse(where, example["record"].decode())
+    else:
+      yield where, _plain(example)
+
+
+def _plain(value):
+  """A TFDS example as the JSON value that it stands for."""
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, bytes):
+    return value.decode(errors="replace")
+  if isinstance(value, np.ndarray):
+    return [_plain(item) for item in value.tolist()]
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def _parquet(path: epath.Path) -> Iterator[tuple[str, dict]]:

@@ -8,6 +8,7 @@ The schema is recognised row by row from the fields that are there:
   reward_model             verl parquet / jsonl, with or without search keys
   supporting_facts         HotpotQA and 2WikiMultihopQA, official
   golden_answers           FlashRAG, Bamboogle, NQ
+  answer, answers          any other: question and a string or list of strings
 """
 
 from __future__ import annotations
@@ -68,15 +69,21 @@ def parse_question(where: str, row: dict, number: int = 0) -> types.Question:
   """
   for field, parse in _SCHEMAS.items():
     if field in row:
-      question = parse(where, row, number)
+      try:
+        question = parse(where, row, number)
+      except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise files.DataError(
+          f"{where}: a malformed row, recognised by its field {field} "
+          f"({type(error).__name__}: {error})"
+        ) from error
       break
   else:
     raise files.DataError(
       f"{where}: unknown question schema, expected one of the fields "
       f"{sorted(_SCHEMAS)}, found {sorted(row)}"
     )
-  if not question.text.strip():
-    raise files.DataError(f"{where}: field question is empty")
+  if not isinstance(question.text, str) or not question.text.strip():
+    raise files.DataError(f"{where}: field question is empty or no text")
   if not question.answers or not all(a.strip() for a in question.answers[:1]):
     raise files.DataError(f"{where}: question without an answer")
   return question
@@ -92,8 +99,10 @@ def _field(where: str, row: dict, name: str):
 
 def _texts(where: str, name: str, value) -> tuple[str, ...]:
   """A string or list of strings as a tuple without repeats."""
-  values = [value] if isinstance(value, str) else list(value or ())
-  if not all(isinstance(v, str) for v in values):
+  values = [value] if isinstance(value, str) else value
+  if not isinstance(values, (list, tuple)) or not all(
+    isinstance(v, str) for v in values
+  ):
     raise files.DataError(f"{where}: field {name} must hold strings, got "
                           f"{value!r}")
   return tuple(dict.fromkeys(values))
@@ -174,6 +183,7 @@ def _stepsearch(where: str, row: dict, number: int) -> types.Question:
     source=row.get("data_source", "musique"),
     search_keys=tuple(tuple(group) for group in row["sub_searchs"] or ()),
     support=tuple(_passage(d["title"], d["paragraph_text"]) for d in documents),
+    extra={"pseudo_support": True} if row.get("pseudo_support") else {},
   )
 
 
@@ -201,13 +211,31 @@ def _verl(where: str, row: dict, number: int) -> types.Question:
   )
 
 
+def context_paragraphs(where: str, context) -> list[tuple[str, str]]:
+  """(title, text) of HotpotQA's context, as in its files or as on the hub.
+
+  Raises:
+    files.DataError: it is neither.
+  """
+  try:
+    if isinstance(context, dict):
+      pairs = list(zip(context["title"], context["sentences"], strict=True))
+    else:
+      pairs = [(title, lines) for title, lines in context]
+    if any(isinstance(part, str) for _, part in pairs):
+      raise ValueError("sentences must be lists")
+    return [(title, "".join(lines).strip()) for title, lines in pairs]
+  except (ValueError, TypeError, KeyError) as error:
+    raise files.DataError(
+      f"{where}: field context must hold [title, [sentence, ..]] pairs "
+      f"({error})"
+    ) from error
+
+
 def _hotpot(where: str, row: dict, number: int) -> types.Question:
   facts = row["supporting_facts"]
   titles = facts["title"] if isinstance(facts, dict) else [f[0] for f in facts]
-  context = _field(where, row, "context")
-  if isinstance(context, dict):
-    context = list(zip(context["title"], context["sentences"], strict=True))
-  text = {title: "".join(lines).strip() for title, lines in context}
+  text = dict(context_paragraphs(where, _field(where, row, "context")))
   wanted = [title for title in dict.fromkeys(titles) if title in text]
   source = "2wikimultihopqa" if "evidences" in row else "hotpotqa"
   return types.Question(
@@ -224,6 +252,18 @@ def _flashrag(where: str, row: dict, number: int) -> types.Question:
     id=str(row.get("id", number)),
     text=_field(where, row, "question"),
     answers=_texts(where, "golden_answers", row["golden_answers"]),
+    source=str(row.get("data_source", "")),
+  )
+
+
+def _any(where: str, row: dict, number: int) -> types.Question:
+  answers = row.get("answers", row.get("answer"))
+  given = _texts(where, "answer", answers)
+  aliases = _texts(where, "answer_aliases", row.get("answer_aliases") or ())
+  return types.Question(
+    id=str(row.get("id", number)),
+    text=_field(where, row, "question"),
+    answers=tuple(dict.fromkeys(given + aliases)),
     source=str(row.get("data_source", "")),
   )
 
@@ -255,4 +295,6 @@ _SCHEMAS: dict[str, Callable[[str, dict, int], types.Question]] = {
   "reward_model": _verl,
   "supporting_facts": _hotpot,
   "golden_answers": _flashrag,
+  "answers": _any,
+  "answer": _any,
 }

@@ -11,14 +11,20 @@ from etils import epath
 from stepsearch_jax import types
 from stepsearch_jax.data import files, questions
 
+# Fields by which a row is a question that brings its paragraphs.
+_OF_QUESTIONS = frozenset(
+  ("paragraphs", "context", "support", "sub_support_docs", "reward_model")
+)
+
 
 def load_corpus(path: str) -> list[types.Passage]:
   """Reads a passage file.
 
   Args:
     path: rows `{"id", "contents": "title\\ntext"}` or `{"id", "title",
-      "content" | "text"}`; rows with `paragraphs` (MuSiQue) or `context`
-      (HotpotQA) give all their paragraphs, each once.
+      "content" | "text"}`; rows of questions give all their paragraphs, each
+      once: `paragraphs` (MuSiQue), `context` (HotpotQA) or, where there are no
+      others, the supporting ones (StepSearch, verl, this project).
 
   Returns:
     Passages in file order.
@@ -52,7 +58,7 @@ def stream_corpus(path: str) -> Iterator[types.Passage]:
   where, first = next(rows, (path, None))
   if first is None:
     raise files.DataError(f"{path}: no passages in the file")
-  if "paragraphs" in first or "context" in first:
+  if _OF_QUESTIONS & first.keys():
     yield from load_corpus(path)
     return
   yield from _passages(where, first)
@@ -63,21 +69,46 @@ def stream_corpus(path: str) -> Iterator[types.Passage]:
 def _passages(where: str, row: dict) -> Iterable[types.Passage]:
   if "paragraphs" in row:
     for p in row["paragraphs"]:
-      yield _identified(p["title"], p["paragraph_text"])
+      if not isinstance(p, dict) or "paragraph_text" not in p:
+        raise files.DataError(
+          f"{where}: paragraphs must hold title and paragraph_text, got {p!r}"
+        )
+      title = _text(where, "title", p.get("title", ""))
+      yield _identified(
+        title, _text(where, "paragraph_text", p["paragraph_text"])
+      )
   elif "context" in row:
-    for title, lines in row["context"]:
-      yield _identified(title, "".join(lines).strip())
+    for title, text in questions.context_paragraphs(where, row["context"]):
+      yield _identified(title, text)
+  elif _OF_QUESTIONS & row.keys():
+    yield from questions.parse_question(where, row).support
   elif "contents" in row:
-    title, _, text = row["contents"].partition("\n")
+    contents = _text(where, "contents", row["contents"])
+    title, _, text = contents.partition("\n")
     yield types.Passage(str(row.get("id", where)), title, text)
   elif "content" in row or "text" in row:
-    text = row.get("content", row.get("text"))
-    yield types.Passage(str(row.get("id", where)), row.get("title", ""), text)
+    name = "content" if "content" in row else "text"
+    yield types.Passage(
+      str(row.get("id", where)), _text(where, "title", row.get("title") or ""),
+      _text(where, name, row[name]),
+    )
   else:
+    if "question" in row:
+      raise files.DataError(
+        f"{where}: a question without paragraphs is no corpus: name one "
+        "(data.corpus or --corpus)"
+      )
     raise files.DataError(
       f"{where}: unknown corpus schema, expected contents, content, text, "
       f"paragraphs or context, found {sorted(row)}"
     )
+
+
+def _text(where: str, name: str, value) -> str:
+  if not isinstance(value, str):
+    raise files.DataError(f"{where}: field {name} must be a string, got "
+                          f"{value!r}")
+  return value
 
 
 def _identified(title: str, text: str) -> types.Passage:
@@ -85,7 +116,13 @@ def _identified(title: str, text: str) -> types.Passage:
 
 
 def write_corpus(path: epath.Path, passages: Iterable[types.Passage]) -> int:
-  """Writes passages as `{"id", "title", "text"}` rows; returns how many."""
+  """Writes passages as `{"id", "title", "text"}` rows; returns how many.
+
+  Raises:
+    files.DataError: the file is to be of another type than .jsonl.
+  """
+  if not path.name.endswith(".jsonl"):
+    raise files.DataError(f"{path}: a corpus is written as .jsonl")
   temporary = path.with_name(path.name + ".tmp")
   count = 0
   with temporary.open("w") as file:

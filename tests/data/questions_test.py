@@ -82,6 +82,23 @@ def test_released_jsonl_and_verl_rows():
   assert ours.search_keys == (("k",),) and ours.support[0].title == "T"
 
 
+def test_any_rows_of_question_and_answer_are_questions():
+  ours = questions.parse_question("f:1", {"question": "Q?", "answer": "A"}, 4)
+  assert (ours.id, ours.text, ours.answers) == ("4", "Q?", ("A",))
+  row = {"id": 9, "question": "Q?", "answers": ["A", "B"],
+         "answer_aliases": ["B", "C"], "data_source": "mine"}
+  ours = questions.parse_question("f:1", row)
+  assert (ours.id, ours.answers, ours.source) == ("9", ("A", "B", "C"), "mine")
+
+
+def test_pseudo_labels_stay_flagged():
+  ours = questions.parse_question("f:1", RELEASED | {"pseudo_support": True})
+  assert ours.extra == {"pseudo_support": True}
+  again = questions.parse_question("f:1", questions.to_row(ours))
+  assert again.extra == ours.extra
+  assert not questions.parse_question("f:1", RELEASED).extra
+
+
 @pytest.mark.parametrize(
   "lines, message",
   [
@@ -95,6 +112,13 @@ def test_released_jsonl_and_verl_rows():
     (['{"text": "q"}'], r"x\.jsonl:1: unknown question schema"),
     (['{"question_decomposition": [], "question": "q"}'],
      r"x\.jsonl:1: field answer is missing"),
+    (['{"question": "q", "answers": {"text": ["a"], "answer_start": [1]}}'],
+     r"x\.jsonl:1: field answer must hold strings"),
+    (['{"question": 5, "answer": "a"}'], r"x\.jsonl:1: field question is .*no"),
+    (['{"question": "q", "answer": "a", "question_decomposition": [{}]}'],
+     r"x\.jsonl:1: a malformed row.*question_decomposition .KeyError"),
+    (['{"question": "q", "answer": "a", "supporting_facts": [], '
+      '"context": ["x"]}'], r"x\.jsonl:1: field context must hold"),
     ([], r"x\.jsonl: no questions"),
   ],
 )
