@@ -12,6 +12,7 @@ Knows text, writers and retrievers; no JAX.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.data import files
+from stepsearch_jax.rewards import text_match
 
 _QUERY_PROMPT = (
   "Write {count} different short web search queries, one per line, that would "
@@ -39,6 +41,7 @@ _HOP_PROMPT = (
   "Question: {question}\nSteps:\n"
 )
 _BATCH = 32  # Prompts written together, and lost if the process dies.
+_QUERIES = 64  # Asked of a retriever at a time.
 _MARKER = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 _WEAK = frozenset(
   "a an the of in on at to for by with is are was were be been do does did has "
@@ -215,21 +218,72 @@ def _same(a: types.Passage, b: types.Passage) -> bool:
   return a.id == b.id or a.text.strip() == b.text.strip()
 
 
-def pseudo_support(
-  question: types.Question, retriever, k: int
-) -> tuple[types.Passage, ...]:
-  """Passages that hold a sub-answer, for questions without supporting ones."""
-  hops = resolved(question) or [question.text]
-  answers = [hop.answer for hop in question.decomposition]
-  answers = answers or [question.answers[0]]
-  found = []
-  for hop, answer, passages in zip(
-    hops, answers, retriever.search(hops, k), strict=True
-  ):
-    del hop
-    holding = [p for p in passages if answer.lower() in p.text.lower()]
-    found += holding[:1]
-  return tuple(dataclasses.replace(p, score=0.0) for p in found)
+def pseudo_label(
+  questions: Sequence[types.Question], retrievers: Mapping[str, object], k: int
+) -> list[types.Question]:
+  """Gives questions without supporting passages the best guesses.
+
+  Args:
+    questions: any; those with supporting passages stay as they are.
+    retrievers: by name; each has `search(queries, k)`.
+    k: passages looked at per sub-question.
+
+  Returns:
+    The questions. The guess for a hop is the first passage found for its
+    sub-question whose words hold its answer, retrievers in their order; it is
+    flagged in `extra["pseudo_support"]`.
+  """
+  lacking = [q for q in questions if not q.support and q.decomposition]
+  if not lacking:
+    return list(questions)
+  asked = sorted({hop for q in lacking for hop in resolved(q)})
+  answers = _search_all(retrievers, asked, k)
+  labelled = {}
+  for question in lacking:
+    support, hops = [], []
+    for text, hop in zip(
+      resolved(question), question.decomposition, strict=True
+    ):
+      found = (p for shown in answers.values() for p in shown[text])
+      best = next((p for p in found if _holds(p.text, hop.answer)), None)
+      if best is not None:
+        hop = dataclasses.replace(hop, support=len(support))
+        support.append(dataclasses.replace(best, score=0.0))
+      hops.append(hop)
+    labelled[question.id] = dataclasses.replace(
+      question, support=tuple(support), decomposition=tuple(hops),
+      extra={**question.extra, "pseudo_support": True},
+    )
+  return [
+    q if q.support else labelled.get(q.id, q) for q in questions
+  ]
+
+
+def _holds(text: str, answer: str) -> bool:
+  """Whether the words of an answer stand in a text; yes and no never count."""
+  words = text_match.normalize_answer(answer)
+  if words in ("", "yes", "no"):
+    return False
+  return f" {words} " in f" {text_match.normalize_answer(text)} "
+
+
+def _search_all(
+  retrievers: Mapping[str, object], queries: Sequence[str], k: int
+) -> dict[str, dict[str, list[types.Passage]]]:
+  """{retriever: {query: passages}}, the retrievers side by side."""
+
+  def ask(item):
+    name, retriever = item
+    found = {}
+    for start in tqdm.trange(
+      0, len(queries), _QUERIES, desc=name, unit="batch"
+    ):
+      part = queries[start : start + _QUERIES]
+      found |= zip(part, retriever.search(part, k), strict=True)
+    return name, found
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(pool.map(ask, retrievers.items()))
 
 
 def filter_queries(
@@ -248,16 +302,11 @@ def filter_queries(
 
   Returns:
     (questions whose search keys are the kept queries, report). The report
-    counts queries by hop, writer and retriever.
+    counts queries by hop, writer and retriever, and apart those judged by
+    pseudo-labels.
   """
   everything = sorted({q for group in written for hop in group for q in hop})
-  answers = {}
-  for name, retriever in retrievers.items():
-    answers[name] = {}
-    for start in tqdm.trange(0, len(everything), 64, desc=name, unit="batch"):
-      part = everything[start : start + 64]
-      found = retriever.search(part, k)
-      answers[name] |= dict(zip(part, found, strict=True))
+  answers = _search_all(retrievers, everything, k)
   needed = math.ceil(len(retrievers) / 2)
   counts = collections.defaultdict(collections.Counter)
   out = []
@@ -273,7 +322,10 @@ def filter_queries(
         ]
         good = len(hits) >= needed
         kept += [query] if good else []
-        for group in (f"hop {hop + 1}", "all", *(f"by {w}" for w in writers)):
+        groups = [f"hop {hop + 1}", "all", *(f"by {w}" for w in writers)]
+        if question.extra.get("pseudo_support"):
+          groups.append("pseudo-labelled")
+        for group in groups:
           counts[group]["written"] += 1
           counts[group]["kept"] += good
           for name in hits:
@@ -285,9 +337,13 @@ def filter_queries(
   return out, {name: dict(group) for name, group in sorted(counts.items())}
 
 
-def released_row(question: types.Question, pseudo: bool = False) -> dict:
-  """A question in the schema of StepSearch's released files."""
-  row = {
+def released_row(question: types.Question) -> dict:
+  """A question in the schema of StepSearch's released files.
+
+  The field `pseudo_support` is ours: true if the supporting passages are only
+  such as hold the sub-answers.
+  """
+  return {
     "id": question.id,
     "data_source": question.source,
     "question": question.text,
@@ -298,8 +354,8 @@ def released_row(question: types.Question, pseudo: bool = False) -> dict:
     "sub_support_docs": [
       {"title": p.title, "paragraph_text": p.text} for p in question.support
     ],
+    "pseudo_support": bool(question.extra.get("pseudo_support")),
   }
-  return row | {"pseudo_support": True} if pseudo else row
 
 
 def render_report(report: Mapping[str, Mapping[str, int]],

@@ -53,7 +53,8 @@ _WRITERS = flags.DEFINE_list(
 )
 _RETRIEVERS = flags.DEFINE_list(
   "retrievers", ["hashed_tfidf", "bm25"],
-  "Which retrievers judge the queries: bm25, hashed_tfidf or BERT encoders.",
+  "Which retrievers judge the queries: bm25, hashed_tfidf, BERT encoders, or "
+  "the URL of a /retrieve server.",
 )
 _QUERIES = flags.DEFINE_integer(
   "queries", 3, "Queries per sub-question and writer.", 1
@@ -128,6 +129,9 @@ def check(questions: list[types.Question]) -> None:
      "they cannot be trained on: no step reward"),
     ("a decomposition", [q for q in questions if not q.decomposition],
      "they cannot be scripted for a warm start"),
+    ("labels of their own", [
+      q for q in questions if q.extra.get("pseudo_support")
+     ], "their supporting paragraphs only hold the sub-answers"),
   ):
     if lacking:
       print(f"{len(lacking)} without {what}: {loss}")
@@ -183,7 +187,12 @@ def main() -> None:
   if _AUDIT.value:
     audit(questions)
   if _SUPERVISE.value:
-    supervise(questions)
+    try:
+      supervise(questions)
+    except search_env.SearchError as error:
+      raise ValueError(
+        f"{error} (the same command goes on where it stopped)"
+      ) from error
   if _TFDS_DIR.value:
     from stepsearch_jax.data.datasets import multihop_qa
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from absl import logging
@@ -10,7 +9,13 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.data import supervision
-from stepsearch_jax.retrieval import bm25, encoder, index_build, retriever
+from stepsearch_jax.retrieval import (
+  bm25,
+  encoder,
+  index_build,
+  remote,
+  retriever,
+)
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.tools import writers as writers_lib
 
@@ -30,12 +35,18 @@ def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
 
 
 def open_retrievers(names, passages, cache: epath.Path) -> dict:
-  """Retrievers by name: "bm25" or an encoder; indexes stay in `cache`."""
+  """Retrievers by name: "bm25", the URL of a /retrieve server, or an encoder.
+
+  Indexes stay in `cache`.
+  """
   digest = corpus_lib.corpus_hash(passages)
   opened = {}
   for name in names:
     if name == "bm25":
       opened[name] = bm25.Bm25Retriever(passages)
+      continue
+    if name.startswith(("http://", "https://")):
+      opened[name] = remote.RemoteRetriever(name)
       continue
     embed = encoder.load_encoder(name)
     safe = "".join(c if c.isalnum() else "_" for c in name)
@@ -67,20 +78,20 @@ def supervise(
   models = [w for w in writers if w.name != "rules"]
   retrievers = open_retrievers(retriever_names, passages, cache)
   questions = supervision.decompose(questions, models[0] if models else None)
-  first = next(iter(retrievers.values()))
-  pseudo = {q.id for q in questions if not q.support}
-  questions = [
-    dataclasses.replace(q, support=supervision.pseudo_support(q, first, topk))
-    if q.id in pseudo else q
-    for q in questions
-  ]
+  questions = supervision.pseudo_label(questions, retrievers, topk)
   ready = [q for q in questions if q.decomposition and q.support]
   if len(ready) < len(questions):
     logging.warning("%d questions without decomposition or support left out",
                     len(questions) - len(ready))
+  if not ready:
+    raise ValueError(
+      "no question has a decomposition and supporting passages: --writers "
+      "needs a language model to write the one, --corpus passages with the "
+      "sub-answers to find the others"
+    )
   written = supervision.write_queries(ready, writers, queries)
   kept, report = supervision.filter_queries(ready, written, retrievers, topk)
-  rows = [supervision.released_row(q, q.id in pseudo) for q in kept]
+  rows = [supervision.released_row(q) for q in kept]
   supervision.write_rows(output, rows)
   output.with_name(output.name + ".report.json").write_text(
     json.dumps(report, indent=2) + "\n"

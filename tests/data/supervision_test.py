@@ -128,16 +128,44 @@ def test_questions_without_decomposition_get_a_written_one():
   assert supervision.resolved(done)[1] == "Where is Lintel?"
 
 
+BARE = types.Question(
+  "b", "?", ("Mossing",), decomposition=tuple(
+    types.SubQuestion(hop.question, hop.answer)
+    for hop in QUESTION.decomposition
+  ),
+)
+
+
 def test_pseudo_labels_are_passages_with_the_sub_answers():
-  bare = types.Question(
-    "b", "?", ("Mossing",), decomposition=QUESTION.decomposition
-  )
-  retriever = Table({
-    "Ada Rook >> place of birth": [OTHER, GOLD],
-    "On which river does Lintel lie?": [OTHER],
-  })
-  assert supervision.pseudo_support(bare, retriever, 2) == (GOLD,)
-  assert supervision.released_row(bare, pseudo=True)["pseudo_support"]
+  first, second = resolved = supervision.resolved(BARE)
+  near = types.Passage("n", "X", "Lintels and the lintelled house.")
+  tables = {
+    "one": Table({first: [near, OTHER, GOLD], second: [OTHER, near]}),
+    "two": Table({first: [SECOND], second: [OTHER, SECOND]}),
+  }
+  done, same = supervision.pseudo_label([BARE, QUESTION], tables, 3)
+  assert same is QUESTION
+  assert done.support == (GOLD, SECOND) and done.extra["pseudo_support"]
+  assert [hop.support for hop in done.decomposition] == [0, 1]
+  # A hop is judged by its own guess, not by the other hop's.
+  written = [[{"x": ["w"]}, {"y": ["w"]}]]
+  tables = {"one": Table({"x": [SECOND], "y": [SECOND]})}
+  (out,), report = supervision.filter_queries([done], written, tables, 1)
+  assert out.search_keys == ((), ("y",)) and len(resolved) == 2
+  assert report["pseudo-labelled"] == {"written": 2, "kept": 1, "one": 1}
+  row = supervision.released_row(out)
+  assert row["pseudo_support"] is True
+  assert supervision.released_row(QUESTION)["pseudo_support"] is False
+
+
+def test_yes_no_and_unfound_answers_give_no_pseudo_labels():
+  hops = tuple(types.SubQuestion(a, a) for a in ("no", "the", "Nowhere"))
+  bare = types.Question("b", "?", ("no",), decomposition=hops)
+  table = Table({a: [types.Passage("p", "P", "no, yes and the rest")]
+                 for a in ("no", "the", "Nowhere")})
+  (done,) = supervision.pseudo_label([bare], {"t": table}, 1)
+  assert done.support == ()
+  assert [hop.support for hop in done.decomposition] == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -147,9 +175,12 @@ def test_output_reads_back_in_the_released_schema(tmp_path, name):
   supervised = dataclasses.replace(
     QUESTION, search_keys=(("a", "b"), (), ("c",))
   )
+  flagged = dataclasses.replace(supervised, extra={"pseudo_support": True})
   path = epath.Path(tmp_path) / name
-  supervision.write_rows(path, [supervision.released_row(supervised)])
-  (again,) = questions.load_questions(str(path), require_support=True)
+  rows = [supervision.released_row(q) for q in (supervised, flagged)]
+  supervision.write_rows(path, rows)
+  again, pseudo = questions.load_questions(str(path), require_support=True)
+  assert not again.extra and pseudo.extra == {"pseudo_support": True}
   assert again.search_keys == (("a", "b"), ("c",))
   assert [p.text for p in again.support] == [GOLD.text, SECOND.text]
   assert again.answers == ("Mossing",)
