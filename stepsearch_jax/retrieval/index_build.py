@@ -151,24 +151,41 @@ def _open_table(partial, about):
   return table
 
 
+def _finished(partial) -> set[int]:
+  """Shards that earlier attempts embedded, with however many processes."""
+  shards = set()
+  for note in partial.glob("done_*_of_*.json"):
+    _, part, _, parts = note.stem.split("_")
+    count = json.loads(note.read_text())
+    shards.update(int(part) + i * int(parts) for i in range(count))
+  return shards
+
+
 def _embed(partial, store, encoder, table, part, parts) -> None:
   """Embeds every `parts`-th shard from `part` on, noting each finished one."""
+  done = _finished(partial)
   note = partial / f"done_{part}_of_{parts}.json"
-  done = json.loads(note.read_text()) if note.exists() else 0
-  starts = list(range(0, len(store), _SHARD))
-  mine = starts[part::parts]
-  total = sum(min(_SHARD, len(store) - start) for start in mine)
-  bar = tqdm.tqdm(total=total, unit="passage", desc="embed")
-  for number, start in enumerate(mine):
-    stop = min(start + _SHARD, len(store))
-    if number >= done:
+  mine = range(part, -(-len(store) // _SHARD), parts)
+
+  def span(shard):
+    return shard * _SHARD, min((shard + 1) * _SHARD, len(store))
+
+  sizes = {shard: span(shard)[1] - span(shard)[0] for shard in mine}
+  bar = tqdm.tqdm(
+    total=sum(sizes.values()), unit="passage", desc="embed",
+    # What was done before must not count as speed.
+    initial=sum(size for shard, size in sizes.items() if shard in done),
+  )
+  for number, shard in enumerate(mine, 1):
+    if shard not in done:
+      start, stop = span(shard)
       texts = [encoder_lib.passage_text(store[i]) for i in range(start, stop)]
       table[start:stop] = encoder.encode(texts, "passage")
       table.flush()
-      temporary = note.with_name(note.name + ".tmp")
-      temporary.write_text(json.dumps(number + 1))
-      temporary.replace(note)
-    bar.update(stop - start)
+      bar.update(stop - start)
+    temporary = note.with_name(note.name + ".tmp")
+    temporary.write_text(json.dumps(number))
+    temporary.replace(note)
   bar.close()
 
 
@@ -191,7 +208,9 @@ def _finish(folder, partial, about, encoder, spec) -> None:
     str(partial / "embeddings.npy"), mmap_mode="r", allow_pickle=False
   )
   scann = index_lib.load_scann()
-  choice, rows = tuning.Measured(tuning.Setting("exact"), 1.0, 0.0), []
+  choice, rows = tuning.Measured(
+    tuning.Setting("exact"), 1.0, 0.0, vectors.nbytes
+  ), []
   if scann is not None and tuning.kinds(len(vectors)) != ("exact",):
     searcher, choice, rows = tuning.tune(
       scann, vectors, min(spec.k, len(vectors)), spec.recall, spec.topk,
@@ -212,6 +231,7 @@ def _finish(folder, partial, about, encoder, spec) -> None:
     "search": dataclasses.asdict(choice.setting),
     "recall": choice.recall,
     "recall_k": spec.k,
+    "soar": spec.soar,
     "bytes": sum(f.stat().length for f in (partial / "scann").iterdir())
     if (partial / "scann").exists() else vectors.nbytes,
     "tuning": [dataclasses.asdict(row) for row in rows],

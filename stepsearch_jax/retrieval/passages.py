@@ -6,6 +6,7 @@ finds them.
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import mmap
@@ -32,7 +33,7 @@ def write_passages(
   Returns:
     (number of passages, corpus hash as in `corpus.corpus_hash`).
   """
-  digest, offsets, at = hashlib.sha256(), [], 0
+  digest, offsets, at = hashlib.sha256(), array.array("q"), 0
   with (folder / _TEXTS).open("wb") as file:
     for p in passages:
       row = {"id": p.id, "title": p.title, "text": p.text}

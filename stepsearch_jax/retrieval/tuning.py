@@ -50,11 +50,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A setting with what it reached on the sample."""
+  """A setting with what it reached on the sample, and what it weighs."""
 
   setting: Setting
   recall: float
   queries_per_second: float
+  bytes: int = 0
 
 
 def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
@@ -71,12 +72,33 @@ def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
       training_sample_size=min(count, max(100_000, 40 * leaves)),
       soar_lambda=1.5 if soar else None,
     )
-  block = 2 if dim <= 512 else -(-dim // 256)
   return (
-    builder.score_ah(block, anisotropic_quantization_threshold=0.2)
+    builder.score_ah(_block(dim), anisotropic_quantization_threshold=0.2)
     .reorder(_REORDER[-1])
     .build()
   )
+
+
+def _block(dim: int) -> int:
+  """Dimensions that share one code."""
+  return 2 if dim <= 512 else -(-dim // 256)
+
+
+def weight(kind: str, count: int, dim: int, soar: bool) -> int:
+  """Bytes of a search's assets: on disk, and not exceeded in memory.
+
+  All kinds keep the float32 rows, to score with or to score again; a row's
+  codes take a byte a block (half of it in memory), a leaf two float32 centres;
+  spilling stores a row's codes and leaf twice.
+  """
+  total = 4 * count * dim
+  if kind == "exact":
+    return total
+  copies = 2 if soar and kind == "tree" else 1
+  total += copies * count * -(-dim // _block(dim))
+  if kind == "tree":
+    total += copies * 4 * count + 8 * int(np.sqrt(count)) * dim
+  return total
 
 
 def kinds(count: int) -> tuple[str, ...]:
@@ -181,7 +203,9 @@ def tune(
   """
   names = kinds(len(vectors))
   if names == ("exact",):
-    choice = Measured(Setting("exact"), 1.0, 0.0)
+    choice = Measured(
+      Setting("exact"), 1.0, 0.0, weight("exact", *vectors.shape, soar)
+    )
     return build(scann, vectors, "exact", topk, soar), choice, [choice]
   queries = sample_queries(vectors)
   truth = exact_rows(vectors, queries, k)
@@ -192,8 +216,11 @@ def tune(
     bar.set_postfix_str(kind)
     with vectors_lib.releasing(vectors):
       searcher = build(scann, vectors, kind, topk, soar)
+    size = weight(kind, *vectors.shape, soar)
     rows = [
-      measure(searcher, setting, queries, truth)
+      dataclasses.replace(
+        measure(searcher, setting, queries, truth), bytes=size
+      )
       for setting in _settings(kind, len(vectors))
     ]
     table += rows

@@ -1,9 +1,10 @@
-"""Passage vectors that exist already: .npy files and FAISS flat indexes."""
+"""Passage vectors that exist already: .npy, bare .memmap, FAISS flat index."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import struct
 import threading
 
@@ -12,12 +13,14 @@ import numpy as np
 _FLAT = {b"IxFI": "inner product", b"IxF2": "L2"}
 
 
-def open_vectors(path: str) -> np.ndarray:
+def open_vectors(path: str, dim: int | None = None) -> np.ndarray:
   """Memory-maps vectors.
 
   Args:
-    path: .npy of float32 or float16 [n, d], or a file of FAISS's IndexFlat
-      (IndexFlatIP or IndexFlatL2 as written by faiss.write_index).
+    path: .npy of float32 or float16 [n, d], a .memmap of nothing but float32
+      values (as FlashRAG and Search-R1 save embeddings), or a file of FAISS's
+      IndexFlat (IndexFlatIP or IndexFlatL2 as written by faiss.write_index).
+    dim: d of a .memmap, which does not say it itself.
 
   Returns:
     [n, d], read-only, nothing loaded yet.
@@ -38,11 +41,16 @@ def open_vectors(path: str) -> np.ndarray:
         f"{list(table.shape)}"
       )
     return table
+  if path.endswith(".memmap") and dim is not None:
+    size = os.path.getsize(path)
+    if not size or size % (4 * dim):
+      raise ValueError(f"{path}: {size} bytes are no float32 rows of {dim}")
+    return np.memmap(path, np.float32, "r", shape=(size // (4 * dim), dim))
   if head[:4] in _FLAT:
     return _faiss_flat(path, head)
   raise ValueError(
-    f"{path}: expected a .npy file or a FAISS flat index (IndexFlatIP, "
-    f"IndexFlatL2), it begins with {head[:4]!r}"
+    f"{path}: expected a .npy file, a .memmap or a FAISS flat index "
+    f"(IndexFlatIP, IndexFlatL2), it begins with {head[:4]!r}"
   )
 
 
@@ -82,15 +90,22 @@ def releasing(table: np.ndarray, every: float = 0.1):
 def _faiss_flat(path: str, head: bytes) -> np.ndarray:
   # fourcc, d, ntotal, two unused words, is_trained, metric, then the length of
   # the codes in 4-byte units and the codes themselves.
-  dim, count, _, _, _, metric = struct.unpack_from("<iqqqbi", head, 4)
-  at = 4 + struct.calcsize("<iqqqbi")
-  if metric > 1:
+  fields = struct.Struct("<iqqqbi")
+  at = 4 + fields.size
+  if len(head) < at + 8:
+    raise ValueError(f"{path}: the header of a FAISS index ends early")
+  dim, count, _, _, _, metric = fields.unpack_from(head, 4)
+  if metric not in (0, 1):
     raise ValueError(f"{path}: FAISS metric {metric} is not supported, only "
                      "inner product and L2")
   (floats,) = struct.unpack_from("<Q", head, at)
-  if floats != dim * count:
+  if dim < 1 or count < 1 or floats != dim * count:
     raise ValueError(
       f"{path}: the header promises {count} x {dim} floats, the file says "
       f"{floats}"
     )
+  size = os.path.getsize(path)
+  if size < at + 8 + 4 * floats:
+    raise ValueError(f"{path}: {size} bytes cannot hold {count} x {dim} "
+                     "floats; is it only a part of the index?")
   return np.memmap(path, np.float32, "r", offset=at + 8, shape=(count, dim))

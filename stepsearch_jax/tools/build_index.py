@@ -5,7 +5,7 @@
 
 The same command goes on after a kill. With --multihost (or --coordinator ...)
 several processes split the embedding. --vectors= takes embeddings that exist
-already: a .npy file or a FAISS flat index.
+already: a .npy file, a bare .memmap of float32 or a FAISS flat index.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ENCODER = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Index folder; must not exist.")
 _VECTORS = flags.DEFINE_string(
-  "vectors", None, "Embeddings of the passages by the same encoder (.npy or "
-  "FAISS flat index), instead of embedding them here.",
+  "vectors", None, "Embeddings of the passages by the same encoder (.npy, "
+  ".memmap or FAISS flat index), instead of embedding them here.",
 )
 _RECALL = flags.DEFINE_float(
   "recall", 0.98, "Share of the exact neighbours that the search must find.",
@@ -49,12 +49,16 @@ def main() -> None:
     recall=_RECALL.value, k=_K.value, topk=max(10, _K.value), soar=_SOAR.value
   )
   mesh = sharding.make_mesh(devices=jax.local_devices())
+  embed = encoder.load_encoder(_ENCODER.value, mesh)
+  ready = None
+  if _VECTORS.value:
+    ready = vectors.open_vectors(_VECTORS.value, embed.dim)
   index_build.build_index(
     _OUTPUT.value,
     corpus.stream_corpus(_CORPUS.value),
-    encoder.load_encoder(_ENCODER.value, mesh),
+    embed,
     spec,
-    vectors=vectors.open_vectors(_VECTORS.value) if _VECTORS.value else None,
+    vectors=ready,
     together=True,
   )
   if not distributed.is_primary():
@@ -64,7 +68,8 @@ def main() -> None:
     setting = row["setting"]
     print(f"{setting['kind']:8} leaves {setting['leaves']:6d}  reorder "
           f"{setting['reorder']:4d}  recall@{_K.value} {row['recall']:.3f}  "
-          f"{row['queries_per_second']:9.0f} queries/s")
+          f"{row['queries_per_second']:9.0f} queries/s  "
+          f"{row['bytes'] / 1e6:9.1f} MB")
   print(f"{about['count']} passages, corpus {about['corpus']}, search "
         f"{about['search']['kind']}, {about['bytes'] / 1e6:.1f} MB: "
         f"{_OUTPUT.value}")
