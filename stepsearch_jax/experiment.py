@@ -8,6 +8,7 @@ this module, so an evaluation plays exactly what training played.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from stepsearch_jax.retrieval import (
 )
 from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.retrieval import encoder as encoder_lib
+from stepsearch_jax.retrieval import passages as passages_lib
 from stepsearch_jax.retrieval import retriever as retriever_lib
 from stepsearch_jax.rollout import (
   automaton,
@@ -51,11 +53,16 @@ STOP_TAGS = ("</search>", "</answer>")
 
 @dataclasses.dataclass
 class Data:
-  """Questions of a run and the passages that it may retrieve."""
+  """Questions of a run and the passages that it may retrieve.
+
+  `corpus_path` is the file of the corpus where that was not read, because a
+  ready index holds the passages: `corpus` then reads them from there.
+  """
 
   train: list[types.Question]
   heldout: list[types.Question]
-  corpus: list[types.Passage]
+  corpus: Sequence[types.Passage]
+  corpus_path: str = ""
 
 
 def load_data(config, workdir: epath.Path) -> Data:
@@ -93,12 +100,32 @@ def load_data(config, workdir: epath.Path) -> Data:
       f"data.train = {train_path!r} leaves {len(train)} training and "
       f"{len(heldout)} evaluation questions; both must be positive"
     )
+  given = config.retrieval
+  if corpus_path and given.index and given.engine == "index":
+    # 21 million passages do not belong in memory.
+    passages = passages_lib.PassageStore(_ready_index(given))
+    return Data(train, heldout, passages, corpus_path)
   if corpus_path:
     passages = corpus_lib.load_corpus(corpus_path)
   else:
     files = [path for path in (train_path, heldout_path) if path]
     passages = corpus_lib.corpus_from_questions(files)
   return Data(train, heldout, passages)
+
+
+def _ready_index(given) -> epath.Path:
+  """The folder of `retrieval.index`.
+
+  Raises:
+    ValueError: there is none.
+  """
+  folder = epath.Path(given.index)
+  if not (folder / "manifest.json").exists():
+    raise ValueError(
+      f"retrieval.index = {given.index!r} does not exist: build it with "
+      "python -m stepsearch_jax.tools.build_index"
+    )
+  return folder
 
 
 def load_tokenizer(config, workdir: epath.Path, data: Data):
@@ -229,13 +256,17 @@ def _searching(given, workdir, data):
       return online.OnlineRetriever()
     return bm25.Bm25Retriever(data.corpus)
   encoder = encoder_lib.load_encoder(given.encoder)
-  corpus, folder = data.corpus, epath.Path(given.index or workdir / "index")
+  if given.index:
+    searched = data.corpus
+    if data.corpus_path:
+      logging.info("comparing %s with the index", data.corpus_path)
+      searched = corpus_lib.stream_corpus(data.corpus_path)
+    return retriever_lib.open_retriever(
+      _ready_index(given), encoder, corpus_lib.corpus_hash(searched),
+      given.cache,
+    )
+  corpus, folder = data.corpus, workdir / "index"
   if not folder.exists():
-    if given.index:
-      raise ValueError(
-        f"retrieval.index = {given.index!r} does not exist: build it with "
-        "python -m stepsearch_jax.tools.build_index"
-      )
     encoder.fit(corpus)  # On all of it, so that shards' scores compare.
     if jax.process_count() > 1:
       corpus = distributed.share(corpus)

@@ -64,13 +64,24 @@ def summary(config, meta: dict, steps: int) -> dict:
   }
 
 
+def _corpus_name(config) -> str:
+  """What an evaluation searched, as far as the config tells."""
+  if config.retrieval.remote:
+    return f"whatever {config.retrieval.remote} searches"
+  if config.retrieval.engine == "online":
+    return "the web"
+  if config.data.train == "world":
+    return "the embedded world"
+  return config.data.corpus or "paragraphs of the question files"
+
+
 def card_settings(config, retriever, model_name: str) -> dict:
   """The settings half of an evaluation card."""
   return {
     "model": model_name,
     "questions": config.data.eval or config.data.train,
     "split": "evaluation file" if config.data.eval else "held out",
-    "corpus": config.data.corpus or "paragraphs of the question files",
+    "corpus": _corpus_name(config),
     **retriever.describe(),
     "k": config.retrieval.topk,
     "template": config.rollout.template,

@@ -64,8 +64,10 @@ class PassageStore:
     """How many there are."""
     return len(self._offsets) - 1
 
-  def __getitem__(self, i: int) -> types.Passage:
-    """Passage in row `i`."""
+  def __getitem__(self, i):
+    """Passage in row `i`, or a list of those in a slice."""
+    if isinstance(i, slice):
+      return [self[row] for row in range(*i.indices(len(self)))]
     start, stop = self._offsets[i], self._offsets[i + 1]
     row = json.loads(self._bytes[start:stop])
     return types.Passage(row["id"], row["title"], row["text"])

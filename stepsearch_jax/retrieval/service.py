@@ -204,56 +204,65 @@ async def _body(request: requests.Request, limits: ServiceLimits) -> bytes:
   return bytes(body)
 
 
+class _Metrics:
+  """What /metrics shows."""
+
+  def __init__(self, batcher: Batcher):
+    self.registry = prometheus_client.CollectorRegistry()
+    self.answered = prometheus_client.Counter(
+      "retrieve_requests", "Requests by HTTP status.", ["status"],
+      registry=self.registry,
+    )
+    self.asked = prometheus_client.Counter(
+      "retrieve_queries", "Queries answered.", registry=self.registry
+    )
+    self.seconds = prometheus_client.Histogram(
+      "retrieve_seconds", "Seconds per request.", registry=self.registry
+    )
+    prometheus_client.Gauge(
+      "retrieve_waiting", "Queries in the queue.", registry=self.registry
+    ).set_function(lambda: batcher.waiting)
+
+
+async def _answer(
+  request: requests.Request, batcher: Batcher, limits: ServiceLimits
+) -> tuple[int, dict]:
+  """(HTTP status, JSON content) of a request to /retrieve."""
+  try:
+    queries, topk, scores = parse_request(await _body(request, limits), limits)
+    found = await batcher.search(queries, topk) if queries else []
+  except BadRequestError as error:
+    return error.status, {"error": str(error)}
+  except QueueFullError as error:
+    return 429, {"error": str(error)}
+  except TimeoutError:
+    return 503, {"error": f"no result in {limits.timeout_seconds} s"}
+  except Exception as error:
+    return 500, {"error": f"the search failed: {type(error).__name__}"}
+  return 200, {"result": [
+    [
+      {"document": to_document(p), "score": p.score} if scores
+      else to_document(p)
+      for p in passages
+    ]
+    for passages in found
+  ]}
+
+
 def make_app(
   retriever: search_env.Retriever, limits: ServiceLimits | None = None
 ) -> applications.Starlette:
   """The ASGI application around a retriever."""
   limits = limits or ServiceLimits()
   batcher = Batcher(retriever, limits)
-  registry = prometheus_client.CollectorRegistry()
-  answered = prometheus_client.Counter(
-    "retrieve_requests", "Requests by HTTP status.", ["status"],
-    registry=registry,
-  )
-  asked = prometheus_client.Counter(
-    "retrieve_queries", "Queries answered.", registry=registry
-  )
-  seconds = prometheus_client.Histogram(
-    "retrieve_seconds", "Seconds per request.", registry=registry
-  )
-  prometheus_client.Gauge(
-    "retrieve_waiting", "Queries in the queue.", registry=registry
-  ).set_function(lambda: batcher.waiting)
-
-  async def answer(request: requests.Request) -> tuple[int, dict]:
-    try:
-      queries, topk, scores = parse_request(
-        await _body(request, limits), limits
-      )
-      found = await batcher.search(queries, topk) if queries else []
-    except BadRequestError as error:
-      return error.status, {"error": str(error)}
-    except QueueFullError as error:
-      return 429, {"error": str(error)}
-    except TimeoutError:
-      return 503, {"error": f"no result in {limits.timeout_seconds} s"}
-    except Exception as error:
-      return 500, {"error": f"the search failed: {type(error).__name__}"}
-    asked.inc(len(queries))
-    return 200, {"result": [
-      [
-        {"document": to_document(p), "score": p.score} if scores
-        else to_document(p)
-        for p in passages
-      ]
-      for passages in found
-    ]}
+  counted = _Metrics(batcher)
 
   async def retrieve(request: requests.Request) -> responses.Response:
     began = time.perf_counter()
-    status, content = await answer(request)
-    answered.labels(str(status)).inc()
-    seconds.observe(time.perf_counter() - began)
+    status, content = await _answer(request, batcher, limits)
+    counted.answered.labels(str(status)).inc()
+    counted.asked.inc(len(content.get("result", ())))
+    counted.seconds.observe(time.perf_counter() - began)
     headers = {"retry-after": "1"} if status in (429, 503) else None
     return responses.JSONResponse(content, status, headers)
 
@@ -264,7 +273,7 @@ def make_app(
   async def metrics(request: requests.Request) -> responses.Response:
     del request
     return responses.Response(
-      prometheus_client.generate_latest(registry),
+      prometheus_client.generate_latest(counted.registry),
       media_type=prometheus_client.CONTENT_TYPE_LATEST,
     )
 

@@ -1,0 +1,95 @@
+"""Config to retriever: ready indexes, large corpora, what cards say."""
+
+import json
+
+import pytest
+from etils import epath
+
+from configs import quickstart
+from stepsearch_jax import experiment, reporting, types
+from stepsearch_jax.data import questions
+from stepsearch_jax.retrieval import corpus, encoder, index, index_build
+
+PASSAGES = [
+  types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
+  types.Passage("2", "Lintel", "Lintel lies on the river Mossing."),
+  types.Passage("3", "Bo", "Bo sells umbrellas near the harbour."),
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A run with files of its own and a ready index."""
+  asked = [
+    types.Question(str(i), "Where was Ada Rook born?", ("Lintel",),
+                   support=(PASSAGES[0],))
+    for i in range(10)
+  ]
+  (tmp_path / "train.jsonl").write_text(
+    "".join(json.dumps(questions.to_row(q)) + "\n" for q in asked)
+  )
+  corpus.write_corpus(epath.Path(tmp_path) / "wiki.jsonl", PASSAGES)
+  index_build.build_index(
+    tmp_path / "index", corpus.stream_corpus(str(tmp_path / "wiki.jsonl")),
+    encoder.HashedTfidfEncoder(),
+  )
+  config = quickstart.get_config("runlocal")
+  config.data.train = str(tmp_path / "train.jsonl")
+  config.data.corpus = str(tmp_path / "wiki.jsonl")
+  config.retrieval.index = str(tmp_path / "index")
+  return config
+
+
+def opened(config, workdir):
+  workdir = epath.Path(workdir)
+  data = experiment.load_data(config, workdir)
+  return data, experiment.load_retriever(config, workdir, data)
+
+
+def test_a_ready_index_keeps_the_corpus_out_of_memory(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(corpus, "load_corpus", lambda *unused: pytest.fail())
+  data, retriever = opened(config, tmp_path)
+  assert len(data.corpus) == 3 and data.corpus[1] == PASSAGES[1]
+  assert data.corpus[1:] == PASSAGES[1:]
+  ((found,),) = retriever.search(["river Mossing"], 1)
+  assert (found.id, found.text) == ("2", PASSAGES[1].text)
+
+
+def test_an_index_of_another_corpus_is_refused(config, tmp_path):
+  corpus.write_corpus(epath.Path(tmp_path) / "wiki.jsonl", PASSAGES[:2])
+  with pytest.raises(index.IndexMismatchError, match="this run's corpus is"):
+    opened(config, tmp_path)
+  config.data.corpus = ""  # Then it is that of the question files.
+  with pytest.raises(index.IndexMismatchError, match="this run's corpus is"):
+    opened(config, tmp_path)
+  config.retrieval.index = str(tmp_path / "absent")
+  with pytest.raises(ValueError, match="absent' does not exist: build it"):
+    opened(config, tmp_path)
+
+
+def test_cards_name_the_corpus_and_its_hash(config, tmp_path):
+  _, retriever = opened(config, tmp_path)
+  card = reporting.card_settings(config, retriever, "m")
+  assert card["corpus"] == str(tmp_path / "wiki.jsonl")
+  assert card["corpus_hash"] == corpus.corpus_hash(PASSAGES)
+  assert card["passages"] == 3 and card["index"].startswith("hashed_tfidf:")
+
+
+@pytest.mark.parametrize("changes, name", [
+  ({}, "paragraphs of the question files"),
+  ({"data.train": "world"}, "the embedded world"),
+  ({"retrieval.remote": "http://x:1"}, "whatever http://x:1 searches"),
+  ({"retrieval.engine": "online"}, "the web"),
+])
+def test_cards_claim_no_corpus_that_was_not_searched(changes, name):
+  class Described:
+    def describe(self):
+      return {}
+
+  config = quickstart.get_config("runlocal")
+  config.data.train = "train.jsonl"
+  config.update_from_flattened_dict(changes)
+  card = reporting.card_settings(config, Described(), "m")
+  assert card["corpus"] == name
