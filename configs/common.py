@@ -97,6 +97,11 @@ def _retrieval():
   retrieval.index = ""  # Folder of a ready index; empty = build in workdir.
   # URL of a /retrieve server to ask instead of searching here.
   retrieval.remote = ""
+  # How long to bear with a server or web search; see remote.RemoteSpec.
+  retrieval.patience = ml_collections.ConfigDict(dict(
+    timeout_seconds=30.0, retries=3, backoff_seconds=0.5, open_after=3,
+    open_seconds=30.0,
+  ))
   retrieval.record = ""  # Write every search to this JSONL file.
   retrieval.replay = ""  # Answer from such a file; needs no index.
   retrieval.replay_miss = "error"  # error | search: what is not on record.

@@ -250,10 +250,11 @@ def _searching(given, workdir, data):
     # One process asks; the others learn the answer when results are merged.
     if not distributed.is_primary():
       return retriever_lib.EmptyRetriever()
+    patience = remote.RemoteSpec(**given.patience)
     if given.remote:
-      return remote.RemoteRetriever(given.remote)
+      return remote.RemoteRetriever(given.remote, patience)
     if given.engine == "online":
-      return online.OnlineRetriever()
+      return online.OnlineRetriever(spec=patience)
     return bm25.Bm25Retriever(data.corpus)
   encoder = encoder_lib.load_encoder(given.encoder)
   if given.index:

@@ -49,6 +49,13 @@ class RemoteSpec:
   open_after: int = 3
   open_seconds: float = 30.0
 
+  def __post_init__(self):
+    if self.timeout_seconds <= 0 or self.retries < 0 or self.open_after < 1:
+      raise ValueError(
+        "retrieval.patience needs timeout_seconds > 0, retries >= 0 and "
+        f"open_after >= 1: {self}"
+      )
+
 
 class PatientClient:
   """POSTs JSON with retries behind a circuit breaker; thread-safe."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 
+import tqdm
 from absl import flags
 from etils import epath
 
@@ -145,7 +146,8 @@ def audit(questions: list[types.Question]) -> None:
   if not _CORPUS.value:
     raise ValueError("--audit needs --corpus")
   counts, missing = coverage.audit(
-    questions, corpus.stream_corpus(_CORPUS.value)
+    questions,
+    tqdm.tqdm(corpus.stream_corpus(_CORPUS.value), "audit", unit="passage"),
   )
   for name, count in counts.items():
     print(f"{name:24}{count:10d}")

@@ -8,6 +8,7 @@ from etils import epath
 from configs import quickstart
 from stepsearch_jax import experiment, reporting, types
 from stepsearch_jax.data import questions
+from stepsearch_jax.env import search_env
 from stepsearch_jax.retrieval import corpus, encoder, index, index_build
 
 PASSAGES = [
@@ -93,3 +94,17 @@ def test_cards_claim_no_corpus_that_was_not_searched(changes, name):
   config.update_from_flattened_dict(changes)
   card = reporting.card_settings(config, Described(), "m")
   assert card["corpus"] == name
+
+
+def test_a_dead_server_is_given_up_as_the_config_says(config, tmp_path):
+  config.retrieval.index = config.data.corpus = ""
+  config.retrieval.remote = "http://127.0.0.1:9"
+  config.retrieval.patience.update(retries=0, open_after=1, open_seconds=99.0)
+  _, retriever = opened(config, tmp_path)
+  with pytest.raises(search_env.SearchError, match="ConnectError"):
+    retriever.search(["a"], 1)
+  with pytest.raises(search_env.SearchError, match="1 times in a row; .*9. s"):
+    retriever.search(["a"], 1)
+  config.retrieval.patience.retries = -1
+  with pytest.raises(ValueError, match="retrieval.patience needs"):
+    opened(config, tmp_path)
