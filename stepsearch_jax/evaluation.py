@@ -85,6 +85,7 @@ def summarise(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
     rows["em"].append(text_match.exact_match(answer, question.answers))
     rows["f1"].append(text_match.f1(answer, question.answers))
     rows["searches"].append(sum(turn.answered for turn in turns))
+    rows["failed_searches"].append(sum(turn.failed for turn in turns))
     rows["invalid"].append(any(turn.action == "invalid" for turn in turns))
     rows["unanswered"].append(trajectory.answer is None)
     rows["truncated"].append(trajectory.truncated_documents > 0)

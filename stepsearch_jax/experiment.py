@@ -332,17 +332,25 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
   mixture = scripted.ScriptMixture(given.impatient, given.repeat, given.whole)
   rng = np.random.default_rng((config.seed, 1))
   order = rng.integers(len(data.train), size=given.trajectories)
-  trajectories = [
-    scripted.scripted_trajectory(
-      data.train[i], env, retriever, tokenizer, mixture, rng,
-      config.rollout.max_observation,
-    )
-    for i in order
-  ]
+  trajectories, failed = [], 0
+  for i in order:
+    try:
+      trajectories.append(scripted.scripted_trajectory(
+        data.train[i], env, retriever, tokenizer, mixture, rng,
+        config.rollout.max_observation,
+      ))
+    except search_env.SearchError as error:
+      failed += 1  # Nobody should imitate a search without a result.
+      logging.log_first_n(logging.WARNING, "warm start: %s", 3, error)
+  if failed:
+    logging.warning("warm start: %d of %d scripts left out, their searches "
+                    "failed", failed, len(order))
   fitting = [t for t in trajectories if len(t.tokens) <= config.rollout.context]
   if not fitting:
     raise ValueError(
-      f"no scripted trajectory fits rollout.context = {config.rollout.context}"
+      f"none of {len(trajectories)} scripted trajectories fits "
+      f"rollout.context = {config.rollout.context}; {failed} had no search "
+      "results"
     )
   logging.info("warm start: %d of %d scripts fit the context",
                len(fitting), len(trajectories))

@@ -7,9 +7,11 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
+from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.env import search_env
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
 
@@ -100,8 +102,21 @@ class MergingRetriever:
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """The k best passages of each query over all shards."""
-    return self._merge(self._inner.search(queries, k), k)
+    """The k best passages of each query over all shards.
+
+    Raises:
+      SearchError: the search failed for good in some process.
+    """
+    try:
+      found = self._inner.search(queries, k)
+    except search_env.SearchError as error:
+      # The others wait for this process's part, if only to learn this.
+      logging.warning("a search failed: %s", error)
+      found = None
+    merged = self._merge(found, k)
+    if merged is None:
+      raise search_env.SearchError("the search failed in some process")
+    return merged
 
 
 def open_retriever(

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from configs import quickstart
-from stepsearch_jax import experiment, train
+from stepsearch_jax import evaluation, experiment, train
 from stepsearch_jax.data import files
 from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import Action
@@ -121,6 +121,8 @@ def test_rollouts_from_a_record_are_the_recorded_ones(tmp_path, monkeypatch):
   replayed, again = play(record.ReplayRetriever(path))
   assert stats.searches > 10 and stats.failed_searches > 1
   assert again.failed_searches == stats.failed_searches
+  card = evaluation.summarise(recorded)
+  assert card["failed_searches"] * 6 == pytest.approx(stats.failed_searches)
   for ours, theirs in zip(replayed, recorded, strict=True):
     assert ours.turns == theirs.turns
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)

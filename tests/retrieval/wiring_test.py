@@ -2,6 +2,7 @@
 
 import json
 
+import fakes
 import pytest
 from etils import epath
 
@@ -10,6 +11,7 @@ from stepsearch_jax import experiment, reporting, types
 from stepsearch_jax.data import questions
 from stepsearch_jax.env import search_env
 from stepsearch_jax.retrieval import corpus, encoder, index, index_build
+from stepsearch_jax.retrieval import retriever as retriever_lib
 
 PASSAGES = [
   types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
@@ -108,3 +110,59 @@ def test_a_dead_server_is_given_up_as_the_config_says(config, tmp_path):
   config.retrieval.patience.retries = -1
   with pytest.raises(ValueError, match="retrieval.patience needs"):
     opened(config, tmp_path)
+
+
+class Flaky(fakes.FakeRetriever):
+  """Fails for some queries."""
+
+  def search(self, queries, k):
+    if any("bad" in query for query in queries):
+      raise search_env.SearchError("down")
+    return super().search(queries, k)
+
+
+def test_a_failed_search_is_told_to_the_other_processes():
+  merged = []
+
+  def merge(found, k):
+    merged.append(found)
+    return found
+
+  both = retriever_lib.MergingRetriever(Flaky(), merge)
+  assert both.search(["good"], 2) == merged[0]
+  with pytest.raises(search_env.SearchError, match="in some process"):
+    both.search(["bad"], 2)
+  assert merged[1] is None  # Without which the others would wait for ever.
+  elsewhere = retriever_lib.MergingRetriever(Flaky(), lambda found, k: None)
+  with pytest.raises(search_env.SearchError, match="in some process"):
+    elsewhere.search(["good"], 2)
+
+
+def test_a_warm_start_leaves_out_scripts_whose_searches_failed(
+  config, monkeypatch
+):
+  asked = [
+    types.Question(
+      name, "q", ("a",), search_keys=((f"{name} key",),),
+      support=(PASSAGES[0],), decomposition=(types.SubQuestion("q", "a"),),
+    )
+    for name in ("good", "bad")
+  ]
+  config.warm_start.trajectories = 20
+  config.warm_start.impatient = 0.0
+  imitated = []
+  monkeypatch.setattr(
+    experiment.batching, "trajectories_to_batch",
+    lambda trajectories, *unused: imitated.extend(trajectories),
+  )
+  monkeypatch.setattr(
+    experiment.imitation, "imitate", lambda *unused, **also: ("params", [0, 0])
+  )
+  arguments = (experiment.Data(asked, [], []), fakes.make_tokenizer(),
+               experiment.build_env(config), Flaky(), None, None, None)
+  assert experiment.warm_start(config, *arguments) == "params"
+  assert {t.question.id for t in imitated} == {"good"}
+  assert 1 < len(imitated) < 20
+  arguments[0].train[:] = asked[1:]
+  with pytest.raises(ValueError, match="none of 0 .*20 had no search results"):
+    experiment.warm_start(config, *arguments)
