@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stepsearch_jax import evaluation
+from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rollout import engine
 
 
@@ -67,7 +68,7 @@ def summary(config, meta: dict, steps: int) -> dict:
 def _corpus_name(config) -> str:
   """What an evaluation searched, as far as the config tells."""
   if config.retrieval.remote:
-    return f"whatever {config.retrieval.remote} searches"
+    return f"whatever {remote.public_url(config.retrieval.remote)} searches"
   if config.retrieval.engine == "online":
     return "the web"
   if config.data.train == "world":

@@ -40,7 +40,7 @@ class RecordingRetriever:
     self._lock = threading.Lock()
     self._found: dict[tuple[str, int], list[types.Passage]] = {}
     path = epath.Path(path)
-    if path.exists():
+    if path.exists() and _mend(path):
       about, self._found, _ = _read(path)
       if about != inner.describe():
         raise ValueError(
@@ -140,6 +140,15 @@ class ReplayRetriever:
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
     return {**self._about, "replayed": str(self._path)}
+
+
+def _mend(path: epath.Path) -> bool:
+  """Cuts off the half line that a kill can leave; False if nothing remains."""
+  data = path.read_bytes()
+  whole = data.rfind(b"\n") + 1
+  if whole < len(data):
+    path.write_bytes(data[:whole])
+  return whole > 0
 
 
 def _read(path: epath.Path) -> tuple[

@@ -13,6 +13,7 @@ import hashlib
 import random
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -57,6 +58,22 @@ class RemoteSpec:
       )
 
 
+def public_url(url: str) -> str:
+  """A URL without the user, password and query that may hold a key."""
+  parts = urllib.parse.urlsplit(_without_login(url)[0])
+  return urllib.parse.urlunsplit(parts._replace(query="", fragment=""))
+
+
+def _without_login(url: str) -> tuple[str, tuple[str, str] | None]:
+  """(the URL without user and password, those two if it had them)."""
+  parts = urllib.parse.urlsplit(url)
+  login, at, host = parts.netloc.rpartition("@")
+  if not at:
+    return url, None
+  user, _, password = map(urllib.parse.unquote, login.partition(":"))
+  return urllib.parse.urlunsplit(parts._replace(netloc=host)), (user, password)
+
+
 class PatientClient:
   """POSTs JSON with retries behind a circuit breaker; thread-safe."""
 
@@ -77,15 +94,19 @@ class PatientClient:
         server repeats them.
       sleep, clock: of the retries and the circuit; replaced in tests.
     """
-    self.url = url
+    self.url = public_url(url)
+    # As a header, because httpx logs the address of every request.
+    self._address, login = _without_login(url)
     self._spec = spec
     self._client = httpx2.Client(
-      timeout=spec.timeout_seconds, headers=dict(headers or {})
+      timeout=spec.timeout_seconds, headers=dict(headers or {}),
+      auth=login,
     )
     self._secrets = {
       part for value in (headers or {}).values() for part in value.split()
-      if len(part) >= 6  # "Bearer" is in every such header and no secret.
-    } - {"Bearer"}
+    }
+    self._secrets |= set(login[1:]) if login else set()
+    self._secrets -= {"Bearer", ""}
     self._sleep, self._clock = sleep, clock
     self._lock = threading.Lock()
     self._failures = 0
@@ -109,7 +130,7 @@ class PatientClient:
         pause = spec.backoff_seconds * 2 ** (attempt - 1)
         self._sleep(pause * (1 + random.random()))
       try:
-        response = self._client.post(self.url, json=payload)
+        response = self._client.post(self._address, json=payload)
         if response.status_code == 200:
           parsed = parse(files.encodable(response.json()))
           self._note(failed=False)
@@ -150,8 +171,9 @@ class RemoteRetriever:
       spec: patience.
       **testing: sleep and clock of `PatientClient`.
     """
-    self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
-    self._client = PatientClient(self.url, spec or RemoteSpec(), **testing)
+    address = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+    self._client = PatientClient(address, spec or RemoteSpec(), **testing)
+    self.url = self._client.url
 
   def search(
     self, queries: Sequence[str], k: int

@@ -165,7 +165,9 @@ def supervise(questions: list[types.Question]) -> None:
   if not _OUTPUT.value or not _OUTPUT.value.endswith((".jsonl", ".parquet")):
     raise ValueError("--supervise needs --output=<file>.jsonl or .parquet, got "
                      f"{_OUTPUT.value!r}")
-  if _CORPUS.value:
+  if all(pipeline.is_url(name) for name in _RETRIEVERS.value):
+    passages = []  # Servers have their own.
+  elif _CORPUS.value:
     passages = corpus.load_corpus(_CORPUS.value)
   else:
     passages = corpus.corpus_from_questions([_INPUT.value])

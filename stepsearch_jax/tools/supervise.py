@@ -20,11 +20,16 @@ from stepsearch_jax.retrieval import corpus as corpus_lib
 from stepsearch_jax.tools import writers as writers_lib
 
 
+def is_url(name: str) -> bool:
+  """Whether a writer or retriever is a server."""
+  return name.startswith(("http://", "https://"))
+
+
 def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
   """A cached writer: "rules", URL#MODEL of an endpoint, or a local model."""
   if name == "rules":
     writer = supervision.RuleWriter()
-  elif name.startswith(("http://", "https://")):
+  elif is_url(name):
     url, separator, model = name.partition("#")
     if not separator:
       raise ValueError(f"--writers: {name!r} must be URL#MODEL")
@@ -45,7 +50,7 @@ def open_retrievers(names, passages, cache: epath.Path) -> dict:
     if name == "bm25":
       opened[name] = bm25.Bm25Retriever(passages)
       continue
-    if name.startswith(("http://", "https://")):
+    if is_url(name):
       opened[name] = remote.RemoteRetriever(name)
       continue
     embed = encoder.load_encoder(name)

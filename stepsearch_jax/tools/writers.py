@@ -104,7 +104,9 @@ class EndpointWriter:
       spec: patience.
       **testing: sleep and clock of `remote.PatientClient`.
     """
-    self.name = f"{url} {model} t={temperature:g} n={max_tokens}"
+    self.name = (
+      f"{remote.public_url(url)} {model} t={temperature:g} n={max_tokens}"
+    )
     key = os.environ.get("OPENAI_API_KEY", "")
     self._client = remote.PatientClient(
       url.rstrip("/") + "/chat/completions", spec or remote.RemoteSpec(),

@@ -38,6 +38,21 @@ def test_a_replay_returns_what_was_recorded(tmp_path):
   assert replay.describe()["index"] == "one"
 
 
+def test_a_record_cut_by_a_kill_goes_on(tmp_path):
+  path = tmp_path / "searches.jsonl"
+  recorder = record.RecordingRetriever(Described(), path)
+  first = recorder.search(["a"], 1)
+  recorder.search(["b"], 1)
+  whole = path.read_bytes()
+  second = whole.index(b'{"query": "b"')
+  for end in (0, 5, second, second + 9, len(whole) - 1, len(whole)):
+    path.write_bytes(whole[:end])
+    again = record.RecordingRetriever(Described(), path)
+    assert again.search(["a"], 1) == first
+    again.search(["b"], 1)
+    assert path.read_bytes() == whole
+
+
 def test_a_miss_is_an_error_or_falls_through(tmp_path):
   path = tmp_path / "searches.jsonl"
   record.RecordingRetriever(Described(), path).search(["a"], 2)

@@ -1,7 +1,9 @@
 """/retrieve over a real server and the real client, good days and bad."""
 
+import base64
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -373,3 +375,24 @@ def test_answers_of_any_other_shape_are_failed_searches(answer):
     client = remote.RemoteRetriever(url, remote.RemoteSpec(retries=0))
     with pytest.raises(search_env.SearchError, match="/retrieve: .*Error"):
       client.search(["a"], 1)
+
+
+def test_a_password_in_the_address_is_used_but_never_shown(caplog):
+  caplog.set_level(logging.DEBUG)
+  seen = []
+
+  def answer(request):
+    seen.append(request.headers["authorization"])
+    return responses.JSONResponse({}, 403)
+
+  app = applications.Starlette(routes=[
+    routing.Route("/retrieve", answer, methods=["POST"])
+  ])
+  with serving(app) as url:
+    secret = url.replace("http://", "http://me:pass-word@")
+    client = remote.RemoteRetriever(secret)
+    with pytest.raises(search_env.SearchError, match="status 403") as error:
+      client.search(["a"], 1)
+  assert seen == ["Basic " + base64.b64encode(b"me:pass-word").decode()]
+  shown = f"{error.value} {client.describe()} {caplog.text}"
+  assert "pass-word" not in shown and f"{url}/retrieve" in shown
