@@ -42,6 +42,8 @@ class Bm25Retriever:
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
     """The k best passages of each query, best first, with scores."""
+    if not queries:
+      return []
     rows, scores = self._bm25.retrieve(
       self._tokenize(list(queries)), k=min(k, len(self._passages)),
       show_progress=False,

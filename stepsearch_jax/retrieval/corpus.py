@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
+from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
@@ -81,6 +82,10 @@ def _passages(where: str, row: dict) -> Iterable[types.Passage]:
     for title, text in questions.context_paragraphs(where, row["context"]):
       yield _identified(title, text)
   elif _OF_QUESTIONS & row.keys():
+    logging.log_first_n(
+      logging.WARNING, "%s: questions with their supporting paragraphs only; "
+      "where nothing else can be found, searching is easy", 1, where,
+    )
     yield from questions.parse_question(where, row).support
   elif "contents" in row:
     contents = _text(where, "contents", row["contents"])

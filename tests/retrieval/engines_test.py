@@ -12,7 +12,16 @@ import pytest
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.retrieval import bm25, online, remote, rerank
+from stepsearch_jax.retrieval import (
+  bm25,
+  encoder,
+  index_build,
+  online,
+  record,
+  remote,
+  rerank,
+  retriever,
+)
 
 PASSAGES = [
   types.Passage("a", "Ada", "Ada Rook was born in Lintel, Lintel indeed."),
@@ -146,8 +155,19 @@ def test_web_search_never_shows_its_key(engine, monkeypatch, caplog):
   assert "secret-key" not in str(error.value) + caplog.text
 
 
-def test_fakes_and_engines_speak_one_protocol():
+def test_fakes_and_engines_speak_one_protocol(tmp_path):
   pytest.importorskip("bm25s")
-  for retriever in (fakes.FakeRetriever(), bm25.Bm25Retriever(PASSAGES)):
-    found = retriever.search(["x", "y"], 2)
+  embed = encoder.HashedTfidfEncoder(64)
+  index_build.build_index(tmp_path / "index", PASSAGES, embed)
+  recorder = record.RecordingRetriever(
+    bm25.Bm25Retriever(PASSAGES), tmp_path / "searches.jsonl"
+  )
+  for engine in (
+    fakes.FakeRetriever(), bm25.Bm25Retriever(PASSAGES), recorder,
+    retriever.open_retriever(tmp_path / "index", embed),
+  ):
+    found = engine.search(["x", "y"], 2)
     assert len(found) == 2 and all(len(row) == 2 for row in found)
+    # An empty query is a search like any other, no query gives no result.
+    assert len(engine.search([""], 2)[0]) == 2
+    assert engine.search([], 2) == []
