@@ -40,7 +40,7 @@ _HOP_PROMPT = (
   "#2 for earlier answers. The final answer is: {answer}\n"
   "Question: {question}\nSteps:\n"
 )
-_BATCH = 32  # Prompts written together, and lost if the process dies.
+_BATCH = 32  # Prompts of a call, which are lost if the process dies in it.
 _QUERIES = 64  # Asked of a retriever at a time.
 _MARKER = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 _WEAK = frozenset(
@@ -55,6 +55,9 @@ class Writer(Protocol):
 
   Attributes:
     name: identifies the writer and its settings, the key of the cache.
+
+  A writer may also say how many prompts it likes in a call (`batch`) and how
+  many calls at a time (`at_once`, 1).
   """
 
   name: str
@@ -89,15 +92,22 @@ class CachedWriter:
     missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
     bar = tqdm.tqdm(total=len(missing), desc=self.name, unit="prompt",
                     disable=not missing)
-    for start in range(0, len(missing), _BATCH):
-      part = missing[start : start + _BATCH]
+    size = getattr(self._inner, "batch", _BATCH)
+
+    def ask(start):
+      part = missing[start : start + size]
       texts = self._inner.write(part)
       with self._lock, self._path.open("a") as file:
         for prompt, text in zip(part, texts, strict=True):
           self._known[prompt] = text
           row = {"prompt": prompt, "text": text}
           file.write("\n" * (file.tell() > 0) + json.dumps(row))
-      bar.update(len(part))
+        bar.update(len(part))
+
+    at_once = getattr(self._inner, "at_once", 1)
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+      # A failure cancels what has not begun; what has is stored.
+      collections.deque(pool.map(ask, range(0, len(missing), size)), 0)
     bar.close()
     return [self._known[prompt] for prompt in prompts]
 
@@ -254,9 +264,7 @@ def pseudo_label(
       question, support=tuple(support), decomposition=tuple(hops),
       extra={**question.extra, "pseudo_support": True},
     )
-  return [
-    q if q.support else labelled.get(q.id, q) for q in questions
-  ]
+  return [q if q.support else labelled.get(q.id, q) for q in questions]
 
 
 def _holds(text: str, answer: str) -> bool:
@@ -275,9 +283,8 @@ def _search_all(
   def ask(item):
     name, retriever = item
     found = {}
-    for start in tqdm.trange(
-      0, len(queries), _QUERIES, desc=name, unit="batch"
-    ):
+    starts = range(0, len(queries), _QUERIES)
+    for start in tqdm.tqdm(starts, name, unit="batch"):
       part = queries[start : start + _QUERIES]
       found |= zip(part, retriever.search(part, k), strict=True)
     return name, found

@@ -90,6 +90,9 @@ class EndpointWriter:
   The key, if one is needed, comes from OPENAI_API_KEY and is never logged.
   """
 
+  batch = 1  # So that every paid answer is stored at once.
+  at_once = _AT_ONCE
+
   def __init__(
     self, url: str, model: str, max_tokens: int = 128,
     temperature: float = 0.0, spec: remote.RemoteSpec | None = None, **testing,

@@ -1,6 +1,8 @@
 """The supervision pipeline by hand-worked cases and a killed writer."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +113,38 @@ def test_a_killed_writer_goes_on_where_it_stopped(tmp_path, monkeypatch):
   assert texts == [f"1. {p[-6:]}\n- second\n" for p in prompts]
   third = Scripted(dies_after=0)
   assert supervision.CachedWriter(third, tmp_path).write(prompts) == texts
+
+
+def test_calls_side_by_side_are_each_stored_and_a_failure_loses_none(tmp_path):
+  class Endpoint:
+    name, batch, at_once = "endpoint", 1, 3
+
+    def __init__(self, bad=None):
+      self.bad, self.answered, self.running, self.most = bad, [], 0, 0
+      self.lock = threading.Lock()
+
+    def write(self, prompts):
+      (prompt,) = prompts
+      with self.lock:
+        self.running += 1
+        self.most = max(self.most, self.running)
+      time.sleep(0.02)
+      with self.lock:
+        self.running -= 1
+        if prompt == self.bad:
+          raise OSError("gone")
+        self.answered.append(prompt)
+      return [prompt.upper()]
+
+  prompts = [f"prompt {i}" for i in range(12)]
+  first = Endpoint(bad="prompt 4")
+  with pytest.raises(OSError):
+    supervision.CachedWriter(first, tmp_path).write(prompts)
+  assert first.most == 3 and 4 <= len(first.answered) < 11
+  second = Endpoint()
+  texts = supervision.CachedWriter(second, tmp_path).write(prompts)
+  assert texts == [prompt.upper() for prompt in prompts]
+  assert sorted(first.answered + second.answered) == sorted(prompts)
 
 
 def test_questions_without_decomposition_get_a_written_one():
