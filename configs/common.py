@@ -122,8 +122,8 @@ def _rollout():
   rollout.max_turn = 800
   rollout.max_observation = 800
   rollout.answer_room = 64
-  rollout.retrieval_delay = 2  # Decode blocks until a search is read.
-  rollout.extend_rows = (4, 16)
+  rollout.retrieval_delay = 8  # Decode steps until a search is read.
+  rollout.extend_rows = (1, 4, 16)
   rollout.extend_tokens = (64, 256, 512)
   rollout.temperature = 1.0
   rollout.top_k = 0

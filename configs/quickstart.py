@@ -36,7 +36,7 @@ def get_config(arg=None):
   config.rollout.max_turn = 32
   config.rollout.max_observation = 192
   config.rollout.answer_room = 16
-  config.rollout.extend_rows = (8, 32)
+  config.rollout.extend_rows = (4, 16, 64)
   config.rollout.extend_tokens = (64, 128)
 
   config.warm_start.steps = 550

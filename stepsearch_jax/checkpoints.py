@@ -63,6 +63,8 @@ class Checkpointer:
         preservation_policy=policies.AnyPreservationPolicy(
           [policies.LatestN(keep), best]
         ),
+        # Without this orbax keeps no scores for the policy to look at.
+        best_fn=lambda scores: scores["em"],
         cleanup_tmp_directories=True,
       ),
       item_names=("policy", "rest", "meta"),

@@ -45,6 +45,7 @@ from stepsearch_jax.rollout import (
   automaton,
   batching,
   engine,
+  records,
   sampler,
   scripted,
 )
@@ -310,7 +311,7 @@ def build_engine(
     stops.first_stop,
     mesh,
   )
-  spec = engine.EngineSpec(
+  spec = records.EngineSpec(
     max_prompt=rollout.max_prompt,
     max_turn=rollout.max_turn,
     max_observation=rollout.max_observation,

@@ -6,7 +6,7 @@ import numpy as np
 
 from stepsearch_jax import evaluation
 from stepsearch_jax.retrieval import remote
-from stepsearch_jax.rollout import engine
+from stepsearch_jax.rollout import records
 
 
 def reward_metrics(trajectories, scores) -> dict[str, float]:
@@ -34,7 +34,7 @@ def reward_metrics(trajectories, scores) -> dict[str, float]:
   return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-def rollout_metrics(stats: engine.RolloutStats) -> dict[str, float]:
+def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
   """Throughput and waiting of one rollout."""
   seconds = max(stats.seconds, 1e-9)
   tokens = stats.policy_tokens + stats.ingested_tokens

@@ -10,7 +10,7 @@ from stepsearch_jax import sharding, types
 from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
-from stepsearch_jax.rollout import automaton, engine, sampler
+from stepsearch_jax.rollout import automaton, engine, records, sampler
 
 TEXTS = [
   "Question: Who directed the film Silent Harbor?\n<search> Silent Harbor "
@@ -85,7 +85,7 @@ def make_engine(tokenizer, model, retriever, slots=4, block=4, context=256,
     model, sampler.SamplerSpec(slots, context, block), stops.table,
     stops.first_stop, mesh or sharding.make_mesh(),
   )
-  spec = spec or engine.EngineSpec(
+  spec = spec or records.EngineSpec(
     max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
     extend_rows=(2, 4), extend_tokens=(16, 64),
   )

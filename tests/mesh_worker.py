@@ -14,7 +14,8 @@ from stepsearch_jax import sharding
 from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
 from stepsearch_jax.ppo import learner, records
-from stepsearch_jax.rollout import batching, engine
+from stepsearch_jax.rollout import batching
+from stepsearch_jax.rollout import records as rollout_records
 
 CONTEXT = 192
 
@@ -36,7 +37,7 @@ def main(output, data, fsdp, tensor):
   state = ours.init_state(policy, heads.value_from_policy(
     policy, jax.random.key(1)
   ))
-  limits = engine.EngineSpec(
+  limits = rollout_records.EngineSpec(
     max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
     extend_rows=(8,), extend_tokens=(16, 64),
   )

@@ -15,7 +15,7 @@ _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
 _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.
 
 
-def _attend(q, k, v, mask):
+def _attend(q, k, v, mask, keys="ntd"):
   """Grouped-query attention of one block of queries.
 
   Batch axes lead and the groups of a kv head are rows of one matrix: XLA then
@@ -23,9 +23,10 @@ def _attend(q, k, v, mask):
 
   Args:
     q: [B, KV, G, S, D], already scaled.
-    k: [B, KV, T, D].
+    k: [B, KV, T, D], or another order of the last two as `keys` says.
     v: [B, KV, T, D].
     mask: [B, S, T] bool, True where visible.
+    keys: axes of `k` behind the batch.
 
   Returns:
     [B, KV, G, S, D] in q's dtype.
@@ -33,7 +34,7 @@ def _attend(q, k, v, mask):
   batch, kv, groups, length, dim = q.shape
   rows = q.reshape(batch, kv, groups * length, dim)
   scores = jnp.einsum(
-    "bnrd,bntd->bnrt", rows, k, preferred_element_type=jnp.float32
+    f"bnrd,b{keys}->bnrt", rows, k, preferred_element_type=jnp.float32
   ).reshape(batch, kv, groups, length, -1)
   mask = mask[:, None, None]
   scores = scores + jnp.where(mask, 0.0, _MASKED)
@@ -45,13 +46,16 @@ def _attend(q, k, v, mask):
   return out.reshape(q.shape)
 
 
+def _grouped(q, kv):
+  """[B, S, H, D] to [B, KV, G, S, D], scaled."""
+  batch, length, heads, dim = q.shape
+  q = q * jnp.asarray(dim**-0.5, q.dtype)
+  return q.reshape(batch, length, kv, heads // kv, dim).transpose(0, 2, 3, 1, 4)
+
+
 def _heads_first(q, k, v):
   """[B, S, H, D] and [B, T, KV, D] to the layouts of `_attend`, q scaled."""
-  batch, length, heads, dim = q.shape
-  kv = k.shape[2]
-  q = q * jnp.asarray(dim**-0.5, q.dtype)
-  q = q.reshape(batch, length, kv, heads // kv, dim).transpose(0, 2, 3, 1, 4)
-  return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+  return _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def _merge(blocks, shape):
@@ -65,20 +69,21 @@ def cached_attention(q, k, v, positions):
 
   Args:
     q: [B, S, H, D] queries.
-    k: [B, T, KV, D] cached keys, entry t at position t.
-    v: [B, T, KV, D] cached values.
+    k: [B, KV, D, T] cached keys, entry t at position t.
+    v: [B, KV, T, D] cached values.
     positions: [B, S] int32; a query sees entries 0..position.
 
   Returns:
     [B, S, H, D].
   """
-  grouped, keys, values = _heads_first(q, k, v)
-  entries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]
+  grouped = _grouped(q, k.shape[1])
+  k, v = k.astype(q.dtype), v.astype(q.dtype)
+  entries = jnp.arange(k.shape[3], dtype=jnp.int32)[None, None]
   blocks = []
   for start in range(0, q.shape[1], _QUERY_BLOCK):
     part = slice(start, start + _QUERY_BLOCK)
     visible = entries <= positions[:, part, None]
-    blocks.append(_attend(grouped[:, :, :, part], keys, values, visible))
+    blocks.append(_attend(grouped[:, :, :, part], k, v, visible, keys="ndt"))
   return _merge(blocks, q.shape)
 
 

@@ -1,14 +1,17 @@
 """Decoder trunk of Qwen2/2.5, Qwen3 and Llama: tokens to hidden states.
 
-Used purely: `Decoder(config).apply({"params": trunk}, ...)`. Layers are
-stacked and scanned, the cache travels in the scan's carry so that XLA updates
-it in place. Weights and activations name logical axes only.
+Used purely: `Decoder(config).apply({"params": trunk}, ...)`. For training,
+layers are stacked and scanned: one layer is compiled and remembered. With a
+cache they are apart (`unstack`), weights and cache entries of each layer in
+arrays of their own: a scan would copy its slice of every weight in every step.
+Weights and activations name logical axes only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -78,24 +81,59 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Cache:
-  """Keys and values of P slots.
+  """Keys and values of P slots, one array a layer.
+
+  A decode step multiplies a few queries with all keys, and the weights with
+  all values; in these layouts both are matrix products without a transpose.
 
   Attributes:
-    k, v: [L, P, T, KV, D].
+    k: L arrays [P, KV, D, T].
+    v: L arrays [P, KV, T, D].
     slots: [B] int32, the slot of each batch row; None = row b is slot b.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
   slots: jax.Array | None = None
+
+
+# Logical axes of a layer's keys and values.
+CACHE_AXES = (
+  ("slots", "kv_heads", "head_dim", "length"),
+  ("slots", "kv_heads", "length", "head_dim"),
+)
 
 
 def init_cache(config: DecoderConfig, slots: int, length: int, dtype) -> Cache:
   """An empty cache of `slots` rows with `length` positions."""
-  shape = (
-    config.num_layers, slots, length, config.num_kv_heads, config.head_dim
+  keys = (slots, config.num_kv_heads, config.head_dim, length)
+  values = (slots, config.num_kv_heads, length, config.head_dim)
+  layers = range(config.num_layers)
+  return Cache(
+    tuple(jnp.zeros(keys, dtype) for _ in layers),
+    tuple(jnp.zeros(values, dtype) for _ in layers),
   )
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def unstack(
+  trunk, count: int, pick: Callable = lambda leaf, i: leaf[i], is_leaf=None
+):
+  """A trunk with a subtree for every layer, as the cached forward takes it.
+
+  Args:
+    trunk: parameters with stacked layers, or a tree like them.
+    count: layers.
+    pick: (stacked leaf, layer) to the layer's own leaf.
+    is_leaf: see `jax.tree.map`.
+  """
+  layers = {
+    f"layer_{i}": jax.tree.map(
+      lambda leaf, i=i: pick(leaf, i), trunk["layers"], is_leaf=is_leaf
+    )
+    for i in range(count)
+  }
+  rest = {name: leaf for name, leaf in trunk.items() if name != "layers"}
+  return rest | layers
 
 
 def rope_frequencies(config: DecoderConfig) -> tuple[jax.Array, float]:
@@ -174,8 +212,8 @@ class Attention(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, rope, positions, segment_ids, cache, layer, kv_length):
-    """Returns (output [B, S, M], cache)."""
+  def __call__(self, x, rope, positions, segment_ids, cache, slots, kv_length):
+    """Returns (output [B, S, M], the layer's cache (keys, values))."""
     c = self.config
     width = c.hidden_size
 
@@ -208,7 +246,8 @@ class Attention(nn.Module):
         q, k, v, segment_ids, c.attention
       )
     else:
-      cache, keys, values = _update(cache, k, v, layer, positions, kv_length)
+      cache = _write(cache, k, v, slots, positions)
+      keys, values = _read(cache, slots, kv_length)
       mixed = attention.cached_attention(q, keys, values, positions)
     kernel = _weight(
       self, "o_kernel", (c.num_heads, c.head_dim, width),
@@ -217,28 +256,25 @@ class Attention(nn.Module):
     return jnp.einsum("bshd,hdm->bsm", mixed, kernel.astype(c.dtype)), cache
 
 
-def _update(cache, k, v, layer, positions, kv_length):
-  """Writes new keys and values, returns (cache, keys, values) to attend to.
-
-  Positions outside the cache (padding) are dropped.
-  """
-  rows = cache.slots
-  if rows is None:
-    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
-  where = (layer, rows[:, None], positions)
-  new = cache.replace(
-    k=cache.k.at[where].set(k.astype(cache.k.dtype), mode="drop"),
-    v=cache.v.at[where].set(v.astype(cache.v.dtype), mode="drop"),
+def _write(cache, k, v, slots, positions):
+  """Stores new keys and values [B, S, KV, D]; others' places are padding."""
+  keys, values = cache
+  rows = jnp.arange(k.shape[0], dtype=jnp.int32) if slots is None else slots
+  rows = rows[:, None]
+  # Advanced indices around a slice come first: both take [B, S, KV, D].
+  return (
+    keys.at[rows, :, :, positions].set(k.astype(keys.dtype), mode="drop"),
+    values.at[rows, :, positions].set(v.astype(values.dtype), mode="drop"),
   )
 
-  def read(x):
-    size = (1, x.shape[1], kv_length or x.shape[2], *x.shape[3:])
-    x = jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]
-    if cache.slots is not None:
-      x = x.at[rows].get(mode="clip")
-    return x.astype(k.dtype)
 
-  return new, read(new.k), read(new.v)
+def _read(cache, slots, kv_length):
+  """The batch rows' entries up to `kv_length`."""
+  keys, values = cache
+  keys, values = keys[..., :kv_length], values[:, :, :kv_length]
+  if slots is None:
+    return keys, values
+  return tuple(x.at[slots].get(mode="clip") for x in (keys, values))
 
 
 class Mlp(nn.Module):
@@ -264,24 +300,26 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer layer; carries (hidden, cache) through the scan."""
+  """Pre-norm transformer layer."""
 
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, carry, layer, rope, positions, segment_ids, kv_length):
-    """One step of the scan over layers."""
+  def __call__(
+    self, x, rope, positions, segment_ids, cache=None, slots=None,
+    kv_length=None,
+  ):
+    """Returns (hidden [B, S, M], the layer's cache), as a scan wants it."""
     c = self.config
-    x, cache = carry
     norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
     mixed, cache = Attention(c, name="attention")(
       RMSNorm(*norm, name="attention_norm")(x),
-      rope, positions, segment_ids, cache, layer, kv_length,
+      rope, positions, segment_ids, cache, slots, kv_length,
     )
     x = x + mixed
     x = x + Mlp(c, name="mlp")(RMSNorm(*norm, name="mlp_norm")(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-    return (x, cache), None
+    return x, cache
 
 
 class Decoder(nn.Module):
@@ -307,6 +345,7 @@ class Decoder(nn.Module):
       segment_ids: [B, S] int32 of packed rows (0 = padding); only without a
         cache, None = every row is one sequence.
       cache: see `Cache`; a token attends to all entries up to its position.
+        The parameters' layers are apart then, see `unstack`.
       kv_length: static bound on the entries read; None = all.
 
     Returns:
@@ -324,20 +363,36 @@ class Decoder(nn.Module):
     rope = (jnp.cos(angles) * scale, jnp.sin(angles) * scale)
     if segment_ids is None and cache is None:
       segment_ids = jnp.ones_like(tokens)
+    if cache is None:
+      x = self._stacked(x, rope, positions, segment_ids)
+    else:
+      x, cache = self._cached(x, rope, positions, cache, kv_length)
+    norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
+    return RMSNorm(*norm, name="final_norm")(x), cache
+
+  def _stacked(self, x, rope, positions, segment_ids):
+    """A scan over stacked layers."""
+    c = self.config
     block = Block
     if c.remat:
-      block = nn.remat(Block, prevent_cse=False, static_argnums=(6,))
+      block = nn.remat(Block, prevent_cse=False)
     layers = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=nn.broadcast,
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, name="layers")
-    index = jnp.arange(c.num_layers, dtype=jnp.int32)
-    (x, cache), _ = layers(
-      (x, cache), index, rope, positions, segment_ids, kv_length
-    )
-    norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
-    return RMSNorm(*norm, name="final_norm")(x), cache
+    return layers(x, rope, positions, segment_ids)[0]
+
+  def _cached(self, x, rope, positions, cache, kv_length):
+    """Layer after layer, each with its own weights and cache."""
+    keys, values = [], []
+    for i, entries in enumerate(zip(cache.k, cache.v, strict=True)):
+      x, (k, v) = Block(self.config, name=f"layer_{i}")(
+        x, rope, positions, None, entries, cache.slots, kv_length
+      )
+      keys.append(k)
+      values.append(v)
+    return x, cache.replace(k=tuple(keys), v=tuple(values))

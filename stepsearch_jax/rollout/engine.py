@@ -5,9 +5,9 @@ goes through: prompt in -> policy turn -> (search -> observation in -> policy
 turn)* -> done, and is refilled with the next question at once. Searches run on
 host threads while other slots decode.
 
-The schedule depends on the data alone, never on the clock: a search asked
-after block n joins before block n + delay, however fast or slow it was. So a
-run repeats bit for bit whatever the retriever's speed.
+The schedule depends on the data alone, never on the clock: a search joins a
+fixed number of decode steps after it was asked, however fast or slow it was.
+So a run repeats bit for bit whatever the retriever's speed.
 """
 
 from __future__ import annotations
@@ -24,62 +24,9 @@ from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import observations, recorder, sampler
+from stepsearch_jax.rollout import observations, recorder, records, sampler
 
 _SEARCH_THREADS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineSpec:
-  """Limits of a rollout, in tokens.
-
-  Attributes:
-    max_prompt: a longer prompt is an error; questions are never cut.
-    max_turn: tokens that the policy may write in one turn.
-    max_observation: an observation's documents are cut to fit this.
-    answer_room: tokens kept free behind an observation; a trajectory whose
-      context cannot offer them ends there.
-    retrieval_delay: decode blocks between asking and reading a search.
-    extend_rows: bucket sizes for rows ingested together.
-    extend_tokens: bucket sizes for the tokens of one ingested chunk.
-  """
-
-  max_prompt: int = 2048
-  max_turn: int = 800
-  max_observation: int = 800
-  answer_room: int = 32
-  retrieval_delay: int = 2
-  extend_rows: tuple[int, ...] = (4, 16)
-  extend_tokens: tuple[int, ...] = (64, 256, 512)
-
-  def __post_init__(self):
-    if self.retrieval_delay < 1:
-      raise ValueError("retrieval_delay must be at least 1 block, got "
-                       f"{self.retrieval_delay}")
-    for name in ("extend_rows", "extend_tokens"):
-      sizes = getattr(self, name)
-      if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-        raise ValueError(f"{name} must be increasing positive sizes: {sizes}")
-    if self.extend_tokens[-1] < 2:
-      raise ValueError("extend_tokens must allow chunks of at least 2 tokens")
-
-
-@dataclasses.dataclass
-class RolloutStats:
-  """What one call of `Engine.run` did, for metrics and benchmarks."""
-
-  policy_tokens: int = 0
-  ingested_tokens: int = 0
-  extend_padding: int = 0
-  decode_steps: int = 0
-  slot_steps: int = 0
-  idle_slot_steps: int = 0
-  searches: int = 0
-  failed_searches: int = 0
-  seconds: float = 0.0
-  retrieval_wait_seconds: float = 0.0
-  extend_seconds: float = 0.0
-  decode_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -100,7 +47,7 @@ class Engine:
     env: search_env.SearchEnv,
     retriever: search_env.Retriever,
     tokenizer,
-    spec: EngineSpec,
+    spec: records.EngineSpec,
     seed: int,
     merge: Callable = lambda found, k: found,
   ):
@@ -148,6 +95,16 @@ class Engine:
       )
     return tokens
 
+  def turn_limit(self, slot: recorder.Recorder) -> int:
+    """Tokens that the policy may write in the turn that begins."""
+    del slot
+    return self._spec.max_turn
+
+  def judge(self, slot: recorder.Recorder) -> tuple[str, search_env.Step]:
+    """(text, verdict) of the turn that a slot's policy has just ended."""
+    text = self._tokenizer.decode(slot.tokens[slot.turn_start :])
+    return text, self._env.step(text, len(slot.turns))
+
   def run(
     self,
     params,
@@ -155,7 +112,7 @@ class Engine:
     episodes: Sequence[int],
     temperature: float = 1.0,
     on_done: Callable[[types.Trajectory], None] | None = None,
-  ) -> tuple[list[types.Trajectory], RolloutStats]:
+  ) -> tuple[list[types.Trajectory], records.RolloutStats]:
     """Rolls out every question once.
 
     Args:
@@ -191,11 +148,13 @@ class _Run:
     self._slots: list[recorder.Recorder | None] = [None] * slots
     self._active = np.zeros(len(self._slots), bool)
     self._jobs: list[_Job] = []
-    # (due block, future, [(slot, text of the turn)]).
+    # (decode step when due, future, [(slot, its turn)]).
     self._searches: collections.deque = collections.deque()
     self._done: list[types.Trajectory | None] = [None] * len(questions)
-    self._tick = 0
-    self.stats = RolloutStats()
+    # Stopped slots that end a block: a few per cent may idle, and a large
+    # batch does not return to the host for every one of them.
+    self._leave = max(slots // 16, 1)
+    self.stats = records.RolloutStats()
 
   def play(self):
     """Runs the schedule to its end."""
@@ -206,7 +165,6 @@ class _Run:
       self._ingest()
       if self._active.any():
         self._end_turns(self._decode())
-      self._tick += 1
     self.stats.seconds = time.perf_counter() - began
     return self._done, self.stats
 
@@ -222,7 +180,7 @@ class _Run:
 
   def _join_searches(self):
     """Feeds the observations of searches that are due, waiting if late."""
-    while self._searches and self._searches[0][0] <= self._tick:
+    while self._searches and (self._due() <= 0 or self._starved()):
       _, future, askers = self._searches.popleft()
       began = time.perf_counter()
       try:
@@ -245,6 +203,14 @@ class _Run:
           turn, documents=tuple(documents), answered=True
         )
         self._observe(p, turn, self._e._env.observation(documents, index))
+
+  def _due(self) -> int:
+    """Decode steps until the oldest search joins."""
+    return self._searches[0][0] - self.stats.decode_steps
+
+  def _starved(self) -> bool:
+    """Whether nothing can be done before a search joins."""
+    return not (self._jobs or self._active.any())
 
   def _observe(self, p: int, turn: types.Turn, seen) -> None:
     """Appends an observation to slot `p`, or ends it for lack of room."""
@@ -274,7 +240,10 @@ class _Run:
     jobs = sorted(self._jobs, key=lambda job: (-len(job.tokens), job.slot))
     self._jobs = []
     while jobs:
-      group, jobs = jobs[: spec.extend_rows[-1]], jobs[spec.extend_rows[-1] :]
+      # No padding rows: the largest bucket that the jobs fill.
+      rows = max((r for r in spec.extend_rows if r <= len(jobs)),
+                 default=len(jobs))
+      group, jobs = jobs[:rows], jobs[rows:]
       chunk, upto = self._chunk(group)
       self._state = self._e._programs.extend(
         self._params, self._state, chunk, upto
@@ -312,7 +281,9 @@ class _Run:
       ints["slot"][row] = job.slot
       ints["start"][row] = job.start
       ints["length"][row] = count
-      ints["budget"][row] = min(spec.max_turn, context - len(slot.tokens))
+      ints["budget"][row] = min(
+        self._e.turn_limit(slot), context - len(slot.tokens)
+      )
       ints["episode"][row] = slot.episode
       self.stats.ingested_tokens += count
     self.stats.extend_padding += rows * size - int(ints["length"].sum())
@@ -324,19 +295,22 @@ class _Run:
     )
     return chunk, int((ints["start"] + ints["length"]).max())
 
-  def _decode(self) -> list[int]:
-    """Runs one block; returns the slots whose turn ended."""
+  def _decode(self) -> dict[int, int]:
+    """Runs a block; {slot whose turn ended: steps that it then idled}."""
     began = time.perf_counter()
     programs = self._e._programs
-    furthest = max(
-      len(self._slots[p].tokens) for p in np.nonzero(self._active)[0]
-    )
+    on = np.nonzero(self._active)[0]
+    furthest = max(len(self._slots[p].tokens) for p in on)
+    limit = programs.spec.block
+    if self._searches:
+      limit = min(limit, self._due())
     self._state, output = programs.decode_block(
-      self._params, self._state, self._e._key, furthest + programs.spec.block
+      self._params, self._state, self._e._key, furthest + limit, limit,
+      self._leave,
     )
     output = jax.device_get(output)
-    stopped = []
-    for p in np.nonzero(self._active)[0]:
+    steps, stopped = int(output.steps), {}
+    for p in on:
       slot = self._slots[p]
       count = int((output.tokens[p] >= 0).sum())
       slot.append(
@@ -346,23 +320,20 @@ class _Run:
       )
       self.stats.policy_tokens += count
       if not output.active[p]:
-        stopped.append(int(p))
-    steps = int(output.steps)
-    self._active[stopped] = False
+        stopped[int(p)] = steps - count
+    self._active[list(stopped)] = False
     self.stats.decode_steps += steps
     self.stats.slot_steps += steps * len(self._slots)
     self.stats.idle_slot_steps += int((output.tokens[:, :steps] < 0).sum())
     self.stats.decode_seconds += time.perf_counter() - began
     return stopped
 
-  def _end_turns(self, stopped) -> None:
+  def _end_turns(self, stopped: dict[int, int]) -> None:
     """Hands finished turns to the environment; submits their searches."""
     asked = []
-    for p in stopped:
+    for p, idled in stopped.items():
       slot = self._slots[p]
-      text = self._e._tokenizer.decode(slot.tokens[slot.turn_start :])
-      index = len(slot.turns)
-      step = self._e._env.step(text, index)
+      text, step = self._e.judge(slot)
       turn = types.Turn(
         text=text,
         action=step.action,
@@ -376,6 +347,7 @@ class _Run:
           slot.answer = step.content
         slot.turns.append(turn)
         self._finish(p, "answer" if step.action == "answer" else "max_turns")
+        self.stats.vacant_slot_steps += idled if self._waiting else 0
       elif step.query is not None:
         asked.append((p, turn, step.query))
       else:
@@ -387,7 +359,7 @@ class _Run:
       future = self._e._pool.submit(
         self._e._retriever.search, queries, self._e._env.topk
       )
-      due = self._tick + self._e._spec.retrieval_delay
+      due = self.stats.decode_steps + self._e._spec.retrieval_delay
       self._searches.append((due, future, [(p, t) for p, t, _ in asked]))
       self.stats.searches += len(asked)
 

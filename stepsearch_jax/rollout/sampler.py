@@ -198,8 +198,8 @@ def _decode_step(params, state, table, key, config, spec, first_stop,
   return state, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
 
 
-def decode_block(params, state, table, key, *, config, spec, first_stop,
-                 kv_length):
+def decode_block(params, state, table, key, limit, leave, *, config, spec,
+                 first_stop, kv_length):
   """Samples up to `spec.block` tokens in every active slot.
 
   Args:
@@ -207,6 +207,8 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
     state: slots; donated.
     table: [states, V] stop automaton.
     key: run's sampling key.
+    limit: [] int32, decode steps at most, up to `spec.block`.
+    leave: [] int32, stop as soon as so many slots have stopped.
     config: decoder configuration.
     spec: sampler settings.
     first_stop: automaton states from here on end a turn.
@@ -224,8 +226,11 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
     tokens = tokens.at[:, i].set(token)
     return i + 1, state, tokens, logprobs.at[:, i].set(logprob)
 
+  began = state.active.sum(dtype=jnp.int32)
+
   def unfinished(carry):
-    return (carry[0] < spec.block) & carry[1].active.any()
+    left = carry[1].active.sum(dtype=jnp.int32)
+    return (carry[0] < limit) & (left > 0) & (began - left < leave)
 
   shape = (spec.slots, spec.block)
   start = (
@@ -238,27 +243,59 @@ def decode_block(params, state, table, key, *, config, spec, first_stop,
   return state, BlockOutput(tokens, logprobs, state.active, steps)
 
 
-def reshard_cast(params, dtype, training):
+def reshard_cast(params, config: decoder.DecoderConfig, training):
   """Training weights in the type (and, under jit, layout) of decoding.
 
   Cast where they lie (`training`), so that what moves is the smaller type.
   """
 
   def cast(x, where):
-    return jax.lax.with_sharding_constraint(x.astype(dtype), where)
+    return jax.lax.with_sharding_constraint(x.astype(config.dtype), where)
 
-  return jax.tree.map(cast, params, training)
+  return _apart(jax.tree.map(cast, params, training), config)
+
+
+def _apart(policy, config: decoder.DecoderConfig, **how):
+  """A policy (or a tree like it) with its layers apart."""
+  trunk = decoder.unstack(policy["trunk"], config.num_layers, **how)
+  return policy | {"trunk": trunk}
+
+
+def _decode_axes(config: decoder.DecoderConfig):
+  """Logical axes of what `reshard_cast` returns."""
+  return _apart(
+    heads.logical_axes(config), config, pick=lambda names, i: names[1:],
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
+
+
+def cache_shardings(mesh, cache: decoder.Cache) -> decoder.Cache:
+  """Slots are split like batches, heads of the cache like weights."""
+  return decoder.Cache(*(
+    tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)
+    for leaves, names in zip(
+      (cache.k, cache.v), decoder.CACHE_AXES, strict=True
+    )
+  ))
 
 
 def _state_shardings(mesh, state: SlotState) -> SlotState:
-  """Slots are split like batches, heads of the cache like weights."""
+  """Where the slots' cache and counters live."""
+  rows = jax.tree.map(
+    lambda leaf: sharding.named(mesh, ("slots",), leaf.shape),
+    state.replace(cache=None),
+  )
+  return rows.replace(cache=cache_shardings(mesh, state.cache))
 
-  def place(leaf):
-    names = ("layers", "slots", "length", "kv_heads", "head_dim")
-    names = names if leaf.ndim == len(names) else ("slots",)
-    return sharding.named(mesh, names, leaf.shape)
 
-  return jax.tree.map(place, state)
+def _kv_buckets(context: int) -> tuple[int, ...]:
+  """Bounds on what a program attends to, a third to a half apart."""
+  buckets, length = {context}, context
+  while length > 256:
+    half = -(-length // 2)
+    buckets |= {half + half // 2, half}
+    length = half
+  return tuple(sorted(buckets))
 
 
 class Sampler:
@@ -305,20 +342,18 @@ class Sampler:
       functools.partial(heads.init_policy, config), jax.random.key(0)
     )
     axes = heads.logical_axes(config)
-    self._layout = sharding.decode_shardings(mesh, axes, policy)
+    self._layout = sharding.decode_shardings(
+      mesh, _decode_axes(config),
+      jax.eval_shape(functools.partial(_apart, config=config), policy),
+    )
     self._cast = jax.jit(
       functools.partial(
-        reshard_cast, dtype=config.dtype,
+        reshard_cast, config=config,
         training=sharding.tree_shardings(mesh, axes, policy),
       ),
       out_shardings=self._layout,
     )
-    buckets = {spec.context}
-    length = spec.context
-    while length > 256:
-      length = -(-length // 2)
-      buckets.add(length)
-    self.kv_buckets = tuple(sorted(buckets))
+    self.kv_buckets = _kv_buckets(spec.context)
 
   @functools.cached_property
   def _table(self) -> jax.Array:
@@ -349,8 +384,9 @@ class Sampler:
       ),
       everywhere,
     )
-    table, key = sharding.abstract(
-      (self._automaton, jax.eval_shape(jax.random.key, 0)), everywhere
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    table, key, one = sharding.abstract(
+      (self._automaton, jax.eval_shape(jax.random.key, 0), one), everywhere
     )
     bound = self.spec.context
     with sharding.scope(self._mesh):
@@ -358,7 +394,7 @@ class Sampler:
         "reshard_cast": self._cast.lower(params),
         "extend": self._extend.lower(decoding, state, chunk, kv_length=bound),
         "decode_block": self._decode.lower(
-          decoding, state, table, key, kv_length=bound
+          decoding, state, table, key, one, one, kv_length=bound
         ),
       }
 
@@ -369,16 +405,10 @@ class Sampler:
   def decode_params(self, params):
     """Policy parameters in the type and layout of the decode programs.
 
-    Weights that are sharded over `fsdp` for training are gathered here once,
-    not in every decode step.
+    Layers come apart, and weights that are sharded over `fsdp` for training
+    are gathered, here once and not in every decode step.
     """
-    def ready(x, where):
-      return x.dtype == self.config.dtype and x.sharding == where
-
-    params = jax.tree.map(jnp.asarray, params)
-    if all(jax.tree.leaves(jax.tree.map(ready, params, self._layout))):
-      return params
-    return self._cast(params)
+    return self._cast(jax.tree.map(jnp.asarray, params))
 
   def _bucket(self, length: int) -> int:
     return next(b for b in self.kv_buckets if b >= length)
@@ -388,8 +418,13 @@ class Sampler:
     with sharding.scope(self._mesh):
       return self._extend(params, state, chunk, kv_length=self._bucket(upto))
 
-  def decode_block(self, params, state: SlotState, key, upto: int):
+  def decode_block(
+    self, params, state: SlotState, key, upto: int, limit: int, leave: int
+  ):
     """Runs `decode_block`; `upto` bounds the positions it may reach."""
     bound = self._bucket(min(upto, self.spec.context))
     with sharding.scope(self._mesh):
-      return self._decode(params, state, self._table, key, kv_length=bound)
+      return self._decode(
+        params, state, self._table, key, np.int32(limit), np.int32(leave),
+        kv_length=bound,
+      )

@@ -32,7 +32,9 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
   return logits
 
 
-def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+def sample_tokens(
+  logits: jax.Array, uniform: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Draws one token per row by inverting the cumulative distribution.
 
   Two levels (sums of blocks, then inside the chosen block) need a single
@@ -43,11 +45,12 @@ def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     uniform: [P] float32 in [0, 1).
 
   Returns:
-    [P] int32.
+    (tokens [P] int32, logsumexp of the logits [P] float32).
   """
   rows, vocab = logits.shape
   pad = -vocab % _SAMPLE_BLOCK
-  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  highest = logits.max(-1, keepdims=True)
+  weights = jnp.exp(logits - highest)
   weights = jnp.pad(weights, ((0, 0), (0, pad)))
   weights = weights.reshape(rows, -1, _SAMPLE_BLOCK)
   mass = weights.sum(-1)
@@ -63,7 +66,8 @@ def sample_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
   last = _SAMPLE_BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
   # A run of zero weight right after the target must not be entered either.
   index = jnp.minimum(index, last)
-  return (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
+  drawn = (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
+  return drawn, highest[:, 0] + jnp.log(mass.sum(-1))
 
 
 def uniforms(key, episode, position):
@@ -101,8 +105,11 @@ def select(logits, temperature, uniform, top_k: int, top_p: float):
   """
   greedy = temperature == 0
   scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
-  drawn = sample_tokens(filter_logits(scaled, top_k, top_p), uniform)
+  kept = filter_logits(scaled, top_k, top_p)
+  drawn, norm = sample_tokens(kept, uniform)
+  if kept is not scaled:  # Log-probabilities are the whole policy's.
+    norm = jax.nn.logsumexp(scaled, axis=-1)
   best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   tokens = jnp.where(greedy, best, drawn)
   chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+  return tokens, chosen - norm

@@ -94,8 +94,7 @@ def resident(config) -> dict[str, float]:
       model, config.rollout.slots, config.rollout.context, model.dtype
     )
   )
-  names = ("layers", "slots", "length", "kv_heads", "head_dim")
-  placed = jax.tree.map(lambda x: sharding.named(mesh, names, x.shape), cache)
+  placed = sampler.cache_shardings(mesh, cache)
   # Only while a rollout runs.
   return parts | {
     "decode weights": decoding, "slot cache": _bytes(cache, placed)

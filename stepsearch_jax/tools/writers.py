@@ -15,7 +15,7 @@ from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.env import search_env
 from stepsearch_jax.models import hf_weights
 from stepsearch_jax.retrieval import remote
-from stepsearch_jax.rollout import automaton, engine, sampler
+from stepsearch_jax.rollout import automaton, engine, records, sampler
 
 _AT_ONCE = 8
 
@@ -66,7 +66,7 @@ class LocalWriter:
       config, sampler.SamplerSpec(slots, context, block=16), table,
       stops.first_stop, sharding.make_mesh(),
     )
-    limits = engine.EngineSpec(
+    limits = records.EngineSpec(
       max_prompt=context - max_tokens, max_turn=max_tokens,
       answer_room=max_tokens, extend_rows=(slots,), extend_tokens=(64, 128),
     )

@@ -69,8 +69,9 @@ def test_greedy_continuation_through_the_cache(shared, name):
   steps = np.arange(width)[None]
   positions = np.where(steps < lengths[:, None], steps, 10_000)
   apply = decoder.Decoder(config).apply
+  apart = decoder.unstack(params["trunk"], config.num_layers)
   hidden, cache = apply(
-    {"params": params["trunk"]}, tokens, jnp.asarray(positions, jnp.int32),
+    {"params": apart}, tokens, jnp.asarray(positions, jnp.int32),
     cache=cache.replace(slots=slots),
   )
   last = jnp.asarray(hidden)[np.arange(rows), lengths - 1]
@@ -79,7 +80,7 @@ def test_greedy_continuation_through_the_cache(shared, name):
     np.testing.assert_array_equal(chosen, want[:, step])
     where = jnp.asarray(lengths + step, jnp.int32)[:, None]
     hidden, cache = apply(
-      {"params": params["trunk"]}, chosen[:, None], where, cache=cache
+      {"params": apart}, chosen[:, None], where, cache=cache
     )
     last = hidden[:, 0]
 

@@ -13,7 +13,7 @@ from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.rollout import sampling
+from stepsearch_jax.rollout import records, sampler, sampling
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,75 @@ def test_rollouts_do_not_depend_on_retrieval_delays(parts, monkeypatch):
   assert stats.searches > 10
 
 
+def test_a_block_ends_at_its_limit_and_when_enough_slots_stopped(parts):
+  """Budgets 1, 2, 5 and 9 in four slots, blocks of up to 8 steps."""
+  tokenizer, model, policy = parts
+  engine = fakes.make_engine(
+    tokenizer, model, fakes.FakeRetriever(), block=8, tags=("never",)
+  )
+  programs = engine._programs
+  params = programs.decode_params(policy)
+  rows = np.arange(4, dtype=np.int32)
+  chunk = sampler.Chunk(
+    slot=rows, tokens=np.full((4, 16), 7, np.int32), start=0 * rows,
+    length=0 * rows + 3, begins_turn=rows >= 0, episode=rows,
+    budget=np.array([1, 2, 5, 9], np.int32),
+    temperature=np.zeros(4, np.float32),
+  )
+  for limit, leave, steps in ((8, 1, 1), (8, 2, 2), (8, 3, 5), (8, 4, 8),
+                              (3, 4, 3), (3, 1, 1)):
+    state = programs.extend(params, programs.init_state(), chunk, 16)
+    _, output = programs.decode_block(
+      params, state, jax.random.key(0), 16, limit, leave
+    )
+    assert int(output.steps) == steps, (limit, leave)
+    sampled = (np.asarray(output.tokens) >= 0).sum(1)
+    np.testing.assert_array_equal(sampled, np.minimum(steps, [1, 2, 5, 9]))
+  engine.close()
+
+
+def test_finished_slots_idle_little_while_questions_wait(parts):
+  """Turns of 3 to 12 tokens, 96 questions in 32 slots, blocks of 16."""
+  tokenizer, model, policy = parts
+
+  def vacant_share(count, leave=None):
+    engine = fakes.make_engine(
+      tokenizer, model, fakes.FakeRetriever(), slots=32, block=16, max_turns=0
+    )
+    engine.turn_limit = lambda slot: 3 + slot.episode * 7 % 10
+    if leave is not None:
+      decode = engine._programs.decode_block
+      engine._programs.decode_block = lambda *args: decode(*args[:-1], leave)
+    _, stats = engine.run(policy, fakes.make_questions(count), range(count))
+    engine.close()
+    return stats.vacant_slot_steps / stats.slot_steps
+
+  assert vacant_share(96) <= 0.05
+  assert vacant_share(96, leave=33) > 0.1
+  assert vacant_share(32) == 0  # Nobody waits.
+
+
+def test_chunks_of_waiting_rows_have_no_padding_rows(parts):
+  """Five prompts in buckets of 1, 2 and 4 rows are a 4 and a 1."""
+  tokenizer, model, policy = parts
+  spec = records.EngineSpec(
+    max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
+    extend_rows=(1, 2, 4), extend_tokens=(64,),
+  )
+  engine = fakes.make_engine(tokenizer, model, fakes.FakeRetriever(),
+                             slots=5, spec=spec)
+  shapes, extend = [], engine._programs.extend
+
+  def seen(params, state, chunk, upto):
+    shapes.append(chunk.tokens.shape)
+    return extend(params, state, chunk, upto)
+
+  engine._programs.extend = seen
+  engine.run(policy, fakes.make_questions(5), range(5))
+  engine.close()
+  assert shapes[:2] == [(4, 64), (1, 64)]
+
+
 def test_recorded_logprobs_equal_a_forward_pass_over_the_whole_row(parts):
   _, model, policy = parts
   done, _ = play(parts)
@@ -93,12 +162,12 @@ class Scripted:
     original = engine_lib._Run._decode
 
     def forced(run):
-      stopped = []
+      stopped = {}
       for p in np.nonzero(run._active)[0]:
         slot = run._slots[p]
         ids = tokenizer.encode(turns[len(slot.turns)])
         slot.append(ids, types.Provenance.POLICY, [0.0] * len(ids))
-        stopped.append(int(p))
+        stopped[int(p)] = 0
         run._active[p] = False
       return stopped
 
@@ -117,7 +186,8 @@ def scripted(parts, monkeypatch):
           **settings):
     retriever = retriever or fakes.FakeRetriever(text=text)
     engine = fakes.make_engine(tokenizer, model, retriever, **settings)
-    monkeypatch.setattr(engine._programs, "decode_params", lambda p: policy)
+    ready = engine._programs.decode_params(policy)
+    monkeypatch.setattr(engine._programs, "decode_params", lambda p: ready)
     return Scripted(engine, tokenizer, turns).run(fakes.make_questions(count))
 
   return run
@@ -205,10 +275,11 @@ def test_prompt_that_does_not_fit_is_an_error_naming_the_field(parts):
 def test_sampler_draws_the_softmax_distribution():
   logits = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3] + [0.0] * 300))
   uniform = (jnp.arange(1000, dtype=jnp.float32) + 0.5) / 1000
-  drawn = sampling.sample_tokens(jnp.tile(logits, (1000, 1)), uniform)
+  drawn, norm = sampling.sample_tokens(jnp.tile(logits, (1000, 1)), uniform)
+  np.testing.assert_allclose(norm, 0.0, atol=1e-6)
   counts = np.bincount(np.asarray(drawn), minlength=4)
   np.testing.assert_allclose(counts[:4], [100, 0, 600, 300], atol=1)
-  edge = sampling.sample_tokens(
+  edge, _ = sampling.sample_tokens(
     jnp.tile(logits, (2, 1)), jnp.array([0.0, 1.0 - 2**-24])
   )
   assert set(np.asarray(edge).tolist()) == {0, 3}

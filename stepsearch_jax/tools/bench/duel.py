@@ -1,4 +1,4 @@
-"""Two ways to do the same work, measured in turns."""
+"""Two ways to do the same work, measured in turns; and single readings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
+
+import tqdm
+
+
+@dataclasses.dataclass
+class Measured:
+  """A result whose cost is not the wall time of the whole call."""
+
+  result: Any
+  amount: float
 
 
 @dataclasses.dataclass
@@ -16,8 +27,11 @@ class Duel:
     what: what is done.
     work: size of the workload in words.
     peer: name of the other way.
-    ours, theirs: do the whole work and return its result.
+    ours, theirs: do the whole work and return its result, or a `Measured`.
     same: raises when the two results are not the same work.
+    goal: what was asked of the ratio, in words.
+    unit: of the amounts; seconds unless the sides measure something else.
+    warm_up: the sides differ between a first and a later call (compilation).
   """
 
   what: str
@@ -26,20 +40,60 @@ class Duel:
   ours: Callable
   theirs: Callable
   same: Callable
+  goal: str = ""
+  unit: str = "s"
+  warm_up: bool = True
+
+  def measure(self, repeats: int) -> dict:
+    """Medians of alternating repeats, of which the first are compared."""
+    amounts = {"ours": [], "peer": []}
+    for turn in tqdm.trange(
+      repeats + self.warm_up, desc=f"{self.what} | {self.peer}", leave=False
+    ):
+      ours, theirs = _timed(self.ours), _timed(self.theirs)
+      if turn == 0:
+        self.same(ours.result, theirs.result)
+      if turn >= self.warm_up:
+        amounts["ours"].append(ours.amount)
+        amounts["peer"].append(theirs.amount)
+    medians = {side: statistics.median(x) for side, x in amounts.items()}
+    return {
+      "what": self.what, "work": self.work, "peer": self.peer,
+      "goal": self.goal, "unit": self.unit, **medians,
+      "ratio": medians["peer"] / medians["ours"], "repeats": amounts,
+    }
 
 
-def measure(duel: Duel, repeats: int) -> dict:
-  """Medians of alternating repeats after one checked warm-up of each."""
-  duel.same(duel.ours(), duel.theirs())
-  seconds = {"ours": [], "theirs": []}
-  for _ in range(repeats):
-    for side in seconds:
-      began = time.perf_counter()
-      getattr(duel, side)()
-      seconds[side].append(time.perf_counter() - began)
-  ours, theirs = map(statistics.median, seconds.values())
-  return {
-    "what": duel.what, "work": duel.work, "peer": duel.peer,
-    "ours_seconds": ours, "peer_seconds": theirs, "ratio": theirs / ours,
-    "repeats": seconds,
-  }
+@dataclasses.dataclass
+class Reading:
+  """One figure of ours that has no peer.
+
+  Attributes:
+    what, work, goal, unit: see `Duel`.
+    read: returns the figure.
+  """
+
+  what: str
+  work: str
+  read: Callable[[], float]
+  goal: str = ""
+  unit: str = ""
+
+  def measure(self, repeats: int) -> dict:
+    """Median of the repeats."""
+    values = [
+      self.read() for _ in tqdm.trange(repeats, desc=self.what, leave=False)
+    ]
+    return {
+      "what": self.what, "work": self.work, "goal": self.goal,
+      "unit": self.unit, "value": statistics.median(values), "repeats": values,
+    }
+
+
+def _timed(call: Callable) -> Measured:
+  began = time.perf_counter()
+  result = call()
+  seconds = time.perf_counter() - began
+  if isinstance(result, Measured):
+    return result
+  return Measured(result, seconds)
