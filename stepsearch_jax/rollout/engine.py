@@ -235,6 +235,8 @@ class _Run:
 
   def _ingest(self):
     """Writes all waiting tokens into the cache, longest rows together."""
+    if not self._jobs:
+      return
     began = time.perf_counter()
     spec = self._e._spec
     jobs = sorted(self._jobs, key=lambda job: (-len(job.tokens), job.slot))
@@ -258,6 +260,7 @@ class _Run:
       for job in group:
         self._active[job.slot] |= len(job.tokens) <= size
       jobs = rest + jobs
+    jax.block_until_ready(self._state.position)  # For honest timings.
     self.stats.extend_seconds += time.perf_counter() - began
 
   def _chunk(self, group: Sequence[_Job]):
