@@ -5,7 +5,9 @@
 
 Ours and the peer alternate; medians and ratios of at least three repeats are
 printed with the workload and the versions, after the results were found equal.
-Speeds are ratios on this machine, not promises.
+Speeds are ratios on this machine, not promises. Tunix joins the rollout suite
+where it is installed; its pins clash with this project's, so that takes
+`pip install --no-deps google-tunix qwix google-metrax jaxtyping perfetto ...`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,24 @@ from absl import flags
 from etils import epath
 
 from stepsearch_jax import cli, evaluation
-from stepsearch_jax.tools.bench import duel, retrieval, rewards
+from stepsearch_jax.tools.bench import retrieval, rewards, rollout, update
 
-_SUITES = {"rewards": rewards.duels, "retrieval": retrieval.duels}
+_SUITES = {
+  "rewards": rewards.duels,
+  "retrieval": retrieval.duels,
+  "rollout": rollout.duels,
+  "update": update.duels,
+  "step": update.steps,
+}
 _SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
 _INPUT = flags.DEFINE_string(
   "input", None,
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
-  "ones; retrieval: passage files, separated by commas, default none.",
+  "ones; retrieval: passage files, separated by commas, default none; rollout "
+  "and step: recorded workloads (JSON), default made-up ones.",
+)
+_PEER = flags.DEFINE_string(
+  "peer", "", "Only comparisons whose peer's name contains this."
 )
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Alternating repeats.", 3)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
@@ -36,7 +48,7 @@ def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
            "commit": evaluation.commit()}
   for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
-               "transformers"):
+               "transformers", "google-tunix"):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -48,14 +60,24 @@ def main() -> None:
   """Entry; see the module docstring."""
   report = {"suite": _SUITE.value, "versions": _versions(), "results": []}
   print("  ".join(f"{k} {v}" for k, v in report["versions"].items()))
-  for pair in _SUITES[_SUITE.value](_INPUT.value):
-    result = duel.measure(pair, _REPEATS.value)
+  for item in _SUITES[_SUITE.value](_INPUT.value):
+    if _PEER.value and _PEER.value not in getattr(item, "peer", ""):
+      continue
+    result = item.measure(_REPEATS.value)
     report["results"].append(result)
-    print(f"{result['what']} ({result['work']}) beside {result['peer']}: "
-          f"{result['ours_seconds']:.4f} s, {result['peer_seconds']:.4f} s, "
-          f"ratio {result['ratio']:.2f}")
-  if _JSON.value:
-    epath.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+    print(_line(result), flush=True)
+    if _JSON.value:  # At once: a suite takes long and may be stopped.
+      epath.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _line(result: dict) -> str:
+  head = f"{result['what']} ({result['work']})"
+  goal = f", asked: {result['goal']}" if result["goal"] else ""
+  if "peer_name" not in result:
+    return f"{head}: {result['value']:.3f} {result['unit']}{goal}"
+  return (f"{head} beside {result['peer_name']}: {result['ours']:.4f} and "
+          f"{result['peer']:.4f} {result['unit']}, ratio "
+          f"{result['ratio']:.2f}{goal}")
 
 
 if __name__ == "__main__":

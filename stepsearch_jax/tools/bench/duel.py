@@ -58,7 +58,7 @@ class Duel:
         amounts["peer"].append(theirs.amount)
     medians = {side: statistics.median(x) for side, x in amounts.items()}
     return {
-      "what": self.what, "work": self.work, "peer": self.peer,
+      "what": self.what, "work": self.work, "peer_name": self.peer,
       "goal": self.goal, "unit": self.unit, **medians,
       "ratio": medians["peer"] / medians["ours"], "repeats": amounts,
     }

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from stepsearch_jax import sharding, types
-from stepsearch_jax.env import prompts, search_env
+from stepsearch_jax.env import search_env
 from stepsearch_jax.rollout import engine, records, sampler
 from stepsearch_jax.tools.bench import peers
 from stepsearch_jax.tools.bench.workload import Replay

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from stepsearch_jax import sharding
 from stepsearch_jax.rollout import sampler
 from stepsearch_jax.tools.bench import decoding, duel, peers, workload
 from stepsearch_jax.tools.bench.replay import Ours, TurnByTurn
@@ -78,25 +78,13 @@ def _readings(config, params, path) -> Iterator[duel.Reading]:
   )
 
 
-@functools.lru_cache(maxsize=1)
-def _bare(config, slots, length):
-  programs = sampler.Sampler(
-    config, sampler.SamplerSpec(slots, 2 * length, block=32),
-    np.zeros((1, config.vocab_size), np.int32), 1, _mesh(),
-  )
-  return programs
-
-
-def _mesh():
-  from stepsearch_jax import sharding
-
-  return sharding.make_mesh()
-
-
 def _bare_decode_seconds(config, params, slots: int, steps: int) -> float:
   """Seconds of so many decode steps over full slots, nothing around them."""
   length = 1024
-  programs = _bare(config, slots, length)
+  programs = sampler.Sampler(
+    config, sampler.SamplerSpec(slots, 2 * length, block=32),
+    np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
+  )
   ready = programs.decode_params(params)
   state = programs.init_state().replace(
     position=np.full(slots, length - 64, np.int32),

@@ -194,5 +194,13 @@ def duels(path: str | None) -> Iterator[duel.Duel]:
   )
 
 
+def steps(path: str | None) -> Iterator[duel.Duel]:
+  """Policy, value and reference work of whole PPO steps; ours is packed."""
+  config = peers.smollm2()
+  params = peers.policy(config)
+  for count in (8, 32):
+    yield _step_duel(config, params, workload.load(path, count), 4)
+
+
 if __name__ == "__main__":
   _update_once(sys.argv[1])
