@@ -21,7 +21,7 @@ import numpy as np
 
 from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder, heads
-from stepsearch_jax.rollout import sampling
+from stepsearch_jax.rollout import layout, sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,49 +243,13 @@ def decode_block(params, state, table, key, limit, leave, *, config, spec,
   return state, BlockOutput(tokens, logprobs, state.active, steps)
 
 
-def reshard_cast(params, config: decoder.DecoderConfig, training):
-  """Training weights in the type (and, under jit, layout) of decoding.
-
-  Cast where they lie (`training`), so that what moves is the smaller type.
-  """
-
-  def cast(x, where):
-    return jax.lax.with_sharding_constraint(x.astype(config.dtype), where)
-
-  return _apart(jax.tree.map(cast, params, training), config)
-
-
-def _apart(policy, config: decoder.DecoderConfig, **how):
-  """A policy (or a tree like it) with its layers apart."""
-  trunk = decoder.unstack(policy["trunk"], config.num_layers, **how)
-  return policy | {"trunk": trunk}
-
-
-def _decode_axes(config: decoder.DecoderConfig):
-  """Logical axes of what `reshard_cast` returns."""
-  return _apart(
-    heads.logical_axes(config), config, pick=lambda names, i: names[1:],
-    is_leaf=lambda leaf: isinstance(leaf, tuple),
-  )
-
-
-def cache_shardings(mesh, cache: decoder.Cache) -> decoder.Cache:
-  """Slots are split like batches, heads of the cache like weights."""
-  return decoder.Cache(*(
-    tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)
-    for leaves, names in zip(
-      (cache.k, cache.v), decoder.CACHE_AXES, strict=True
-    )
-  ))
-
-
 def _state_shardings(mesh, state: SlotState) -> SlotState:
   """Where the slots' cache and counters live."""
   rows = jax.tree.map(
     lambda leaf: sharding.named(mesh, ("slots",), leaf.shape),
     state.replace(cache=None),
   )
-  return rows.replace(cache=cache_shardings(mesh, state.cache))
+  return rows.replace(cache=layout.cache_shardings(mesh, state.cache))
 
 
 def _kv_buckets(context: int) -> tuple[int, ...]:
@@ -343,12 +307,12 @@ class Sampler:
     )
     axes = heads.logical_axes(config)
     self._layout = sharding.decode_shardings(
-      mesh, _decode_axes(config),
-      jax.eval_shape(functools.partial(_apart, config=config), policy),
+      mesh, layout.decode_axes(config),
+      jax.eval_shape(functools.partial(layout.apart, config=config), policy),
     )
     self._cast = jax.jit(
       functools.partial(
-        reshard_cast, config=config,
+        layout.reshard_cast, config=config,
         training=sharding.tree_shardings(mesh, axes, policy),
       ),
       out_shardings=self._layout,

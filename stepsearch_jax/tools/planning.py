@@ -19,7 +19,7 @@ import numpy as np
 from stepsearch_jax import settings, sharding
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.ppo import learner, logprobs, variants
-from stepsearch_jax.rollout import sampler
+from stepsearch_jax.rollout import layout, sampler
 from stepsearch_jax.tools.machines import GB, Machine
 
 _STATES = 64  # Upper bound for the stop automaton of the usual tags.
@@ -94,7 +94,7 @@ def resident(config) -> dict[str, float]:
       model, config.rollout.slots, config.rollout.context, model.dtype
     )
   )
-  placed = sampler.cache_shardings(mesh, cache)
+  placed = layout.cache_shardings(mesh, cache)
   # Only while a rollout runs.
   return parts | {
     "decode weights": decoding, "slot cache": _bytes(cache, placed)

@@ -1,0 +1,44 @@
+"""How weights and cache lie while decoding: layers apart, type of compute."""
+
+from __future__ import annotations
+
+import jax
+
+from stepsearch_jax import sharding
+from stepsearch_jax.models import decoder, heads
+
+
+def reshard_cast(params, config: decoder.DecoderConfig, training):
+  """Training weights in the type (and, under jit, layout) of decoding.
+
+  Cast where they lie (`training`), so that what moves is the smaller type.
+  """
+
+  def cast(x, where):
+    return jax.lax.with_sharding_constraint(x.astype(config.dtype), where)
+
+  return apart(jax.tree.map(cast, params, training), config)
+
+
+def apart(policy, config: decoder.DecoderConfig, **how):
+  """A policy (or a tree like it) with its layers apart."""
+  trunk = decoder.unstack(policy["trunk"], config.num_layers, **how)
+  return policy | {"trunk": trunk}
+
+
+def decode_axes(config: decoder.DecoderConfig):
+  """Logical axes of what `reshard_cast` returns."""
+  return apart(
+    heads.logical_axes(config), config, pick=lambda names, i: names[1:],
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
+  )
+
+
+def cache_shardings(mesh, cache: decoder.Cache) -> decoder.Cache:
+  """Slots are split like batches, heads of the cache like weights."""
+  return decoder.Cache(*(
+    tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)
+    for leaves, names in zip(
+      (cache.k, cache.v), decoder.CACHE_AXES, strict=True
+    )
+  ))
