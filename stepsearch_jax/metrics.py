@@ -10,12 +10,17 @@ from __future__ import annotations
 import json
 import math
 import time
+import weakref
 from collections.abc import Callable, Mapping
 
+import jax
+import jax.monitoring
 import tensorboardX
 import tqdm
 from absl import logging
 from etils import epath
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def quiet_libraries() -> None:
@@ -165,6 +170,33 @@ class Progress:
   def close(self) -> None:
     """Leaves the finished bar on the screen."""
     self._bar.close()
+
+
+class Compilations:
+  """Counts the programs that XLA compiles; any in a late step is a fault.
+
+  A program that the persistent cache holds counts too.
+  """
+
+  def __init__(self):
+    """Starts at none."""
+    self._count = 0
+    me = weakref.ref(self)
+
+    def listen(name: str, seconds: float, **unused) -> None:
+      del seconds
+      if name == _COMPILE_EVENT and me() is not None:
+        me()._count += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    weakref.finalize(
+      self, jax.monitoring.unregister_event_duration_listener, listen
+    )
+
+  def take(self) -> int:
+    """How many since the last call."""
+    count, self._count = self._count, 0
+    return count
 
 
 class Stopwatch:

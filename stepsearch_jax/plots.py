@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 
+import numpy as np
 from etils import epath
 
 _PANELS = (
@@ -16,7 +18,6 @@ _PANELS = (
   ("KL to the reference", ("critic/kl",)),
   ("entropy", ("actor/entropy",)),
 )
-_PHASES = ("gen", "reward", "adv", "update")
 
 
 def read_metrics(path: epath.Path) -> list[dict]:
@@ -30,17 +31,13 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
   Returns:
     The picture's path, or None when there is nothing to draw.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
+  plt = _pyplot()
   workdir = epath.Path(workdir)
   records = read_metrics(workdir / "metrics.jsonl")
   if not records:
     return None
-  figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
-  for axis, (title, names) in zip(axes.flat, _PANELS, strict=False):
+  figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+  for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
     for name in names:
       points = [(r["step"], r[name]) for r in records if name in r]
       if points:
@@ -50,21 +47,89 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
     axis.set_xlabel("step")
     if axis.lines:
       axis.legend(fontsize=8)
-  seconds = axes.flat[len(_PANELS)]
-  records = [r for r in records if "timing_s/gen" in r]
-  steps = [r["step"] for r in records]
-  seconds.stackplot(
-    steps,
-    [[r.get(f"timing_s/{p}", 0.0) for r in records] for p in _PHASES],
-    labels=_PHASES,
+  return _save(figure, workdir / "curves.png")
+
+
+def step_seconds(workdir: epath.PathLike) -> dict[str, list[float]]:
+  """Where the seconds of every training step of a run went.
+
+  Args:
+    workdir: of the run.
+
+  Returns:
+    Seconds by phase in the order of a step, one for each step; the phases add
+    up to the step without its evaluation. "step" holds the steps' numbers.
+  """
+  records = read_metrics(epath.Path(workdir) / "metrics.jsonl")
+  records = [r for r in records if "timing_s/old_log_prob" in r]
+
+  def column(name):
+    return np.array([r.get(f"timing_s/{name}", 0.0) for r in records])
+
+  rollout = {
+    "rollout decode": column("gen_decode"),
+    "rollout extend": column("gen_extend"),
+    "retrieval wait": column("gen_retrieval_wait"),
+  }
+  scoring = {
+    "policy": column("old_log_prob"),
+    "reference": column("ref"),
+    "value": column("values"),
+  }
+  found = {
+    **rollout,
+    "rollout host": column("gen") - sum(rollout.values()),
+    "rewards": column("reward"),
+    **scoring,
+    "advantages": column("adv") - sum(scoring.values()),
+    "update": column("update"),
+  }
+  return {"step": [r["step"] for r in records]} | {
+    name: seconds.tolist() for name, seconds in found.items()
+  }
+
+
+def step_time(workdir: epath.PathLike) -> epath.Path | None:
+  """Draws `step_time.png` into the run folder, see `step_seconds`.
+
+  Returns:
+    The picture's path, or None when there is nothing to draw.
+  """
+  plt = _pyplot()
+  seconds = step_seconds(workdir)
+  steps = seconds.pop("step")
+  if not steps:
+    return None
+  medians = [statistics.median(values) for values in seconds.values()]
+  colours = plt.get_cmap("tab10").colors
+  figure, (over, share) = plt.subplots(
+    1, 2, figsize=(13, 5), layout="constrained"
   )
-  seconds.set_title("seconds per step")
-  seconds.set_xlabel("step")
-  seconds.legend(fontsize=8)
-  axes.flat[-1].axis("off")
+  over.stackplot(steps, list(seconds.values()), colors=colours)
+  over.set(title="seconds per step", xlabel="step", ylabel="seconds")
+  bars = share.barh(list(seconds), medians, color=colours)
+  share.bar_label(
+    bars, [f"{m:.2f} s, {m / sum(medians):.0%}" for m in medians], padding=3,
+    fontsize=8,
+  )
+  share.invert_yaxis()
+  share.margins(x=0.2)
+  share.set(title="median step", xlabel="seconds")
+  return _save(figure, epath.Path(workdir) / "step_time.png")
+
+
+def _pyplot():
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  return pyplot
+
+
+def _save(figure, path: epath.Path) -> epath.Path:
   picture = io.BytesIO()
   figure.savefig(picture, format="png", dpi=100)
-  plt.close(figure)
-  path = workdir / "curves.png"
+  _pyplot().close(figure)
   path.write_bytes(picture.getvalue())
   return path

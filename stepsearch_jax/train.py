@@ -150,6 +150,7 @@ def train(
   #################################################################
   # The loop                                                      #
   #################################################################
+  compilations = metrics.Compilations()
   bar = metrics.Progress(steps, step, active=distributed.is_primary())
   shown = {"EM": meta["before"]["em"]}
   while step < steps:
@@ -190,6 +191,7 @@ def train(
       **reporting.reward_metrics(trajectories, scores),
       **reporting.rollout_metrics(rollout),
       **watch.metrics(),
+      "perf/compilations": compilations.take(),
     }
     metrics.check_finite(
       step, values, functools.partial(_first_nonfinite, experience, state)
@@ -244,6 +246,7 @@ def train(
   if distributed.is_primary():
     _write_json(workdir / "summary.json", summary)
     plots.learning_curves(workdir)
+    plots.step_time(workdir)
   return summary
 
 

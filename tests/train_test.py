@@ -17,6 +17,7 @@ from stepsearch_jax import (
   cli,
   experiment,
   metrics,
+  plots,
   settings,
   train,
 )
@@ -67,7 +68,8 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
   assert {"em_before", "em_after", "f1_before", "f1_after", "steps", "seed",
           "searches_per_question", "train_seconds"} <= set(summary)
   assert json.loads((workdir / "summary.json").read_text()) == summary
-  for name in ("curves.png", "eval/card.json", "eval/card.md", "tensorboard",
+  for name in ("curves.png", "step_time.png", "eval/card.json",
+               "eval/card.md", "tensorboard",
                "predictions/step_000000.jsonl",
                "predictions/step_000002.jsonl"):
     assert (workdir / name).exists(), name
@@ -77,6 +79,21 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
           "critic/score/mean", "val/em"} <= set(steps[-1])
   for record in steps:
     metrics.check_finite(record["step"], record)
+
+
+@pytest.mark.slow
+def test_a_logged_step_says_where_its_time_went(finished):
+  workdir, _ = finished
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  phases = plots.step_seconds(workdir)
+  assert phases.pop("step") == [1, 2]
+  for i, record in enumerate(map(json.loads, lines[1:])):
+    whole = sum(record[f"timing_s/{k}"]
+                for k in ("gen", "reward", "adv", "update"))
+    spent = [seconds[i] for seconds in phases.values()]
+    assert min(spent) >= 0 and sum(spent) == pytest.approx(whole)
+    assert phases["reference"][i] > 0 and phases["value"][i] > 0
+  assert json.loads(lines[1])["perf/compilations"] > 0
 
 
 @pytest.mark.slow

@@ -21,7 +21,14 @@ from absl import flags
 from etils import epath
 
 from stepsearch_jax import cli, evaluation
-from stepsearch_jax.tools.bench import retrieval, rewards, rollout, update
+from stepsearch_jax.tools.bench import (
+  growth,
+  retrieval,
+  rewards,
+  rollout,
+  training,
+  update,
+)
 
 _SUITES = {
   "rewards": rewards.duels,
@@ -29,13 +36,16 @@ _SUITES = {
   "rollout": rollout.duels,
   "update": update.duels,
   "step": update.steps,
+  "growth": growth.growths,
+  "training": training.readings,
 }
 _SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
 _INPUT = flags.DEFINE_string(
   "input", None,
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
   "ones; retrieval: passage files, separated by commas, default none; rollout "
-  "and step: recorded workloads (JSON), default made-up ones.",
+  "and step: recorded workloads (JSON), default made-up ones; training: the "
+  "folder of a finished run.",
 )
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."

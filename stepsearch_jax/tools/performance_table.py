@@ -1,22 +1,26 @@
-"""Fills the README's performance table from the benchmark's JSON files.
+"""Fills the README's performance tables and chart from what was measured.
 
-  python -m stepsearch_jax.tools.performance_table --readme=README.md \
-    --json=rollout.json,update.json
+  python -m stepsearch_jax.tools.performance_table --readme=README.md \\
+    --json=rollout.json,update.json,growth.json --run=runs/quickstart
+
+The figures come from files of tools/benchmark --json and from a run's log.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli
+from stepsearch_jax import cli, plots
 
 _README = flags.DEFINE_string("readme", "README.md", "File to fill.")
 _JSON = flags.DEFINE_list("json", None, "Files of tools/benchmark --json.")
-
-BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
+_RUN = flags.DEFINE_string(
+  "run", None, "Folder of a training run; draws where its steps' time goes."
+)
 
 
 def _row(result: dict, commit: str) -> str:
@@ -45,24 +49,61 @@ def table(reports: list[dict]) -> str:
   return "\n".join(lines)
 
 
-def fill(text: str, filling: str) -> str:
-  """Replaces what stands between the markers.
+def growth_table(reports: list[dict]) -> str:
+  """A Markdown table of the points and exponents of a growth report."""
+  lines = [
+    "| workload | tokens | rollout, s | scores, s | update, s | step, s |",
+    "|---|---|---|---|---|---|",
+  ]
+  phases = ("rollout", "scores", "update", "step")
+  for result in (r for report in reports for r in report["results"]):
+    for point in result.get("points", ()):
+      seconds = " | ".join(f"{point[phase]:.2f}" for phase in phases)
+      lines.append(f"| {point[result['axis']]} {result['axis']} | "
+                   f"{point['tokens']:,} | {seconds} |")
+    if "exponents" in result:
+      fitted = " | ".join(f"{result['exponents'][p]:.2f}" for p in phases)
+      lines.append(f"| **exponent** | | {fitted} |")
+  return "\n".join(lines)
+
+
+def chart(run: str) -> str:
+  """A Mermaid pie of a run's median step."""
+  seconds = plots.step_seconds(run)
+  steps = len(seconds.pop("step"))
+  slices = [
+    f'  "{name}" : {statistics.median(values):.3f}'
+    for name, values in seconds.items()
+  ]
+  title = f"seconds of a step, medians of {steps} steps"
+  return "\n".join(["```mermaid", f"pie showData title {title}", *slices,
+                    "```"])
+
+
+def fill(text: str, section: str, filling: str) -> str:
+  """Replaces what stands between the markers of a section.
 
   Raises:
     ValueError: the markers are not there.
   """
-  head, found, rest = text.partition(BEGIN)
-  _, ended, tail = rest.partition(END)
+  begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+  head, found, rest = text.partition(begin)
+  _, ended, tail = rest.partition(end)
   if not (found and ended):
-    raise ValueError(f"no {BEGIN} ... {END} in the file")
-  return f"{head}{BEGIN}\n{filling}\n{END}{tail}"
+    raise ValueError(f"no {begin} ... {end} in the file")
+  return f"{head}{begin}\n{filling}\n{end}{tail}"
 
 
 def main() -> None:
   """Entry; see the module docstring."""
   reports = [json.loads(epath.Path(path).read_text()) for path in _JSON.value]
   readme = epath.Path(_README.value)
-  readme.write_text(fill(readme.read_text(), table(reports)))
+  text = fill(readme.read_text(), "performance", table(reports))
+  if any("points" in r for report in reports for r in report["results"]):
+    text = fill(text, "growth", growth_table(reports))
+  if _RUN.value:
+    text = fill(text, "step time", chart(_RUN.value))
+  readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The README's table says what the JSON says, and nothing else changes."""
 
+import json
+
 import pytest
 
+from stepsearch_jax import plots
 from stepsearch_jax.tools import performance_table
-from stepsearch_jax.tools.bench import duel
+from stepsearch_jax.tools.bench import duel, growth
 
 
 def test_results_become_rows_between_the_markers():
@@ -22,11 +25,11 @@ def test_results_become_rows_between_the_markers():
     "| decode (8 rows) | peer | 3 s | 6 s | **2.00** | 1.3 | 0123456 |",
     "| waits (16 slots) | - | 0.25 | - | - | - | 0123456 |",
   ]
-  text = f"a\n{performance_table.BEGIN}\nold\n{performance_table.END}\nb\n"
-  filled = performance_table.fill(text, table)
+  text = "a\n<!-- performance -->\nold\n<!-- /performance -->\nb\n"
+  filled = performance_table.fill(text, "performance", table)
   assert filled.startswith("a\n") and filled.endswith("\nb\n")
   assert table in filled and "old" not in filled
-  assert performance_table.fill(filled, table) == filled
+  assert performance_table.fill(filled, "performance", table) == filled
 
 
 def test_results_that_are_not_the_same_work_are_an_error():
@@ -39,4 +42,41 @@ def test_results_that_are_not_the_same_work_are_an_error():
 
 def test_a_file_without_markers_is_an_error():
   with pytest.raises(ValueError, match="performance"):
-    performance_table.fill("nothing here", "table")
+    performance_table.fill("nothing here", "performance", "table")
+
+
+def test_growth_is_fitted_over_tokens_and_shown_with_its_points():
+  rows = [{"turns": n, "tokens": 10 * n, "rollout": 2.0 * n, "scores": 1.0,
+           "update": 3.0 * n * n, "step": 4.0 * n} for n in (1, 2, 4)]
+  exponents = {p: growth.exponent(rows, p)
+               for p in ("rollout", "scores", "update", "step")}
+  assert exponents == pytest.approx(
+    {"rollout": 1, "scores": 0, "update": 2, "step": 1}, abs=1e-9
+  )
+  result = {"axis": "turns", "points": rows, "exponents": exponents}
+  lines = performance_table.growth_table([{"results": [result]}]).splitlines()
+  assert lines[3] == "| 2 turns | 20 | 4.00 | 1.00 | 12.00 | 8.00 |"
+  assert lines[-1] == "| **exponent** | | 1.00 | 0.00 | 2.00 | 1.00 |"
+
+
+def test_the_chart_divides_the_median_step_without_a_rest(tmp_path):
+  step = {"gen": 10.0, "gen_decode": 4.0, "gen_extend": 3.0,
+          "gen_retrieval_wait": 1.0, "reward": 0.5, "adv": 6.0,
+          "old_log_prob": 2.0, "ref": 1.5, "values": 1.0, "update": 7.0}
+  records = [{"step": 0, "val/em": 0.5}] + [
+    {"step": i, **{f"timing_s/{k}": i * v for k, v in step.items()}}
+    for i in (1, 2, 3)
+  ]
+  (tmp_path / "metrics.jsonl").write_text(
+    "".join(json.dumps(record) + "\n" for record in records)
+  )
+  lines = performance_table.chart(tmp_path).splitlines()
+  assert lines[0] == "```mermaid" and lines[-1] == "```"
+  assert "3 steps" in lines[1]
+  shown = dict(line.split(" : ") for line in lines[2:-1])
+  assert {name.strip(' "'): float(v) for name, v in shown.items()} == {
+    "rollout decode": 8.0, "rollout extend": 6.0, "retrieval wait": 2.0,
+    "rollout host": 4.0, "rewards": 1.0, "policy": 4.0, "reference": 3.0,
+    "value": 2.0, "advantages": 3.0, "update": 14.0,
+  }
+  assert plots.step_time(tmp_path).stat().st_size > 10_000

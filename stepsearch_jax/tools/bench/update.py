@@ -68,12 +68,12 @@ class Ours:
     self._reference = params
     self._state = self._learner.start(params, jax.random.key(1))
 
-  def step(self) -> dict[str, float]:
-    """Scores the batch and updates what is trained."""
+  def scores(self) -> records.Experience:
+    """The batch under policy, reference and value model."""
     experience, _ = self._learner.prepare(
       self._state, self._reference, self._batch
     )
-    return self.update(experience)
+    return experience
 
   def update(self, experience) -> dict[str, float]:
     """Updates on an experience."""
@@ -135,7 +135,7 @@ def _step_duel(config, params, replays, micro_rows: int) -> duel.Duel:
     return int(batch.lengths.sum())
 
   def packed():
-    ours.step()
+    ours.update(ours.scores())
     return int(batch.lengths.sum())
 
   return duel.Duel(
