@@ -375,6 +375,7 @@ class Sampler:
     return self._cast(jax.tree.map(jnp.asarray, params))
 
   def _bucket(self, length: int) -> int:
+    length = min(length, self.spec.context)
     return next(b for b in self.kv_buckets if b >= length)
 
   def extend(self, params, state: SlotState, chunk: Chunk, upto: int):
@@ -386,7 +387,7 @@ class Sampler:
     self, params, state: SlotState, key, upto: int, limit: int, leave: int
   ):
     """Runs `decode_block`; `upto` bounds the positions it may reach."""
-    bound = self._bucket(min(upto, self.spec.context))
+    bound = self._bucket(upto)
     with sharding.scope(self._mesh):
       return self._decode(
         params, state, self._table, key, np.int32(limit), np.int32(leave),

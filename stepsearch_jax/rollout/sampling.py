@@ -70,6 +70,13 @@ def sample_tokens(
   return drawn, highest[:, 0] + jnp.log(mass.sum(-1))
 
 
+def _first_highest(logits: jax.Array) -> jax.Array:
+  """argmax [P] int32 as two plain reductions, which XLA:CPU vectorises."""
+  highest = logits.max(-1, keepdims=True)
+  places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+  return jnp.where(logits == highest, places, logits.shape[-1] - 1).min(-1)
+
+
 def uniforms(key, episode, position):
   """One draw per row that depends on (seed, episode, position) alone.
 
@@ -109,7 +116,7 @@ def select(logits, temperature, uniform, top_k: int, top_p: float):
   drawn, norm = sample_tokens(kept, uniform)
   if kept is not scaled:  # Log-probabilities are the whole policy's.
     norm = jax.nn.logsumexp(scaled, axis=-1)
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  best = _first_highest(logits)
   tokens = jnp.where(greedy, best, drawn)
   chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - norm

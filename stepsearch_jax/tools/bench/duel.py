@@ -71,6 +71,7 @@ class Reading:
   Attributes:
     what, work, goal, unit: see `Duel`.
     read: returns the figure.
+    warm_up: a first call differs (compilation) and does not count.
   """
 
   what: str
@@ -78,12 +79,12 @@ class Reading:
   read: Callable[[], float]
   goal: str = ""
   unit: str = ""
+  warm_up: bool = False
 
   def measure(self, repeats: int) -> dict:
     """Median of the repeats."""
-    values = [
-      self.read() for _ in tqdm.trange(repeats, desc=self.what, leave=False)
-    ]
+    turns = tqdm.trange(repeats + self.warm_up, desc=self.what, leave=False)
+    values = [self.read() for _ in turns][self.warm_up :]
     return {
       "what": self.what, "work": self.work, "goal": self.goal,
       "unit": self.unit, "value": statistics.median(values), "repeats": values,

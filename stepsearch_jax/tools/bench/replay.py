@@ -79,17 +79,35 @@ class _ReplayEngine(engine.Engine):
     return "", search_env.Step("answer", "", True, None, "")
 
 
+class _Counting(sampler.Sampler):
+  """Remembers (bound on the length, steps) of every decode block."""
+
+  def decode_block(self, params, state, key, upto, limit, leave):
+    """See `Sampler.decode_block`."""
+    state, output = super().decode_block(
+      params, state, key, upto, limit, leave
+    )
+    self.blocks.append((self._bucket(upto), output.steps))
+    return state, output
+
+
 class Ours:
-  """The engine on a workload; `stats` are those of the last play."""
+  """The engine on a workload.
+
+  Attributes:
+    params: policy in training layout.
+    programs: the sampler; its `blocks` and
+    stats: are those of the last play.
+  """
 
   def __init__(self, config, params, replays: list[Replay], slots: int,
                delay: float = 0.0, retrieval_delay: int = 2):
     """Prepares everything that a training run keeps between steps."""
-    self._params, self._count = params, len(replays)
+    self.params, self._count = params, len(replays)
     context = max(r.total for r in replays) + _ROOM
     context += -context % 128
     texts = _Lengths(replays, config.vocab_size, delay)
-    programs = sampler.Sampler(
+    self.programs = _Counting(
       config, sampler.SamplerSpec(slots, context, block=32),
       np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
     )
@@ -99,15 +117,16 @@ class Ours:
       extend_tokens=(64, 160, 256, 448, 512, 576),
     )
     self._engine = _ReplayEngine(
-      replays, programs, texts, texts, texts, limits, 0
+      replays, self.programs, texts, texts, texts, limits, 0
     )
     self.stats = records.RolloutStats()
 
   def play(self) -> list[tuple[int, int]]:
     """(tokens, sampled tokens) of every trajectory."""
     questions = [types.Question(str(i), "", ("",)) for i in range(self._count)]
+    self.programs.blocks = []
     done, self.stats = self._engine.run(
-      self._params, questions, range(self._count)
+      self.params, questions, range(self._count)
     )
     return [(len(t.tokens), int(t.policy_mask.sum())) for t in done]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from stepsearch_jax import sharding
-from stepsearch_jax.rollout import sampler
 from stepsearch_jax.tools.bench import decoding, duel, peers, workload
 from stepsearch_jax.tools.bench.replay import Ours, TurnByTurn
 
@@ -47,23 +46,19 @@ def _readings(config, params, path) -> Iterator[duel.Reading]:
     slow.play()
     return slow.stats.retrieval_wait_seconds / slow.stats.seconds
 
-  slow.play()
   yield duel.Reading(
     "share of the rollout that waits for a 50 ms retriever", work, waiting,
-    goal="at most 0.05",
+    goal="at most 0.05", warm_up=True,
   )
   engine = Ours(config, params, replays, 16)
-  engine.play()
 
   def overhead():
     engine.play()
-    stats = engine.stats
-    bare = _bare_decode_seconds(config, params, 16, stats.decode_steps)
-    return stats.decode_seconds / bare
+    return engine.stats.decode_seconds / _bare_decode_seconds(engine)
 
   yield duel.Reading(
     "decode time of the engine / bare decode blocks", work, overhead,
-    goal="at most 1.15",
+    goal="at most 1.15", warm_up=True,
   )
   replays = workload.load(path, 64)
   many = Ours(config, params, replays, 16)
@@ -78,31 +73,38 @@ def _readings(config, params, path) -> Iterator[duel.Reading]:
   )
 
 
-def _bare_decode_seconds(config, params, slots: int, steps: int) -> float:
-  """Seconds of so many decode steps over full slots, nothing around them."""
-  length = 1024
-  programs = sampler.Sampler(
-    config, sampler.SamplerSpec(slots, 2 * length, block=32),
-    np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
-  )
-  ready = programs.decode_params(params)
+def _bare_decode_seconds(ours: Ours) -> float:
+  """Seconds of the last play's decode steps, nothing around them.
+
+  Full slots, as many steps at every length as the play had.
+  """
+  programs, steps = ours.programs, collections.Counter()
+  for bound, count in programs.blocks:
+    steps[bound] += int(count)
+  params = programs.decode_params(ours.params)
+  seconds = 0.0
+  for bound, count in steps.items():
+    seconds += count * min(
+      _seconds_a_step(programs, params, bound) for _ in range(2)
+    )
+  return seconds
+
+
+def _seconds_a_step(programs, params, bound: int) -> float:
+  slots, block = programs.spec.slots, programs.spec.block
   state = programs.init_state().replace(
-    position=np.full(slots, length - 64, np.int32),
+    position=np.full(slots, bound - block, np.int32),
     active=np.ones(slots, bool),
     budget=np.full(slots, 1 << 30, np.int32),
     temperature=np.ones(slots, np.float32),
   )
-  key = jax.random.key(0)
-  seconds = 0.0
-  for turn in range(3):
-    began = time.perf_counter()
-    state, output = programs.decode_block(
-      ready, state, key, length, 32, slots + 1
-    )
-    jax.block_until_ready(output)
-    seconds += (time.perf_counter() - began) * (turn > 0)
-    state = state.replace(position=state.position - 32)
-  return seconds / 64 * steps
+  jax.block_until_ready(state)
+  began = time.perf_counter()
+  _, output = programs.decode_block(
+    params, state, jax.random.key(0), bound, block, slots + 1
+  )
+  jax.block_until_ready(output)
+  return (time.perf_counter() - began) / block
 
 
 def duels(path: str | None) -> Iterator[duel.Duel | duel.Reading]:
