@@ -123,6 +123,8 @@ def _rollout():
   rollout.max_observation = 800
   rollout.answer_room = 64
   rollout.retrieval_delay = 8  # Decode steps until a search is read.
+  # Compile every rollout program at the start, so that no step stops for one.
+  rollout.compile_ahead = True
   rollout.extend_rows = (1, 4, 16)
   rollout.extend_tokens = (64, 256, 512)
   rollout.temperature = 1.0

@@ -36,6 +36,7 @@ def get_config(arg=None):
   config.rollout.max_turn = 96
   config.rollout.max_observation = 256
   config.rollout.answer_room = 48
+  config.rollout.compile_ahead = False  # Two steps need few of them.
   config.rollout.extend_rows = (1, 4)
   config.rollout.extend_tokens = (128, 384)
 
@@ -66,7 +67,8 @@ def get_config(arg=None):
     config.ppo.mini_batch = 2
     config.rollout.slots = 2
     config.rollout.max_turn = 32
-    config.rollout.extend_rows = (1, 2)
+    config.rollout.compile_ahead = False  # Two steps need few of them.
+  config.rollout.extend_rows = (1, 2)
   return config
 
 

@@ -62,6 +62,7 @@ def get_config(arg=None):
     config.batch.questions = 8
     config.ppo.mini_batch = 8
     config.rollout.slots = 8
+    config.rollout.compile_ahead = False
     config.data.eval_limit = 8
   return config
 

@@ -16,7 +16,7 @@ from stepsearch_jax.env import prompts
 from stepsearch_jax.models import adapters, decoder
 from stepsearch_jax.ppo import records
 from stepsearch_jax.rewards import step_rewards
-from stepsearch_jax.rollout import sampler
+from stepsearch_jax.rollout import slots
 
 # Estimator of each algorithm, and whether only the answer's F1 is rewarded.
 _ALGORITHMS = {
@@ -120,10 +120,10 @@ def sized_decoder(config, vocab_size: int) -> decoder.DecoderConfig:
   )
 
 
-def sampler_spec(config) -> sampler.SamplerSpec:
+def sampler_spec(config) -> slots.SamplerSpec:
   """Shapes of the rollout programs."""
   rollout = config.rollout
-  return sampler.SamplerSpec(
+  return slots.SamplerSpec(
     slots=rollout.slots, context=rollout.context, block=rollout.block,
     top_k=rollout.top_k, top_p=rollout.top_p,
   )

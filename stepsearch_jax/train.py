@@ -95,6 +95,8 @@ def train(
   )
   for question in data.train + data.heldout:
     engine.prompt_tokens(question)  # A prompt that does not fit stops us now.
+  if config.rollout.compile_ahead:
+    engine.compile_ahead()
   rewards = settings.reward_spec(config)
   spec = settings.learner_spec(config, steps)
   learner = learner_lib.Learner(model, model, spec, mesh)

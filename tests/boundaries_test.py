@@ -35,6 +35,8 @@ OURS = "stepsearch_jax."
     ("stepsearch_jax/rewards/*.py", ["jax", "flax"]),
     ("stepsearch_jax/rollout/sampl*.py",
      [OURS + "env", OURS + "retrieval", OURS + "tokenizer"]),
+    ("stepsearch_jax/rollout/slots.py",
+     [OURS + "env", OURS + "retrieval", OURS + "tokenizer"]),
     ("stepsearch_jax/ppo/*.py",
      [OURS + "env", OURS + "retrieval", OURS + "tokenizer", OURS + "rewards"]),
     ("stepsearch_jax/[!et]*/**/*.py", ["ml_collections"]),

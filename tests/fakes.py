@@ -11,6 +11,7 @@ from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rollout import automaton, engine, records, sampler
+from stepsearch_jax.rollout import slots as slots_lib
 
 TEXTS = [
   "Question: Who directed the film Silent Harbor?\n<search> Silent Harbor "
@@ -82,7 +83,7 @@ def make_engine(tokenizer, model, retriever, slots=4, block=4, context=256,
     tokenizer.token_bytes(), tags, tokenizer.eos_ids
   )
   programs = sampler.Sampler(
-    model, sampler.SamplerSpec(slots, context, block), stops.table,
+    model, slots_lib.SamplerSpec(slots, context, block), stops.table,
     stops.first_stop, mesh or sharding.make_mesh(),
   )
   spec = spec or records.EngineSpec(

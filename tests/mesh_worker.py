@@ -64,7 +64,10 @@ def main(output, data, fsdp, tensor):
   )
   experience, seen = ours.prepare(state, policy, batch)
   state, updated = ours.update(state, experience)
-  found |= {f"metric/{k}": v for k, v in {**seen, **updated}.items()}
+  found |= {
+    f"metric/{name}": value for name, value in {**seen, **updated}.items()
+    if not name.startswith("timing_s/")
+  }
   for kind in ("policy", "value"):
     leaves = jax.tree_util.tree_leaves_with_path(getattr(state, kind))
     for path, leaf in leaves:

@@ -24,7 +24,13 @@ from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import observations, recorder, records, sampler
+from stepsearch_jax.rollout import (
+  observations,
+  recorder,
+  records,
+  sampler,
+  slots,
+)
 
 _SEARCH_THREADS = 2
 
@@ -77,6 +83,12 @@ class Engine:
   def close(self) -> None:
     """Ends the search threads."""
     self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def compile_ahead(self) -> None:
+    """Compiles all that a rollout can need; else each is when first needed."""
+    self._programs.compile_ahead(
+      self._spec.extend_rows, self._spec.extend_tokens
+    )
 
   def prompt_tokens(self, question: types.Question) -> list[int]:
     """Tokens of a question's prompt.
@@ -290,7 +302,7 @@ class _Run:
       ints["episode"][row] = slot.episode
       self.stats.ingested_tokens += count
     self.stats.extend_padding += rows * size - int(ints["length"].sum())
-    chunk = sampler.Chunk(
+    chunk = slots.Chunk(
       tokens=tokens,
       begins_turn=begins,
       temperature=np.full(rows, self._temperature, np.float32),

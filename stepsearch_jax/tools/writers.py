@@ -16,6 +16,7 @@ from stepsearch_jax.env import search_env
 from stepsearch_jax.models import hf_weights
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rollout import automaton, engine, records, sampler
+from stepsearch_jax.rollout import slots as slots_lib
 
 _AT_ONCE = 8
 
@@ -63,7 +64,7 @@ class LocalWriter:
     )
     table = automaton.pad_vocabulary(stops.table, config.vocab_size)
     programs = sampler.Sampler(
-      config, sampler.SamplerSpec(slots, context, block=16), table,
+      config, slots_lib.SamplerSpec(slots, context, block=16), table,
       stops.first_stop, sharding.make_mesh(),
     )
     limits = records.EngineSpec(

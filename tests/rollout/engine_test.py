@@ -13,7 +13,7 @@ from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.rollout import records, sampler, sampling
+from stepsearch_jax.rollout import records, sampling, slots
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_block_ends_at_its_limit_and_when_enough_slots_stopped(parts):
   programs = engine._programs
   params = programs.decode_params(policy)
   rows = np.arange(4, dtype=np.int32)
-  chunk = sampler.Chunk(
+  chunk = slots.Chunk(
     slot=rows, tokens=np.full((4, 16), 7, np.int32), start=0 * rows,
     length=0 * rows + 3, begins_turn=rows >= 0, episode=rows,
     budget=np.array([1, 2, 5, 9], np.int32),
@@ -303,6 +303,30 @@ def test_a_second_rollout_compiles_nothing(parts, compilations):
   compilations.clear()
   engine.run(policy, fakes.make_questions(9), range(6, 15), temperature=0.0)
   assert not compilations
+  engine.close()
+
+
+def test_programs_compiled_ahead_are_all_that_rollouts_need(
+  parts, compilations
+):
+  tokenizer, model, policy = parts
+  spec = records.EngineSpec(
+    max_prompt=64, max_turn=12, max_observation=200, answer_room=8,
+    extend_rows=(1, 4), extend_tokens=(32, 128),
+  )
+  retriever = fakes.FakeRetriever(text="{query} " + "far " * 30)
+  engine = fakes.make_engine(
+    tokenizer, model, retriever, context=512, spec=spec
+  )
+  engine.compile_ahead()
+  engine.run(policy, fakes.make_questions(1), [0])  # Casts, places and so on.
+  compilations.clear()
+  done, _ = engine.run(policy, fakes.make_questions(9), range(1, 10))
+  longest = max(len(t.tokens) for t in done)
+  bounds = sorted({bound for bound, *_ in engine._programs._compiled})
+  assert longest > bounds[0] and not compilations
+  # (256, 384, 512) x 2 sizes x 2 counts of rows, and 3 decode blocks.
+  assert bounds == [256, 384, 512] and len(engine._programs._compiled) == 15
   engine.close()
 
 

@@ -13,7 +13,7 @@ from configs import quickstart, stepsearch_qwen2_5_3b
 from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder
 from stepsearch_jax.ppo import learner, logprobs, records
-from stepsearch_jax.rollout import sampler
+from stepsearch_jax.rollout import sampler, slots
 from stepsearch_jax.tools import machines, planning, tpu_compiler
 
 VOCAB = 151_936
@@ -112,7 +112,7 @@ def compiled(tpu):
   """(HLO text, memory analysis) of every program of a small model."""
   ours = make_learner(tpu)
   programs = sampler.Sampler(
-    MODEL, sampler.SamplerSpec(slots=8, context=1024),
+    MODEL, slots.SamplerSpec(slots=8, context=1024),
     np.zeros((8, VOCAB), np.int32), 7, tpu,
   )
   lowered = ours.lowered() | programs.lowered(

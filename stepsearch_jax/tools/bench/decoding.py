@@ -11,6 +11,7 @@ import numpy as np
 
 from stepsearch_jax import sharding
 from stepsearch_jax.rollout import sampler
+from stepsearch_jax.rollout import slots as slots_lib
 from stepsearch_jax.tools.bench import duel, peers
 
 _PROMPT, _CONTEXT = 128, 256
@@ -19,7 +20,7 @@ _PROMPT, _CONTEXT = 128, 256
 def _ours(params, config, rows: int, context: int) -> Callable:
   """A function (prompts [P, S], count) to sampled ids [P, count]."""
   block = 32
-  spec = sampler.SamplerSpec(slots=rows, context=context, block=block)
+  spec = slots_lib.SamplerSpec(slots=rows, context=context, block=block)
   # An automaton that never stops.
   table = np.zeros((1, config.vocab_size), np.int32)
   programs = sampler.Sampler(config, spec, table, 1, sharding.make_mesh())
@@ -30,7 +31,7 @@ def _ours(params, config, rows: int, context: int) -> Callable:
   def generate(prompts, count):
     width = prompts.shape[1]
     same = lambda value: np.full(rows, value, np.int32)  # noqa: E731
-    chunk = sampler.Chunk(
+    chunk = slots_lib.Chunk(
       slot=slots, tokens=prompts, start=same(0), length=same(width),
       begins_turn=np.ones(rows, bool), budget=same(count), episode=slots,
       temperature=np.zeros(rows, np.float32),

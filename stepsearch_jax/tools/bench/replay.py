@@ -14,6 +14,7 @@ import numpy as np
 from stepsearch_jax import sharding, types
 from stepsearch_jax.env import search_env
 from stepsearch_jax.rollout import engine, records, sampler
+from stepsearch_jax.rollout import slots as slots_lib
 from stepsearch_jax.tools.bench import peers
 from stepsearch_jax.tools.bench.workload import Replay
 
@@ -108,7 +109,7 @@ class Ours:
     context += -context % 128
     texts = _Lengths(replays, config.vocab_size, delay)
     self.programs = _Counting(
-      config, sampler.SamplerSpec(slots, context, block=32),
+      config, slots_lib.SamplerSpec(slots, context, block=32),
       np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
     )
     limits = records.EngineSpec(

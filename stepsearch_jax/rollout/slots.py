@@ -1,0 +1,241 @@
+"""Device side of the rollout: a slot cache and two functions over it.
+
+`extend` writes known tokens (prompts, observations) into slots of the cache;
+`decode_block` samples up to a block of tokens in all active slots, leaving
+early when every slot has stopped. The newest token of a slot is `pending`:
+it is known but not yet in the cache, and the next program run feeds it.
+
+This module knows tokens, automaton states and random keys. It must not know
+tags, strings or retrievers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.rollout import sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+  """Static shape and filter settings of the compiled programs.
+
+  Attributes:
+    slots: P, trajectories that decode side by side.
+    context: T, tokens that a slot can hold.
+    block: decode steps between two looks of the host.
+    top_k: keep this many most likely tokens, 0 for all.
+    top_p: keep the smallest set with this much probability, 1 for all.
+  """
+
+  slots: int
+  context: int
+  block: int = 16
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if not (self.slots > 0 and self.context > 0 and self.block > 0):
+      raise ValueError(f"slots, context and block must be positive: {self}")
+    if self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1: {self}")
+
+
+@flax.struct.dataclass
+class SlotState:
+  """Everything the decode loop carries; one row per slot.
+
+  Attributes:
+    cache: keys and values of all slots.
+    pending: [P] int32, newest token, not yet in the cache.
+    position: [P] int32, position of `pending`.
+    automaton: [P] int32, stop-automaton state before `pending` is followed.
+    active: [P] bool, slot is in the middle of a policy turn.
+    budget: [P] int32, tokens that the turn may still take.
+    episode: [P] int32, rollout number; seeds the slot's randomness.
+    temperature: [P] float32, 0 for greedy.
+  """
+
+  cache: decoder.Cache
+  pending: jax.Array
+  position: jax.Array
+  automaton: jax.Array
+  active: jax.Array
+  budget: jax.Array
+  episode: jax.Array
+  temperature: jax.Array
+
+
+@flax.struct.dataclass
+class BlockOutput:
+  """What one block sampled, copied to the host in one go.
+
+  Attributes:
+    tokens: [P, block] int32, -1 where a slot was not active.
+    logprobs: [P, block] float32, under the temperature-scaled policy.
+    active: [P] bool, slot goes on in the next block.
+    steps: [] int32, decode steps that ran.
+  """
+
+  tokens: jax.Array
+  logprobs: jax.Array
+  active: jax.Array
+  steps: jax.Array
+
+
+@flax.struct.dataclass
+class Chunk:
+  """Known tokens for some slots. Padding rows have length 0.
+
+  Attributes:
+    slot: [B] int32.
+    tokens: [B, S] int32.
+    start: [B] int32, position of the first token.
+    length: [B] int32, valid tokens; the last one becomes `pending`.
+    begins_turn: [B] bool, the policy speaks after this chunk.
+    budget, episode, temperature: [B], see `SlotState`.
+  """
+
+  slot: jax.Array
+  tokens: jax.Array
+  start: jax.Array
+  length: jax.Array
+  begins_turn: jax.Array
+  budget: jax.Array
+  episode: jax.Array
+  temperature: jax.Array
+
+
+def init_state(config: decoder.DecoderConfig, spec: SamplerSpec) -> SlotState:
+  """An empty slot cache with every slot inactive."""
+  rows = functools.partial(jnp.zeros, (spec.slots,))
+  return SlotState(
+    cache=decoder.init_cache(config, spec.slots, spec.context, config.dtype),
+    pending=rows(jnp.int32),
+    position=rows(jnp.int32),
+    automaton=rows(jnp.int32),
+    active=rows(jnp.bool_),
+    budget=rows(jnp.int32),
+    episode=rows(jnp.int32),
+    temperature=rows(jnp.float32),
+  )
+
+
+def extend(params, state, chunk, *, config, spec, kv_length):
+  """Writes known tokens into the cache; see `Chunk`.
+
+  The last token of a row stays out of the cache as its slot's `pending`.
+
+  Returns:
+    The new `SlotState`.
+  """
+  offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None]
+  stored = offsets < chunk.length[:, None] - 1
+  positions = jnp.where(stored, chunk.start[:, None] + offsets, spec.context)
+  _, cache = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    chunk.tokens,
+    positions,
+    cache=state.cache.replace(slots=chunk.slot),
+    kv_length=kv_length,
+  )
+  last = jnp.maximum(chunk.length - 1, 0)
+  newest = jnp.take_along_axis(chunk.tokens, last[:, None], axis=1)[:, 0]
+  # Rows without tokens point past the last slot and are dropped.
+  slot = jnp.where(chunk.length > 0, chunk.slot, spec.slots)
+
+  def put(field, value):
+    return field.at[slot].set(value, mode="drop")
+
+  return SlotState(
+    cache=cache.replace(slots=None),
+    pending=put(state.pending, newest),
+    position=put(state.position, chunk.start + last),
+    automaton=put(state.automaton, jnp.zeros_like(chunk.slot)),
+    active=put(state.active, chunk.begins_turn),
+    budget=put(state.budget, chunk.budget),
+    episode=put(state.episode, chunk.episode),
+    temperature=put(state.temperature, chunk.temperature),
+  )
+
+
+def _decode_step(params, state, table, key, config, spec, first_stop,
+                 kv_length):
+  """One token in every active slot; returns (state, tokens, logprobs)."""
+  on = state.active
+  where = jnp.where(on, state.position, spec.context)
+  hidden, cache = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    state.pending[:, None],
+    where[:, None],
+    cache=state.cache,
+    kv_length=kv_length,
+  )
+  logits = heads.logits(params, hidden[:, 0])
+  token, logprob = sampling.select(
+    logits, state.temperature,
+    sampling.uniforms(key, state.episode, state.position),
+    spec.top_k, spec.top_p,
+  )
+  automaton = table[state.automaton, token]
+  budget = state.budget - 1
+  state = state.replace(
+    cache=cache,
+    pending=jnp.where(on, token, state.pending),
+    position=jnp.where(on, state.position + 1, state.position),
+    automaton=jnp.where(on, automaton, state.automaton),
+    active=on & (automaton < first_stop) & (budget > 0),
+    budget=jnp.where(on, budget, state.budget),
+  )
+  return state, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
+
+
+def decode_block(params, state, table, key, limit, leave, *, config, spec,
+                 first_stop, kv_length):
+  """Samples up to `spec.block` tokens in every active slot.
+
+  Args:
+    params: policy parameters.
+    state: slots; donated.
+    table: [states, V] stop automaton.
+    key: run's sampling key.
+    limit: [] int32, decode steps at most, up to `spec.block`.
+    leave: [] int32, stop as soon as so many slots have stopped.
+    config: decoder configuration.
+    spec: sampler settings.
+    first_stop: automaton states from here on end a turn.
+    kv_length: static bound on the positions reached inside the block.
+
+  Returns:
+    (`SlotState`, `BlockOutput`).
+  """
+
+  def step(carry):
+    i, state, tokens, logprobs = carry
+    state, token, logprob = _decode_step(
+      params, state, table, key, config, spec, first_stop, kv_length
+    )
+    tokens = tokens.at[:, i].set(token)
+    return i + 1, state, tokens, logprobs.at[:, i].set(logprob)
+
+  began = state.active.sum(dtype=jnp.int32)
+
+  def unfinished(carry):
+    left = carry[1].active.sum(dtype=jnp.int32)
+    return (carry[0] < limit) & (left > 0) & (began - left < leave)
+
+  shape = (spec.slots, spec.block)
+  start = (
+    jnp.int32(0),
+    state,
+    jnp.full(shape, -1, jnp.int32),
+    jnp.zeros(shape, jnp.float32),
+  )
+  steps, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, start)
+  return state, BlockOutput(tokens, logprobs, state.active, steps)
