@@ -50,6 +50,9 @@ _INPUT = flags.DEFINE_string(
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."
 )
+_WHAT = flags.DEFINE_string(
+  "what", "", "Only figures whose description contains this."
+)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Alternating repeats.", 3)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
 
@@ -71,7 +74,9 @@ def main() -> None:
   report = {"suite": _SUITE.value, "versions": _versions(), "results": []}
   print("  ".join(f"{k} {v}" for k, v in report["versions"].items()))
   for item in _SUITES[_SUITE.value](_INPUT.value):
-    if _PEER.value and _PEER.value not in getattr(item, "peer", ""):
+    if _PEER.value not in getattr(item, "peer", "") or (
+      _WHAT.value not in f"{item.what} ({item.work})"
+    ):
       continue
     result = item.measure(_REPEATS.value)
     report["results"].append(result)

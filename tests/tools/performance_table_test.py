@@ -10,7 +10,7 @@ from stepsearch_jax.tools.bench import duel, growth
 
 
 def test_results_become_rows_between_the_markers():
-  amounts = iter([9.0, 2.0, 4.0, 3.0])  # The first of each warms up.
+  amounts = iter([9.0, 2.0, 4.0, 3.0])  # The first warms up.
   ours = lambda: duel.Measured("x", next(amounts))  # noqa: E731
   theirs = lambda: duel.Measured("x", 6.0)  # noqa: E731
   compared = duel.Duel(

@@ -122,7 +122,7 @@ def duels() -> Iterator[duel.Duel]:
         f"behind prompts of {_PROMPT}", peer,
         lambda g=ours, p=given: decoding(g, p),
         lambda g=theirs, p=given: decoding(g, p), _same,
-        goal="1.3, aim 1.8",
+        goal="1.3, aim 1.8", peer_warm_up=True,
       )
   given = prompts(8, 512)
   ours = _ours(params, config, 8, 1024)
@@ -131,5 +131,5 @@ def duels() -> Iterator[duel.Duel]:
     yield duel.Duel(
       "prefill", "8 prompts of 512 and a token each", peer,
       lambda g=ours: g(given, 1), lambda g=theirs: g(given, 1), _same,
-      goal="1.6" if "Tunix" in peer else "1.15",
+      goal="1.6" if "Tunix" in peer else "1.15", peer_warm_up=True,
     )

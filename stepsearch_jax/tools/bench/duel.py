@@ -31,7 +31,8 @@ class Duel:
     same: raises when the two results are not the same work.
     goal: what was asked of the ratio, in words.
     unit: of the amounts; seconds unless the sides measure something else.
-    warm_up: the sides differ between a first and a later call (compilation).
+    warm_up: a first call of ours does not count (compilation); likewise
+    peer_warm_up: of the peer.
   """
 
   what: str
@@ -43,19 +44,23 @@ class Duel:
   goal: str = ""
   unit: str = "s"
   warm_up: bool = True
+  peer_warm_up: bool = False
 
   def measure(self, repeats: int) -> dict:
     """Medians of alternating repeats, of which the first are compared."""
     amounts = {"ours": [], "peer": []}
+    if self.warm_up:
+      self.ours()
+    if self.peer_warm_up:
+      self.theirs()
     for turn in tqdm.trange(
-      repeats + self.warm_up, desc=f"{self.what} | {self.peer}", leave=False
+      repeats, desc=f"{self.what} | {self.peer}", leave=False
     ):
       ours, theirs = _timed(self.ours), _timed(self.theirs)
       if turn == 0:
         self.same(ours.result, theirs.result)
-      if turn >= self.warm_up:
-        amounts["ours"].append(ours.amount)
-        amounts["peer"].append(theirs.amount)
+      amounts["ours"].append(ours.amount)
+      amounts["peer"].append(theirs.amount)
     medians = {side: statistics.median(x) for side, x in amounts.items()}
     return {
       "what": self.what, "work": self.work, "peer_name": self.peer,

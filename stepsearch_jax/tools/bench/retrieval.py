@@ -49,7 +49,9 @@ def _hnsw(faiss, table, queries, truth):
   return graph, width
 
 
-def _search_duels(name: str, table: np.ndarray) -> list[duel.Duel]:
+def _search_duels(
+  name: str, table: np.ndarray, flat_goal: str
+) -> list[duel.Duel]:
   import faiss
 
   queries = tuning.sample_queries(table, seed=1)
@@ -78,8 +80,10 @@ def _search_duels(name: str, table: np.ndarray) -> list[duel.Duel]:
 
   reached = _recall(ours(queries), truth)
   peers = {
-    "FAISS flat": lambda part: flat.search(part, _K)[1],
-    f"FAISS HNSW32, efSearch {width}": lambda part: graph.search(part, _K)[1],
+    "FAISS flat": (lambda part: flat.search(part, _K)[1], flat_goal),
+    f"FAISS HNSW32, efSearch {width}": (
+      lambda part: graph.search(part, _K)[1], "1"
+    ),
   }
   return [
     duel.Duel(
@@ -88,9 +92,10 @@ def _search_duels(name: str, table: np.ndarray) -> list[duel.Duel]:
       f"{choice.setting.kind}, recall@{_K} {reached:.3f}",
       peer,
       functools.partial(batched, ours, size),
-      functools.partial(batched, theirs, size), same,
+      functools.partial(batched, theirs, size), same, goal=goal,
+      peer_warm_up=True,
     )
-    for size in (32, 1024) for peer, theirs in peers.items()
+    for size in (32, 1024) for peer, (theirs, goal) in peers.items()
   ]
 
 
@@ -134,7 +139,7 @@ def _encoder_duels(texts: list[str]) -> list[duel.Duel]:
       f"encode queries, batch {batch}", f"{len(queries)} queries",
       "MiniLM in torch",
       lambda: run(lambda part: ours.encode(part, "query")),
-      lambda: run(theirs), same,
+      lambda: run(theirs), same, goal="1", peer_warm_up=True,
     )
 
   return [one(batch) for batch in (1, 32, 256)]
@@ -146,7 +151,9 @@ def duels(paths: str | None) -> Iterator[duel.Duel]:
   Args:
     paths: passage files, separated by commas; None leaves real passages out.
   """
-  yield from _search_duels("200k clustered", clustered(200_000, 384))
+  yield from _search_duels(
+    "200k clustered", clustered(200_000, 384), "30"
+  )
   passages, seen = [], set()
   for path in (paths or "").split(","):
     for passage in corpus.load_corpus(path) if path else ():
@@ -159,7 +166,7 @@ def duels(paths: str | None) -> Iterator[duel.Duel]:
     return
   if passages:
     yield from _encoder_duels([p.text[:60] for p in passages[:256]])
-    yield from _search_duels("real passages", _embedded(passages))
+    yield from _search_duels("real passages", _embedded(passages), "6")
 
 
 def _embedded(passages) -> np.ndarray:
