@@ -30,7 +30,7 @@ _EXACT_ROWS = 5_000
 _TREE_ROWS = 200_000
 _QUERIES = 512
 _PARALLEL_QUERIES = 16  # Fewer are done before threads have started.
-_REORDER = (32, 64, 128, 256)
+_REORDER = (16, 32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +118,9 @@ def _settings(kind: str, count: int) -> Iterator[Setting]:
       yield Setting(kind, 0, reorder)
   else:
     total = int(np.sqrt(count))
-    shares = 0.01 * 2 ** np.arange(0, 5.5, 0.5)
+    shares = 0.01 * 2 ** np.arange(0, 5.5, 0.25)
     for leaves in sorted({max(int(total * share), 1) for share in shares}):
-      for reorder in _REORDER[:3:2]:
+      for reorder in _REORDER[:-1]:
         yield Setting(kind, leaves, reorder)
 
 

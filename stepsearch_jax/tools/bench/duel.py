@@ -10,6 +10,9 @@ from typing import Any
 
 import tqdm
 
+# Threads of the other side's OpenMP spin for a while after their last work.
+_SETTLE = 0.3
+
 
 @dataclasses.dataclass
 class Measured:
@@ -97,6 +100,7 @@ class Reading:
 
 
 def _timed(call: Callable) -> Measured:
+  time.sleep(_SETTLE)
   began = time.perf_counter()
   result = call()
   seconds = time.perf_counter() - began
