@@ -107,6 +107,9 @@ def step_time(workdir: epath.PathLike) -> epath.Path | None:
   )
   over.stackplot(steps, list(seconds.values()), colors=colours)
   over.set(title="seconds per step", xlabel="step", ylabel="seconds")
+  later = np.sum(list(seconds.values()), axis=0)[1:]
+  if len(later):  # The first step compiles; it may leave the picture.
+    over.set_ylim(0, 1.3 * later.max())
   bars = share.barh(list(seconds), medians, color=colours)
   share.bar_label(
     bars, [f"{m:.2f} s, {m / sum(medians):.0%}" for m in medians], padding=3,

@@ -132,45 +132,53 @@ def _step_duel(config, params, replays, micro_rows: int) -> duel.Duel:
     old = theirs.scores(batch)
     theirs.update_policy(batch, old, advantages)
     theirs.update_value(batch, advantages)
-    return int(batch.lengths.sum())
+    return old
 
   def packed():
-    ours.update(ours.scores())
-    return int(batch.lengths.sum())
+    experience = ours.scores()
+    ours.update(experience)
+    return experience.logp
+
+  def same(mine, theirs):
+    """Log-probabilities of the policy's tokens; ours has warmed up."""
+    apart = np.abs(mine - theirs)[batch.policy_mask > 0]
+    if apart.mean() > 0.02:
+      raise ValueError(f"log-probabilities are {apart.mean():.3f} apart")
 
   return duel.Duel(
     f"PPO step, {len(replays)} trajectories", workload.describe(replays),
-    "torch, padded, full logits, checkpointing", packed, padded,
-    lambda a, b: None, goal="1.8, aim 2.5",
+    "torch, padded, full logits, checkpointing", packed, padded, same,
+    goal="1.8, aim 2.5",
   )
 
 
-def _peak_gb(side: str) -> float:
-  """Peak memory of one update at Qwen's vocabulary in its own process."""
+def _peak(side: str) -> duel.Measured:
+  """Gradient norm and peak GB of one update in a process of its own."""
   out = subprocess.run(
     [sys.executable, "-m", __name__, side], check=True, capture_output=True,
     text=True,
   )
-  return json.loads(out.stdout.splitlines()[-1])["gb"]
+  found = json.loads(out.stdout.splitlines()[-1])
+  return duel.Measured(found["norm"], found["gb"])
 
 
 def _update_once(side: str) -> None:
-  """One policy update of 4 x 1024 at V = 151,936; prints its peak memory."""
+  """One policy update of 4 x 1024 at Qwen's vocabulary."""
   config = peers.smollm2(vocab_size=151_936)
   params = peers.policy(config)
   batch = full_rows(4, 1024, config.vocab_size)
   old, advantages = _made_up(batch)
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   if side == "ours":
     ours = Ours(config, params, batch, "grpo", 4, 1024)
-    ours.update(ours.experience(old, advantages))
+    updated = ours.update(ours.experience(old, advantages))
+    norm = float(updated["actor/grad_norm"])
   else:
     from stepsearch_jax.tools.bench import torch_ppo
 
     theirs = torch_ppo.TorchPpo(config, params, 4, True)
-    theirs.update_policy(batch, old, advantages)
+    norm = theirs.update_policy(batch, old, advantages)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(json.dumps({"gb": peak / 2**20, "before": before / 2**20}))
+  print(json.dumps({"gb": peak / 2**20, "norm": norm}))
 
 
 def duels(path: str | None) -> Iterator[duel.Duel]:
@@ -188,8 +196,8 @@ def duels(path: str | None) -> Iterator[duel.Duel]:
   yield duel.Duel(
     "peak memory of an update, 4 x 1024", "vocabulary of 151,936",
     "torch, full logits, checkpointing",
-    lambda: duel.Measured(None, _peak_gb("ours")),
-    lambda: duel.Measured(None, _peak_gb("theirs")), lambda a, b: None,
+    lambda: _peak("ours"), lambda: _peak("theirs"),
+    lambda mine, norm: np.testing.assert_allclose(mine, norm, rtol=1e-2),
     goal="3.3", unit="GB", warm_up=False,
   )
 
