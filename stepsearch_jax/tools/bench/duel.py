@@ -50,18 +50,21 @@ class Duel:
   peer_warm_up: bool = False
 
   def measure(self, repeats: int) -> dict:
-    """Medians of alternating repeats, of which the first are compared."""
+    """Medians of alternating repeats; the first results are compared."""
     amounts = {"ours": [], "peer": []}
-    if self.warm_up:
-      self.ours()
-    if self.peer_warm_up:
-      self.theirs()
+    # Models change from call to call: the first calls are what can be compared.
+    first = [
+      _timed(side) if warm_up else None
+      for side, warm_up in (
+        (self.ours, self.warm_up), (self.theirs, self.peer_warm_up)
+      )
+    ]
     for turn in tqdm.trange(
       repeats, desc=f"{self.what} | {self.peer}", leave=False
     ):
       ours, theirs = _timed(self.ours), _timed(self.theirs)
       if turn == 0:
-        self.same(ours.result, theirs.result)
+        self.same((first[0] or ours).result, (first[1] or theirs).result)
       amounts["ours"].append(ours.amount)
       amounts["peer"].append(theirs.amount)
     medians = {side: statistics.median(x) for side, x in amounts.items()}
