@@ -22,6 +22,7 @@ from etils import epath
 
 from stepsearch_jax import cli, evaluation
 from stepsearch_jax.tools.bench import (
+  accelerator,
   growth,
   retrieval,
   rewards,
@@ -38,14 +39,15 @@ _SUITES = {
   "step": update.steps,
   "growth": growth.growths,
   "training": training.readings,
+  "accelerator": accelerator.readings,
 }
 _SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
 _INPUT = flags.DEFINE_string(
   "input", None,
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
-  "ones; retrieval: passage files, separated by commas, default none; rollout "
-  "and step: recorded workloads (JSON), default made-up ones; training: the "
-  "folder of a finished run.",
+  "ones; retrieval: passage files, separated by commas, default none; "
+  "rollout, step and accelerator: recorded workloads (JSON), default made-up "
+  "ones; training: the folder of a finished run.",
 )
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."

@@ -46,6 +46,33 @@ class Machine:
   topology: str
 
 
+# What a device calls itself, in the order of looking.
+_KINDS = {
+  "h100": "gpu-h100", "h200": "gpu-h200", "a100": "gpu-a100",
+  "v6 lite": "v6e", "v5 lite": "v5e", "v5": "v5p", "v4": "v4",
+}
+
+
+def of_device(platform: str, kind: str) -> Machine:
+  """The chip behind a device of JAX, for its peaks.
+
+  Args:
+    platform: `Device.platform`.
+    kind: `Device.device_kind`, for instance "NVIDIA H100 80GB HBM3".
+
+  Raises:
+    ValueError: its peaks are not known.
+  """
+  if platform == "cpu":
+    return parse_topology("cpu")
+  for part, name in _KINDS.items():
+    if part in kind.lower():
+      return parse_topology(f"{name}:1" if name.startswith("v") else name)
+  raise ValueError(
+    f"the peaks of {kind!r} are not known; known chips: {', '.join(CHIPS)}"
+  )
+
+
 def parse_topology(text: str) -> Machine:
   """Reads `v5e:4x4`, `gpu-h100x8` or `cpu`.
 

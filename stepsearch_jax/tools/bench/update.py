@@ -66,7 +66,8 @@ class Ours:
       config, config, spec, sharding.make_mesh()
     )
     self._reference = params
-    self._state = self._learner.start(params, jax.random.key(1))
+    masters = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
+    self._state = self._learner.start(masters, jax.random.key(1))
 
   def scores(self) -> records.Experience:
     """The batch under policy, reference and value model."""
