@@ -70,8 +70,8 @@ def exponent(rows: list[dict], phase: str) -> float:
 def small_decoder() -> decoder.DecoderConfig:
   """A model small enough for 256 trajectories on a CPU."""
   return decoder.DecoderConfig(
-    family="qwen2", vocab_size=8192, hidden_size=256, intermediate_size=768,
-    num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, qkv_bias=True,
+    family="qwen2", vocab_size=2048, hidden_size=128, intermediate_size=256,
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, qkv_bias=True,
     dtype=jnp.float32,
   )
 
@@ -128,11 +128,11 @@ def growths(path: str | None) -> Iterator[Growth]:
     path: unused; the workloads are made up.
   """
   del path
-  shape = "4-layer model of width 256, 32 slots"
+  shape = "2-layer model of width 128, 32 slots"
   yield Growth(
     "step time against tokens, more trajectories",
     f"8 to 256 trajectories of three turns; {shape}", "trajectories",
-    [(n, _even(n, 3, 300)) for n in (8, 16, 32, 64, 128, 256)],
+    [(n, _even(n, 3, 150)) for n in (8, 16, 32, 64, 128, 256)],
   )
   yield Growth(
     "step time against tokens, longer contexts",
@@ -143,6 +143,6 @@ def growths(path: str | None) -> Iterator[Growth]:
   yield Growth(
     "step time against tokens, more turns",
     f"32 trajectories of 1 to 8 turns; {shape}", "turns",
-    [(n, _even(32, n, 300)) for n in (1, 2, 4, 8)],
+    [(n, _even(32, n, 150)) for n in (1, 2, 4, 8)],
     goal="1, attention aside",
   )
