@@ -68,12 +68,13 @@ def growth_table(reports: list[dict]) -> str:
 
 
 def chart(run: str) -> str:
-  """A Mermaid pie of a run's median step."""
+  """A Mermaid pie of a run's median step; it cannot show nothing."""
   seconds = plots.step_seconds(run)
   steps = len(seconds.pop("step"))
+  medians = {name: statistics.median(x) for name, x in seconds.items()}
   slices = [
-    f'  "{name}" : {statistics.median(values):.3f}'
-    for name, values in seconds.items()
+    f'  "{name}" : {median:.3f}'
+    for name, median in medians.items() if median >= 0.0005
   ]
   title = f"seconds of a step, medians of {steps} steps"
   return "\n".join(["```mermaid", f"pie showData title {title}", *slices,
