@@ -67,8 +67,7 @@ def get_config(arg=None):
     config.ppo.mini_batch = 2
     config.rollout.slots = 2
     config.rollout.max_turn = 32
-    config.rollout.compile_ahead = False  # Two steps need few of them.
-  config.rollout.extend_rows = (1, 2)
+    config.rollout.extend_rows = (1, 2)
   return config
 
 
