@@ -11,6 +11,21 @@ from stepsearch_jax.ppo.records import LearnerSpec
 from stepsearch_jax.ppo.variants import Variant
 
 
+def _objective(variant: Variant, spec: LearnerSpec):
+  """(params, reference, micro, count, micros) to (loss, metric sums)."""
+  of_model = {
+    "policy": objectives.of_policy, "value": objectives.of_value
+  }[variant.role]
+
+  def objective(params, reference, micro, count, micros):
+    return of_model(
+      variant.model(params, reference), micro, count, micros,
+      config=variant.config, spec=spec,
+    )
+
+  return objective
+
+
 def compiled(
   variant: Variant, spec: LearnerSpec, rate: optax.Schedule,
   tx: optax.GradientTransformation, placed, opt_placed, replicated,
@@ -32,16 +47,8 @@ def compiled(
     replicated: sharding of scalars.
   """
   role = variant.role
-  of_model = {
-    "policy": objectives.of_policy, "value": objectives.of_value
-  }[role]
   prefix = {"policy": "actor", "value": "critic"}[role]
-
-  def objective(params, reference, micro, count, micros):
-    return of_model(
-      variant.model(params, reference), micro, count, micros,
-      config=variant.config, spec=spec,
-    )
+  objective = _objective(variant, spec)
 
   def zero(params):
     sums = {name: jnp.float32(0) for name in objectives.METRICS[role]}

@@ -89,22 +89,18 @@ class Sampler:
     policy = jax.eval_shape(
       functools.partial(heads.init_policy, config), jax.random.key(0)
     )
-    axes = heads.logical_axes(config)
-    apart = jax.eval_shape(
-      functools.partial(layout.apart, config=config), policy
-    )
-    placed = sharding.decode_shardings(
-      mesh, layout.decode_axes(config), apart
-    )
-    self._cast = jax.jit(
-      functools.partial(
-        layout.reshard_cast, config=config,
-        training=sharding.tree_shardings(mesh, axes, policy),
+    cast = functools.partial(
+      layout.reshard_cast, config=config,
+      training=sharding.tree_shardings(
+        mesh, heads.logical_axes(config), policy
       ),
-      out_shardings=placed,
     )
-    weights = jax.eval_shape(self._cast, policy)
+    weights = jax.eval_shape(cast, policy)
+    placed = sharding.decode_shardings(
+      mesh, layout.decode_axes(config), weights
+    )
     self._weights = sharding.abstract(weights, placed)
+    self._cast = jax.jit(cast, out_shardings=placed)
     self._compiled: dict[tuple, jax.stages.Compiled] = {}
     self.kv_buckets = _kv_buckets(spec.context)
 

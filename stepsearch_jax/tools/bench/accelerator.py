@@ -12,17 +12,21 @@ import pathlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder, heads
-from stepsearch_jax.rollout import sampler, slots
 from stepsearch_jax.tools import machines
-from stepsearch_jax.tools.bench import duel, replay, update, workload
+from stepsearch_jax.tools.bench import (
+  duel,
+  programs,
+  replay,
+  update,
+  workload,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +108,11 @@ def _update(config, params, sizes: Sizes):
 def _prefill(config, params, sizes: Sizes):
   """(a function that ingests once, FLOPs of it)."""
   rows, length = sizes.prefill_rows, sizes.prefill_length
-  programs = _sampler(config, rows, length)
-  params = programs.decode_params(params)
-  same = lambda value: np.full(rows, value, np.int32)  # noqa: E731
-  chunk = slots.Chunk(
-    slot=np.arange(rows, dtype=np.int32),
-    tokens=np.ones((rows, length), np.int32), start=same(0),
-    length=same(length), begins_turn=np.ones(rows, bool), budget=same(1),
-    episode=same(0), temperature=np.ones(rows, np.float32),
-  )
+  sampler = programs.endless(config, rows, length)
+  params = sampler.decode_params(params)
+  chunk = programs.prompts(np.ones((rows, length), np.int32), 1, 1.0)
   return (
-    lambda: programs.extend(params, programs.init_state(), chunk, length),
+    lambda: sampler.extend(params, sampler.init_state(), chunk, length),
     forward_flops(config, rows, length, 0),
   )
 
@@ -122,29 +120,17 @@ def _prefill(config, params, sizes: Sizes):
 def _decode(config, params, sizes: Sizes):
   """(a function that decodes a block, bytes that its steps must read)."""
   rows, length = sizes.decode_rows, sizes.decode_length
-  programs = _sampler(config, rows, length)
-  params = programs.decode_params(params)
-  steps = programs.spec.block
+  steps = programs.BLOCK
+  sampler = programs.endless(config, rows, length)
+  params = sampler.decode_params(params)
 
   def block():
-    state = programs.init_state().replace(
-      position=np.full(rows, length - steps, np.int32),
-      active=np.ones(rows, bool),
-      budget=np.full(rows, 1 << 30, np.int32),
-      temperature=np.ones(rows, np.float32),
-    )
-    return programs.decode_block(
-      params, state, jax.random.key(0), length, steps, rows + 1
+    return sampler.decode_block(
+      params, programs.speaking(sampler, length - steps), jax.random.key(0),
+      length, steps, rows + 1,
     )
 
   return block, steps * decode_bytes(config, rows, length - steps // 2)
-
-
-def _sampler(config, rows: int, length: int) -> sampler.Sampler:
-  return sampler.Sampler(
-    config, slots.SamplerSpec(rows, length, block=32),
-    np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
-  )
 
 
 def _seconds(call) -> float:
@@ -176,7 +162,7 @@ def largest_ops(call, count: int = 10) -> list[tuple[str, float]]:
 class Share(duel.Reading):
   """A reading that also names the largest operations of its call."""
 
-  call: object = None
+  call: Callable = lambda: None
 
   def measure(self, repeats: int) -> dict:
     """See `duel.Reading.measure`."""
@@ -227,9 +213,9 @@ def readings(
     "replay, tokens a second", f"{workload.describe(replays)}, {name}",
     lambda: tokens / _seconds(engine.play), warm_up=True,
   )
-  memory = device.memory_stats()
-  if memory:
+  if device.memory_stats():
     yield duel.Reading(
       "peak memory of all of these", name,
-      lambda: memory["peak_bytes_in_use"] / machines.GB, unit="GB",
+      lambda: device.memory_stats()["peak_bytes_in_use"] / machines.GB,
+      unit="GB",
     )

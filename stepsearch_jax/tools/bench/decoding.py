@@ -9,37 +9,24 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from stepsearch_jax import sharding
-from stepsearch_jax.rollout import sampler
-from stepsearch_jax.rollout import slots as slots_lib
-from stepsearch_jax.tools.bench import duel, peers
+from stepsearch_jax.tools.bench import duel, peers, programs
 
 _PROMPT, _CONTEXT = 128, 256
 
 
 def _ours(params, config, rows: int, context: int) -> Callable:
   """A function (prompts [P, S], count) to sampled ids [P, count]."""
-  block = 32
-  spec = slots_lib.SamplerSpec(slots=rows, context=context, block=block)
-  # An automaton that never stops.
-  table = np.zeros((1, config.vocab_size), np.int32)
-  programs = sampler.Sampler(config, spec, table, 1, sharding.make_mesh())
-  params = programs.decode_params(params)
-  slots = np.arange(rows, dtype=np.int32)
-  key = jax.random.key(0)
+  sampler = programs.endless(config, rows, context)
+  params = sampler.decode_params(params)
+  key, block = jax.random.key(0), programs.BLOCK
 
-  def generate(prompts, count):
-    width = prompts.shape[1]
-    same = lambda value: np.full(rows, value, np.int32)  # noqa: E731
-    chunk = slots_lib.Chunk(
-      slot=slots, tokens=prompts, start=same(0), length=same(width),
-      begins_turn=np.ones(rows, bool), budget=same(count), episode=slots,
-      temperature=np.zeros(rows, np.float32),
-    )
-    state = programs.extend(params, programs.init_state(), chunk, width)
-    out, output = [], None
+  def generate(given, count):
+    width = given.shape[1]
+    chunk = programs.prompts(given, count, temperature=0.0)
+    state = sampler.extend(params, sampler.init_state(), chunk, width)
+    out = []
     for start in range(0, count, block):
-      state, output = programs.decode_block(
+      state, output = sampler.decode_block(
         params, state, key, width + start + block, block, leave=rows + 1
       )
       out.append(jax.device_get(output.tokens))

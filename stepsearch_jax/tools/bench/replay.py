@@ -11,11 +11,10 @@ import time
 
 import numpy as np
 
-from stepsearch_jax import sharding, types
+from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 from stepsearch_jax.rollout import engine, records, sampler
-from stepsearch_jax.rollout import slots as slots_lib
-from stepsearch_jax.tools.bench import peers
+from stepsearch_jax.tools.bench import peers, programs
 from stepsearch_jax.tools.bench.workload import Replay
 
 _ROOM = 32
@@ -108,10 +107,7 @@ class Ours:
     context = max(r.total for r in replays) + _ROOM
     context += -context % 128
     texts = _Lengths(replays, config.vocab_size, delay)
-    self.programs = _Counting(
-      config, slots_lib.SamplerSpec(slots, context, block=32),
-      np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
-    )
+    self.programs = programs.endless(config, slots, context, _Counting)
     limits = records.EngineSpec(
       max_prompt=context, max_turn=context, max_observation=context,
       answer_room=1, retrieval_delay=retrieval_delay, extend_rows=(1, 4, 8),

@@ -8,9 +8,14 @@ import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
-from stepsearch_jax.tools.bench import decoding, duel, peers, workload
+from stepsearch_jax.tools.bench import (
+  decoding,
+  duel,
+  peers,
+  programs,
+  workload,
+)
 from stepsearch_jax.tools.bench.replay import Ours, TurnByTurn
 
 
@@ -81,30 +86,25 @@ def _bare_decode_seconds(ours: Ours) -> float:
 
   Full slots, as many steps at every length as the play had.
   """
-  programs, steps = ours.programs, collections.Counter()
-  for bound, count in programs.blocks:
+  sampler, steps = ours.programs, collections.Counter()
+  for bound, count in sampler.blocks:
     steps[bound] += int(count)
-  params = programs.decode_params(ours.params)
+  params = sampler.decode_params(ours.params)
   seconds = 0.0
   for bound, count in steps.items():
     seconds += count * min(
-      _seconds_a_step(programs, params, bound) for _ in range(2)
+      _seconds_a_step(sampler, params, bound) for _ in range(2)
     )
   return seconds
 
 
-def _seconds_a_step(programs, params, bound: int) -> float:
-  slots, block = programs.spec.slots, programs.spec.block
-  state = programs.init_state().replace(
-    position=np.full(slots, bound - block, np.int32),
-    active=np.ones(slots, bool),
-    budget=np.full(slots, 1 << 30, np.int32),
-    temperature=np.ones(slots, np.float32),
-  )
+def _seconds_a_step(sampler, params, bound: int) -> float:
+  block = programs.BLOCK
+  state = programs.speaking(sampler, bound - block)
   jax.block_until_ready(state)
   began = time.perf_counter()
-  _, output = programs.decode_block(
-    params, state, jax.random.key(0), bound, block, slots + 1
+  _, output = sampler.decode_block(
+    params, state, jax.random.key(0), bound, block, sampler.spec.slots + 1
   )
   jax.block_until_ready(output)
   return (time.perf_counter() - began) / block
