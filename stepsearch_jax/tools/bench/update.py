@@ -15,7 +15,7 @@ from stepsearch_jax import sharding, types
 from stepsearch_jax.ppo import learner, records
 from stepsearch_jax.tools.bench import duel, peers, workload
 
-_PEAK_ROWS = 2  # Of 1,024 tokens; for 4 torch needs more than 24 GB.
+_PEAK_ROWS = 2  # Of 1,024 tokens; for 4 torch alone takes 23 GB.
 _SHARE = 0.13  # Of a search rollout's tokens that the policy wrote.
 
 
@@ -157,27 +157,27 @@ def _step_duel(config, params, replays, micro_rows: int) -> duel.Duel:
 def _peak(side: str) -> duel.Measured:
   """Gradient norm and peak GB of one update in a process of its own."""
   out = subprocess.run(
-    [sys.executable, "-m", __name__, side], check=True, capture_output=True,
-    text=True,
+    [sys.executable, "-m", __name__, side, str(_PEAK_ROWS)], check=True,
+    capture_output=True, text=True,
   )
   found = json.loads(out.stdout.splitlines()[-1])
   return duel.Measured(found["norm"], found["gb"])
 
 
-def _update_once(side: str) -> None:
+def _update_once(side: str, rows: int) -> None:
   """One policy update at Qwen's vocabulary."""
   config = peers.smollm2(vocab_size=151_936)
   params = peers.policy(config)
-  batch = full_rows(_PEAK_ROWS, 1024, config.vocab_size)
+  batch = full_rows(rows, 1024, config.vocab_size)
   old, advantages = _made_up(batch)
   if side == "ours":
-    ours = Ours(config, params, batch, "grpo", _PEAK_ROWS, 1024)
+    ours = Ours(config, params, batch, "grpo", rows, 1024)
     updated = ours.update(ours.experience(old, advantages))
     norm = float(updated["actor/grad_norm"])
   else:
     from stepsearch_jax.tools.bench import torch_ppo
 
-    theirs = torch_ppo.TorchPpo(config, params, _PEAK_ROWS, True)
+    theirs = torch_ppo.TorchPpo(config, params, rows, True)
     norm = theirs.update_policy(batch, old, advantages)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   print(json.dumps({"gb": peak / 2**20, "norm": norm}))
@@ -215,4 +215,4 @@ def steps(path: str | None) -> Iterator[duel.Duel]:
 
 
 if __name__ == "__main__":
-  _update_once(sys.argv[1])
+  _update_once(sys.argv[1], int(sys.argv[2]))
