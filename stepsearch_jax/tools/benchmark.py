@@ -16,7 +16,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -59,9 +61,23 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Alternating repeats.", 3)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
 
 
+def _machine() -> str:
+  """The devices' number and kind; processors go by family and model."""
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return f"{jax.local_device_count()} x {device.device_kind}"
+  info = epath.Path("/proc/cpuinfo")
+  text = info.read_text() if info.exists() else ""
+  found = dict(re.findall(r"^([^\t:\n]+)\s*: (.*)$", text, re.MULTILINE))
+  name = found.get("model name", platform.machine())
+  if "cpu family" in found:
+    name += f" {found['cpu family']}/{found['model']}"
+  return f"{os.cpu_count()} x {name}"
+
+
 def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
-           "commit": evaluation.commit()}
+           "machine": _machine(), "commit": evaluation.commit()}
   for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
                "transformers", "google-tunix"):
     try:

@@ -4,6 +4,8 @@
     --json=rollout.json,update.json,growth.json --run=runs/quickstart
 
 The figures come from files of tools/benchmark --json and from a run's log.
+Rows that are in the table and in no file stay: not every figure is measured on
+the same day or machine.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ _RUN = flags.DEFINE_string(
 )
 
 
-def _row(result: dict, commit: str) -> str:
+_COLUMNS = ("what", "peer", "ours", "peer's", "ratio", "asked", "commit",
+            "machine")
+
+
+def _row(result: dict, versions: dict) -> tuple[str, ...]:
   unit = f" {result['unit']}" if result["unit"] else ""
   if "peer_name" in result:
     cells = (
@@ -32,21 +38,29 @@ def _row(result: dict, commit: str) -> str:
     )
   else:
     cells = ("-", f"{result['value']:.3g}{unit}", "-", "-")
-  cells = (f"{result['what']} ({result['work']})", *cells,
-           result["goal"] or "-", commit)
-  return f"| {' | '.join(cells)} |"
+  return (f"{result['what']} ({result['work']})", *cells,
+          result["goal"] or "-", versions["commit"][:7], versions["machine"])
 
 
-def table(reports: list[dict]) -> str:
-  """A Markdown table of all results of benchmark reports."""
-  lines = [
-    "| what | peer | ours | peer's | ratio | asked | commit |",
-    "|---|---|---|---|---|---|---|",
+def table(reports: list[dict], before: str = "") -> str:
+  """A Markdown table of all results of benchmark reports.
+
+  Args:
+    reports: as tools/benchmark writes them.
+    before: the table so far; its rows stay unless they were measured again.
+  """
+  old = [_cells(line) for line in before.splitlines()[2:]]
+  new = [
+    _row(result, report["versions"])
+    for report in reports for result in report["results"]
   ]
-  for report in reports:
-    commit = report["versions"]["commit"][:7]
-    lines += [_row(result, commit) for result in report["results"]]
-  return "\n".join(lines)
+  rows = {row[:2]: row for row in old + new}  # Keeps the place of the first.
+  lines = [_COLUMNS, ("---",) * len(_COLUMNS), *rows.values()]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(line: str) -> tuple[str, ...]:
+  return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
 
 
 def growth_table(reports: list[dict]) -> str:
@@ -81,25 +95,38 @@ def chart(run: str) -> str:
                     "```"])
 
 
+def _split(text: str, section: str) -> tuple[str, str, str]:
+  begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+  head, found, rest = text.partition(begin)
+  inside, ended, tail = rest.partition(end)
+  if not (found and ended):
+    raise ValueError(f"no {begin} ... {end} in the file")
+  return f"{head}{begin}\n", inside.strip("\n"), f"\n{end}{tail}"
+
+
+def held(text: str, section: str) -> str:
+  """What stands between the markers of a section; see `fill`."""
+  return _split(text, section)[1]
+
+
 def fill(text: str, section: str, filling: str) -> str:
   """Replaces what stands between the markers of a section.
 
   Raises:
     ValueError: the markers are not there.
   """
-  begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
-  head, found, rest = text.partition(begin)
-  _, ended, tail = rest.partition(end)
-  if not (found and ended):
-    raise ValueError(f"no {begin} ... {end} in the file")
-  return f"{head}{begin}\n{filling}\n{end}{tail}"
+  head, _, tail = _split(text, section)
+  return head + filling + tail
 
 
 def main() -> None:
   """Entry; see the module docstring."""
   reports = [json.loads(epath.Path(path).read_text()) for path in _JSON.value]
   readme = epath.Path(_README.value)
-  text = fill(readme.read_text(), "performance", table(reports))
+  text = readme.read_text()
+  text = fill(
+    text, "performance", table(reports, held(text, "performance"))
+  )
   if any("points" in r for report in reports for r in report["results"]):
     text = fill(text, "growth", growth_table(reports))
   if _RUN.value:

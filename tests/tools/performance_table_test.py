@@ -18,18 +18,38 @@ def test_results_become_rows_between_the_markers():
   ).measure(3)
   assert compared["ours"] == 3.0 and compared["ratio"] == 2.0
   alone = duel.Reading("waits", "16 slots", lambda: 0.25).measure(3)
-  report = {"versions": {"commit": "0123456789"},
+  report = {"versions": {"commit": "0123456789", "machine": "2 x cpu"},
             "results": [compared, alone]}
   table = performance_table.table([report])
   assert table.splitlines()[2:] == [
-    "| decode (8 rows) | peer | 3 s | 6 s | **2.00** | 1.3 | 0123456 |",
-    "| waits (16 slots) | - | 0.25 | - | - | - | 0123456 |",
+    "| decode (8 rows) | peer | 3 s | 6 s | **2.00** | 1.3 | 0123456 "
+    "| 2 x cpu |",
+    "| waits (16 slots) | - | 0.25 | - | - | - | 0123456 | 2 x cpu |",
   ]
   text = "a\n<!-- performance -->\nold\n<!-- /performance -->\nb\n"
   filled = performance_table.fill(text, "performance", table)
   assert filled.startswith("a\n") and filled.endswith("\nb\n")
   assert table in filled and "old" not in filled
   assert performance_table.fill(filled, "performance", table) == filled
+
+
+def test_only_rows_that_were_measured_again_change():
+  def report(what, value, machine):
+    reading = duel.Reading(what, "16 slots", lambda: value).measure(3)
+    return {"versions": {"commit": "c", "machine": machine},
+            "results": [reading]}
+
+  before = performance_table.table(
+    [report("a", 1.0, "old"), report("b", 2.0, "old")]
+  )
+  after = performance_table.table(
+    [report("c", 3.0, "new"), report("a", 4.0, "new")], before
+  )
+  assert after.splitlines()[2:] == [
+    "| a (16 slots) | - | 4 | - | - | - | c | new |",
+    before.splitlines()[3],
+    "| c (16 slots) | - | 3 | - | - | - | c | new |",
+  ]
 
 
 def test_results_that_are_not_the_same_work_are_an_error():
