@@ -77,7 +77,7 @@ def _machine() -> str:
 
 def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
-           "machine": _machine(), "commit": evaluation.commit()}
+           "commit": evaluation.commit()}
   for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
                "transformers", "google-tunix"):
     try:
@@ -97,6 +97,9 @@ def main() -> None:
     ):
       continue
     result = item.measure(_REPEATS.value)
+    # Not earlier: asking for devices takes memory that the first figures of
+    # the update suite need, which run in processes of their own.
+    report["versions"].setdefault("machine", _machine())
     report["results"].append(result)
     print(_line(result), flush=True)
     if _JSON.value:  # At once: a suite takes long and may be stopped.

@@ -125,8 +125,8 @@ def _step_duel(config, params, replays) -> duel.Duel:
   from stepsearch_jax.tools.bench import torch_ppo
 
   batch = batch_of(replays, config.vocab_size)
-  # A packed row of ours holds what two padded ones do, or a little more; with
-  # four padded ones both sides together take more than 24 GB.
+  # Two padded rows a pass: with four, torch beside us takes more than 24 GB.
+  # A packed row of ours has about as many real tokens as two padded ones.
   ours = Ours(config, params, batch, "gae", 1, 2048)
   theirs = torch_ppo.TorchPpo(config, params, 2, True)
   _, advantages = _made_up(batch)
