@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+NOISE = 1e-6  # A hundred times Adam's epsilon.
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
@@ -53,8 +54,19 @@ def test_mesh_gives_the_same_rollouts_and_update(single, tmp_path, mesh):
     if name.startswith("metric/"):
       np.testing.assert_allclose(ours[name], want, rtol=1e-4, atol=1e-5,
                                  err_msg=name)
+    elif name.startswith("gradient/"):
+      np.testing.assert_allclose(
+        ours[name], want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=name
+      )
     elif name.startswith(("policy", "value")):
-      np.testing.assert_allclose(ours[name], want, atol=1e-5, err_msg=name)
+      # Adam divides by |gradient| + 1e-8: an entry whose gradient is rounding
+      # noise moves by that noise, so there the gradient is what must agree.
+      size = np.abs(single[f"gradient/{name}"])
+      kept = (size == 0) | (size > NOISE)
+      assert kept.mean() > 0.95, name
+      np.testing.assert_allclose(
+        ours[name][kept], want[kept], rtol=1e-7, atol=1e-5, err_msg=name
+      )
   spread = [bool(ours[name]) for name in ours if name.startswith("replicated")]
   if mesh[1] * mesh[2] > 1:
     assert not all(spread), "no parameter is sharded on this mesh"

@@ -9,6 +9,7 @@ import sys
 import fakes
 import jax
 import numpy as np
+import optax
 
 from stepsearch_jax import sharding
 from stepsearch_jax.env import actions
@@ -70,8 +71,13 @@ def main(output, data, fsdp, tensor):
   }
   for kind in ("policy", "value"):
     leaves = jax.tree_util.tree_leaves_with_path(getattr(state, kind))
-    for path, leaf in leaves:
+    moments = optax.tree_utils.tree_get(getattr(state, f"{kind}_opt"), "mu")
+    moments = jax.tree_util.tree_leaves(moments)
+    for (path, leaf), moment in zip(leaves, moments, strict=True):
       found[f"{kind}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+      # After one step the first moment is a tenth of the clipped gradient.
+      gradient = 10 * np.asarray(moment)
+      found[f"gradient/{kind}{jax.tree_util.keystr(path)}"] = gradient
       whole = leaf.sharding.is_fully_replicated
       found[f"replicated/{kind}{jax.tree_util.keystr(path)}"] = whole
   np.savez(output, **found)
