@@ -7,7 +7,10 @@ Ours and the peer alternate; medians and ratios of at least three repeats are
 printed with the workload and the versions, after the results were found equal.
 Speeds are ratios on this machine, not promises. Tunix joins the rollout suite
 where it is installed; its pins clash with this project's, so that takes
-`pip install --no-deps google-tunix qwix google-metrax jaxtyping perfetto ...`.
+
+  pip install --no-deps google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 \\
+    jaxtyping==0.3.11 wadler_lindig==0.1.8 clu==0.0.12 perfetto==0.59.1 \\
+    sentencepiece==0.2.3 pandas==3.1.1
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def _machine() -> str:
 
 def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
-           "commit": evaluation.commit()}
+           "machine": _machine(), "commit": evaluation.commit()}
   for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
                "transformers", "google-tunix"):
     try:
@@ -97,9 +100,6 @@ def main() -> None:
     ):
       continue
     result = item.measure(_REPEATS.value)
-    # Not earlier: asking for devices takes memory that the first figures of
-    # the update suite need, which run in processes of their own.
-    report["versions"].setdefault("machine", _machine())
     report["results"].append(result)
     print(_line(result), flush=True)
     if _JSON.value:  # At once: a suite takes long and may be stopped.

@@ -39,8 +39,7 @@ def _row(result: dict, versions: dict) -> tuple[str, ...]:
   else:
     cells = ("-", f"{result['value']:.3g}{unit}", "-", "-")
   return (f"{result['what']} ({result['work']})", *cells,
-          result["goal"] or "-", versions["commit"][:7],
-          versions.get("machine", "-"))
+          result["goal"] or "-", versions["commit"][:7], versions["machine"])
 
 
 def table(reports: list[dict], before: str = "") -> str:

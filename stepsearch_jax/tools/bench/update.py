@@ -126,7 +126,7 @@ def _step_duel(config, params, replays) -> duel.Duel:
 
   batch = batch_of(replays, config.vocab_size)
   # Two padded rows a pass: with four, torch beside us takes more than 24 GB.
-  # A packed row of ours has about as many real tokens as two padded ones.
+  # A packed row of ours has about four fifths of their real tokens.
   ours = Ours(config, params, batch, "gae", 1, 2048)
   theirs = torch_ppo.TorchPpo(config, params, 2, True)
   _, advantages = _made_up(batch)
