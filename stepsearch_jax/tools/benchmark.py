@@ -16,7 +16,6 @@ where it is installed; its pins clash with this project's, so that takes
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -28,7 +27,9 @@ from etils import epath
 from stepsearch_jax import cli, evaluation
 from stepsearch_jax.tools.bench import (
   accelerator,
+  duel,
   growth,
+  report,
   retrieval,
   rewards,
   rollout,
@@ -60,8 +61,14 @@ _PEER = flags.DEFINE_string(
 _WHAT = flags.DEFINE_string(
   "what", "", "Only figures whose description contains this."
 )
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Alternating repeats.", 3)
-_JSON = flags.DEFINE_string("json", None, "Also write the figures here.")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", duel.MIN_REPEATS, "Alternating repeats.", duel.MIN_REPEATS
+)
+_JSON = flags.DEFINE_string(
+  "json", None,
+  "Also write the figures here, at every repeat; the same command goes on from "
+  "a file of the same commit, versions and machine.",
+)
 
 
 def _machine() -> str:
@@ -92,18 +99,16 @@ def _versions() -> dict[str, str]:
 
 def main() -> None:
   """Entry; see the module docstring."""
-  report = {"suite": _SUITE.value, "versions": _versions(), "results": []}
-  print("  ".join(f"{k} {v}" for k, v in report["versions"].items()))
+  versions = _versions()
+  print("  ".join(f"{k} {v}" for k, v in versions.items()))
+  kept = report.Report(_JSON.value, {
+    "suite": _SUITE.value, "input": _INPUT.value, "versions": versions,
+  })
   for item in _SUITES[_SUITE.value](_INPUT.value):
-    if _PEER.value not in getattr(item, "peer", "") or (
-      _WHAT.value not in f"{item.what} ({item.work})"
+    if _PEER.value in getattr(item, "peer", "") and (
+      _WHAT.value in f"{item.what} ({item.work})"
     ):
-      continue
-    result = item.measure(_REPEATS.value)
-    report["results"].append(result)
-    print(_line(result), flush=True)
-    if _JSON.value:  # At once: a suite takes long and may be stopped.
-      epath.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+      print(_line(kept.measure(item, _REPEATS.value)), flush=True)
 
 
 def _line(result: dict) -> str:

@@ -17,6 +17,7 @@ from absl import flags
 from etils import epath
 
 from stepsearch_jax import cli, plots
+from stepsearch_jax.tools.bench import duel
 
 _README = flags.DEFINE_string("readme", "README.md", "File to fill.")
 _JSON = flags.DEFINE_list("json", None, "Files of tools/benchmark --json.")
@@ -29,15 +30,25 @@ _COLUMNS = ("what", "peer", "ours", "peer's", "ratio", "asked", "commit",
             "machine")
 
 
+def _figure(value: float) -> str:
+  return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _row(result: dict, versions: dict) -> tuple[str, ...]:
   unit = f" {result['unit']}" if result["unit"] else ""
   if "peer_name" in result:
+    repeats = len(result["repeats"]["ours"])
+    if repeats < duel.MIN_REPEATS:
+      raise ValueError(
+        f"{result['what']} has {repeats} of {duel.MIN_REPEATS} repeats; the "
+        "same benchmark command takes the others"
+      )
     cells = (
-      result["peer_name"], f"{result['ours']:.3g}{unit}",
-      f"{result['peer']:.3g}{unit}", f"**{result['ratio']:.2f}**",
+      result["peer_name"], _figure(result["ours"]) + unit,
+      _figure(result["peer"]) + unit, f"**{result['ratio']:.2f}**",
     )
   else:
-    cells = ("-", f"{result['value']:.3g}{unit}", "-", "-")
+    cells = ("-", _figure(result["value"]) + unit, "-", "-")
   return (f"{result['what']} ({result['work']})", *cells,
           result["goal"] or "-", versions["commit"][:7], versions["machine"])
 
@@ -48,6 +59,9 @@ def table(reports: list[dict], before: str = "") -> str:
   Args:
     reports: as tools/benchmark writes them.
     before: the table so far; its rows stay unless they were measured again.
+
+  Raises:
+    ValueError: a benchmark was stopped before its last repeat.
   """
   old = [_cells(line) for line in before.splitlines()[2:]]
   new = [

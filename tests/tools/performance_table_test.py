@@ -10,19 +10,19 @@ from stepsearch_jax.tools.bench import duel, growth
 
 
 def test_results_become_rows_between_the_markers():
-  amounts = iter([9.0, 2.0, 4.0, 3.0])  # The first warms up.
+  amounts = iter([9.0, 2.0, 4000.0, 3000.0])  # The first warms up.
   ours = lambda: duel.Measured("x", next(amounts))  # noqa: E731
-  theirs = lambda: duel.Measured("x", 6.0)  # noqa: E731
-  compared = duel.Duel(
+  theirs = lambda: duel.Measured("x", 6000.0)  # noqa: E731
+  *_, compared = duel.Duel(
     "decode", "8 rows", "peer", ours, theirs, lambda a, b: None, goal="1.3"
   ).measure(3)
-  assert compared["ours"] == 3.0 and compared["ratio"] == 2.0
-  alone = duel.Reading("waits", "16 slots", lambda: 0.25).measure(3)
+  assert compared["ours"] == 3000.0 and compared["ratio"] == 2.0
+  (alone,) = duel.Reading("waits", "16 slots", lambda: 0.25).measure(3)
   report = {"versions": {"commit": "0123456789", "machine": "2 x cpu"},
             "results": [compared, alone]}
   table = performance_table.table([report])
   assert table.splitlines()[2:] == [
-    "| decode (8 rows) | peer | 3 s | 6 s | **2.00** | 1.3 | 0123456 "
+    "| decode (8 rows) | peer | 3,000 s | 6,000 s | **2.00** | 1.3 | 0123456 "
     "| 2 x cpu |",
     "| waits (16 slots) | - | 0.25 | - | - | - | 0123456 | 2 x cpu |",
   ]
@@ -35,9 +35,9 @@ def test_results_become_rows_between_the_markers():
 
 def test_only_rows_that_were_measured_again_change():
   def report(what, value, machine):
-    reading = duel.Reading(what, "16 slots", lambda: value).measure(3)
+    reading = duel.Reading(what, "16 slots", lambda: value)
     return {"versions": {"commit": "c", "machine": machine},
-            "results": [reading]}
+            "results": list(reading.measure(3))}
 
   before = performance_table.table(
     [report("a", 1.0, "old"), report("b", 2.0, "old")]
@@ -57,7 +57,17 @@ def test_results_that_are_not_the_same_work_are_an_error():
     raise ValueError(f"{ours} is not {theirs}")
 
   with pytest.raises(ValueError, match="1 is not 2"):
-    duel.Duel("w", "w", "p", lambda: 1, lambda: 2, differ).measure(3)
+    list(duel.Duel("w", "w", "p", lambda: 1, lambda: 2, differ).measure(3))
+
+
+def test_a_figure_of_too_few_repeats_is_not_shown():
+  counted = duel.Duel(
+    "decode", "8 rows", "p", lambda: 1, lambda: 1, lambda a, b: None
+  )
+  first = next(counted.measure(3))
+  report = {"versions": {"commit": "c", "machine": "m"}, "results": [first]}
+  with pytest.raises(ValueError, match="decode has 1 of 3 repeats"):
+    performance_table.table([report])
 
 
 def test_a_file_without_markers_is_an_error():

@@ -164,9 +164,10 @@ class Share(duel.Reading):
 
   call: Callable = lambda: None
 
-  def measure(self, repeats: int) -> dict:
+  def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
     """See `duel.Reading.measure`."""
-    return super().measure(repeats) | {"largest_ops": largest_ops(self.call)}
+    for result in super().measure(repeats, before):
+      yield result | {"largest_ops": largest_ops(self.call)}
 
 
 def readings(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tqdm
+
+MIN_REPEATS = 3  # Of which a median is worth showing.
 
 # Threads of the other side's OpenMP spin for a while after their last work.
 _SETTLE = 0.3
@@ -49,9 +51,21 @@ class Duel:
   warm_up: bool = True
   peer_warm_up: bool = False
 
-  def measure(self, repeats: int) -> dict:
-    """Medians of alternating repeats; the first results are compared."""
-    amounts = {"ours": [], "peer": []}
+  def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
+    """Yields medians of the alternating repeats so far, after each of them.
+
+    Args:
+      repeats: how many are wanted, those of `before` among them.
+      before: what an earlier call yielded, to go on from.
+
+    Raises:
+      whatever `same` does, for the first results of every call.
+    """
+    earlier = before["repeats"] if before else {"ours": [], "peer": []}
+    amounts = {side: list(x) for side, x in earlier.items()}
+    turns = range(len(amounts["ours"]), repeats)
+    if not turns:
+      return
     # Models change from call to call: the first calls are what can be compared.
     first = [
       _timed(side) if warm_up else None
@@ -59,20 +73,21 @@ class Duel:
         (self.ours, self.warm_up), (self.theirs, self.peer_warm_up)
       )
     ]
-    for turn in tqdm.trange(
-      repeats, desc=f"{self.what} | {self.peer}", leave=False
+    for turn in tqdm.tqdm(
+      turns, desc=f"{self.what} | {self.peer}", leave=False,
+      initial=turns.start, total=repeats,
     ):
       ours, theirs = _timed(self.ours), _timed(self.theirs)
-      if turn == 0:
+      if turn == turns.start:
         self.same((first[0] or ours).result, (first[1] or theirs).result)
       amounts["ours"].append(ours.amount)
       amounts["peer"].append(theirs.amount)
-    medians = {side: statistics.median(x) for side, x in amounts.items()}
-    return {
-      "what": self.what, "work": self.work, "peer_name": self.peer,
-      "goal": self.goal, "unit": self.unit, **medians,
-      "ratio": medians["peer"] / medians["ours"], "repeats": amounts,
-    }
+      medians = {side: statistics.median(x) for side, x in amounts.items()}
+      yield {
+        "what": self.what, "work": self.work, "peer_name": self.peer,
+        "goal": self.goal, "unit": self.unit, **medians,
+        "ratio": medians["peer"] / medians["ours"], "repeats": amounts,
+      }
 
 
 @dataclasses.dataclass
@@ -92,11 +107,13 @@ class Reading:
   unit: str = ""
   warm_up: bool = False
 
-  def measure(self, repeats: int) -> dict:
-    """Median of the repeats."""
+  def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
+    """Yields the median of the repeats, or nothing if `before` has them."""
+    if before and len(before["repeats"]) >= repeats:
+      return
     turns = tqdm.trange(repeats + self.warm_up, desc=self.what, leave=False)
     values = [self.read() for _ in turns][self.warm_up :]
-    return {
+    yield {
       "what": self.what, "work": self.work, "goal": self.goal,
       "unit": self.unit, "value": statistics.median(values), "repeats": values,
     }

@@ -36,8 +36,10 @@ class Growth:
   points: list[tuple[int, list[workload.Replay]]]
   goal: str = "1"
 
-  def measure(self, repeats: int) -> dict:
-    """Medians at every point and the exponent of seconds in tokens."""
+  def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
+    """Medians at every point, exponents in tokens; see `duel.Reading`."""
+    if before:
+      return
     config = small_decoder()
     params = heads.init_policy(config, jax.random.key(0))
     rows = []
@@ -51,7 +53,7 @@ class Growth:
         **{p: statistics.median(f[p] for f in found) for p in _PHASES},
         "step": statistics.median(sum(f.values()) for f in found),
       })
-    return {
+    yield {
       "what": self.what, "work": self.work, "goal": self.goal,
       "unit": "exponent", "axis": self.axis, "points": rows,
       "exponents": {p: exponent(rows, p) for p in (*_PHASES, "step")},
