@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import distributed, types
+from stepsearch_jax.data import files
 from stepsearch_jax.rewards import text_match
 
 
@@ -115,12 +116,9 @@ def by_source(records: Sequence[dict]) -> dict[str, dict]:
 
 def write_jsonl(path: epath.Path, rows: Sequence[dict]) -> None:
   """Writes rows atomically."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(
-    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+  files.write_text(
+    path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
   )
-  temporary.replace(path)
 
 
 def write_card(folder: epath.Path, card: dict) -> None:
@@ -142,10 +140,13 @@ def write_card(folder: epath.Path, card: dict) -> None:
 
 
 def commit() -> str:
-  """The project's git commit, or "unknown" outside a checkout."""
+  """The project's git commit, or "unknown" outside a checkout.
+
+  It ends in "-dirty" where tracked files differ from it.
+  """
   try:
     done = subprocess.run(
-      ["git", "rev-parse", "--short=12", "HEAD"],
+      ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
       cwd=epath.Path(__file__).parent, capture_output=True, text=True,
       check=True,
     )

@@ -20,6 +20,8 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from stepsearch_jax.data import files
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -100,9 +102,7 @@ class MetricsWriter:
     """Drops the records of `step` and later."""
     if not self._active:
       return
-    temporary = self._path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(_records_before(self._path, step)))
-    temporary.replace(self._path)
+    files.write_text(self._path, "".join(_records_before(self._path, step)))
     if self._board is not None:
       self._board.close()
     self._board = tensorboardX.SummaryWriter(

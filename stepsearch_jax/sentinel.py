@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from stepsearch_jax.data import files
+
 ACTIONS = ("off", "warn", "halt", "rollback")
 
 
@@ -124,9 +126,7 @@ class Rollbacks:
     self._rows.append({"since": since, "to": to})
     if not write:
       return
-    temporary = self._path.with_name(self._path.name + ".tmp")
-    temporary.write_text(json.dumps(self._rows) + "\n")
-    temporary.replace(self._path)
+    files.write_text(self._path, json.dumps(self._rows) + "\n")
 
 
 @jax.jit

@@ -32,7 +32,7 @@ from stepsearch_jax import (
   settings,
   sharding,
 )
-from stepsearch_jax.data import input_pipeline
+from stepsearch_jax.data import files, input_pipeline
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.rollout import batching
@@ -246,7 +246,9 @@ def train(
   engine.close()
   summary = reporting.summary(config, meta, steps)
   if distributed.is_primary():
-    _write_json(workdir / "summary.json", summary)
+    files.write_text(
+      workdir / "summary.json", json.dumps(summary, indent=2) + "\n"
+    )
     plots.learning_curves(workdir)
     plots.step_time(workdir)
   return summary
@@ -320,12 +322,6 @@ def _roll_back(saver, state, since: int, rollbacks):
   rollbacks.add(since, step, write=distributed.is_primary())
   logging.warning("rolled back to step %d", step)
   return step, rest.replace(policy=policy), meta
-
-
-def _write_json(path: epath.Path, value: dict) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.replace(path)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Rows of local question and corpus files, with the place of each row.
+"""Rows of local question and corpus files, and text written whole.
 
 JSONL, JSON lists and parquet, gzipped or not, and TFDS datasets. Every problem
 is reported as `file:line: what was expected, what was found`.
@@ -34,6 +34,14 @@ def encodable(value):
   if isinstance(value, dict):
     return {encodable(k): encodable(v) for k, v in value.items()}
   return value
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all; makes its folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
 
 
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:

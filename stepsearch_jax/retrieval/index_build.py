@@ -17,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import distributed, types
+from stepsearch_jax.data import files
 from stepsearch_jax.retrieval import encoder as encoder_lib
 from stepsearch_jax.retrieval import index as index_lib
 from stepsearch_jax.retrieval import passages as passages_lib
@@ -183,9 +184,7 @@ def _embed(partial, store, encoder, table, part, parts) -> None:
       table[start:stop] = encoder.encode(texts, "passage")
       table.flush()
       bar.update(stop - start)
-    temporary = note.with_name(note.name + ".tmp")
-    temporary.write_text(json.dumps(number))
-    temporary.replace(note)
+    files.write_text(note, json.dumps(number))
   bar.close()
 
 

@@ -104,6 +104,9 @@ def main() -> None:
   kept = report.Report(_JSON.value, {
     "suite": _SUITE.value, "input": _INPUT.value, "versions": versions,
   })
+  if len(kept):
+    print(f"{_JSON.value} has figures ({len(kept)}); only repeats they lack "
+          "are taken. For new ones give --json another file.")
   for item in _SUITES[_SUITE.value](_INPUT.value):
     if _PEER.value in getattr(item, "peer", "") and (
       _WHAT.value in f"{item.what} ({item.work})"

@@ -35,6 +35,7 @@ def _figure(value: float) -> str:
 
 
 def _row(result: dict, versions: dict) -> tuple[str, ...]:
+  commit, *dirty = versions["commit"].split("-")
   unit = f" {result['unit']}" if result["unit"] else ""
   if "peer_name" in result:
     repeats = len(result["repeats"]["ours"])
@@ -50,7 +51,8 @@ def _row(result: dict, versions: dict) -> tuple[str, ...]:
   else:
     cells = ("-", _figure(result["value"]) + unit, "-", "-")
   return (f"{result['what']} ({result['work']})", *cells,
-          result["goal"] or "-", versions["commit"][:7], versions["machine"])
+          result["goal"] or "-", "-".join([commit[:7], *dirty]),
+          versions["machine"])
 
 
 def table(reports: list[dict], before: str = "") -> str:

@@ -36,7 +36,7 @@ def test_results_become_rows_between_the_markers():
 def test_only_rows_that_were_measured_again_change():
   def report(what, value, machine):
     reading = duel.Reading(what, "16 slots", lambda: value)
-    return {"versions": {"commit": "c", "machine": machine},
+    return {"versions": {"commit": "0123456789-dirty", "machine": machine},
             "results": list(reading.measure(3))}
 
   before = performance_table.table(
@@ -46,9 +46,9 @@ def test_only_rows_that_were_measured_again_change():
     [report("c", 3.0, "new"), report("a", 4.0, "new")], before
   )
   assert after.splitlines()[2:] == [
-    "| a (16 slots) | - | 4 | - | - | - | c | new |",
+    "| a (16 slots) | - | 4 | - | - | - | 0123456-dirty | new |",
     before.splitlines()[3],
-    "| c (16 slots) | - | 3 | - | - | - | c | new |",
+    "| c (16 slots) | - | 3 | - | - | - | 0123456-dirty | new |",
   ]
 
 

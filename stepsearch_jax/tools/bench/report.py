@@ -6,6 +6,8 @@ import json
 
 from etils import epath
 
+from stepsearch_jax.data import files
+
 
 class Report:
   """What was measured so far under one head (suite, input and versions)."""
@@ -25,6 +27,10 @@ class Report:
     self._results = {}
     if self._path is not None and self._path.exists():
       self._results = {_key(r): r for r in self._read()}
+
+  def __len__(self) -> int:
+    """How many figures there are so far."""
+    return len(self._results)
 
   def _read(self) -> list[dict]:
     try:
@@ -61,10 +67,7 @@ class Report:
     if self._path is None:
       return
     report = self._head | {"results": list(self._results.values())}
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = self._path.with_name(self._path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(self._path)
+    files.write_text(self._path, json.dumps(report, indent=2) + "\n")
 
 
 def _key(result: dict) -> tuple:
