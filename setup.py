@@ -59,7 +59,7 @@ setuptools.setup(
     "bm25": _BM25,
     # tools/serve_retrieval
     "serve": _SERVE,
-    # Peers of tools/benchmark; the product never imports them.
+    # Peers of tools/bench; the product never imports them.
     "bench": ["scikit-learn==1.9.1", "torch==2.13.0", "faiss-cpu==1.15.1"],
     "test": [
       *_SERVE,

@@ -12,7 +12,9 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from stepsearch_jax import distributed, metrics, sentinel
+from stepsearch_jax.parallel import distributed
+from stepsearch_jax.run import metrics
+from stepsearch_jax.run import monitor as sentinel
 
 _MULTIHOST = flags.DEFINE_bool(
   "multihost", False,

@@ -15,7 +15,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli, evaluation, predictions
+from stepsearch_jax import cli
+from stepsearch_jax.evaluation import card as evaluation
+from stepsearch_jax.evaluation import predictions
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
@@ -47,12 +49,8 @@ def print_sources(table: dict[str, dict]) -> None:
 
 
 def _evaluate_model() -> None:
-  from stepsearch_jax import (
-    experiment,
-    reporting,
-    settings,
-    sharding,
-  )
+  from stepsearch_jax.parallel import sharding
+  from stepsearch_jax.run import experiment, reporting, settings
 
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:

@@ -19,23 +19,22 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import (
+from stepsearch_jax import cli, files
+from stepsearch_jax.data import input_pipeline
+from stepsearch_jax.evaluation import card as evaluation
+from stepsearch_jax.parallel import distributed, sharding
+from stepsearch_jax.ppo import batching
+from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.rewards import token_rewards
+from stepsearch_jax.run import (
   checkpoints,
-  cli,
-  distributed,
-  evaluation,
   experiment,
   metrics,
   plots,
   reporting,
-  sentinel,
   settings,
-  sharding,
 )
-from stepsearch_jax.data import files, input_pipeline
-from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.rewards import token_rewards
-from stepsearch_jax.rollout import batching
+from stepsearch_jax.run import monitor as sentinel
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +29,24 @@ class Passage:
   title: str
   text: str
   score: float = 0.0
+
+
+class SearchError(RuntimeError):
+  """A search failed for good; the trajectory goes on without its result."""
+
+
+class Retriever(Protocol):
+  """Anything that finds passages for queries; called from host threads."""
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[Passage]]:
+    """The k best passages of each query, best first, scores filled in.
+
+    Raises:
+      SearchError: no result can be had.
+    """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,47 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "stepsearch_jax"
+
+# Every folder and top-level module, and all that it may import of the others.
+# JAX and ml_collections are listed like folders. A name that is missing here
+# fails the test, so a new folder has to say where it stands.
+MAY_IMPORT = {
+  "types": set(),
+  "files": {"types"},
+  "data": {"files", "types"},
+  "env": {"types"},
+  "rewards": {"types"},
+  "parallel": {"jax", "types"},
+  "models": {"jax", "parallel", "types"},
+  "retrieval": {"data", "files", "jax", "models", "parallel", "types"},
+  "rollout": {"env", "jax", "models", "parallel", "types"},
+  "ppo": {"jax", "models", "parallel", "types"},
+  "sft": {"env", "files", "jax", "models", "parallel", "ppo", "rollout",
+          "types"},
+  "evaluation": {"files", "parallel", "rewards", "types"},
+  "supervision": {"env", "files", "jax", "models", "parallel", "retrieval",
+                  "rewards", "rollout", "types"},
+  "run": {"data", "env", "evaluation", "files", "jax", "ml_collections",
+          "models", "parallel", "ppo", "retrieval", "rewards", "rollout",
+          "sft", "types"},
+  "plan": {"jax", "ml_collections", "models", "parallel", "ppo", "rollout",
+           "run", "types"},
+  "cli": {"jax", "parallel", "run", "types"},
+  "train": {"cli", "data", "evaluation", "files", "jax", "ml_collections",
+            "parallel", "ppo", "rewards", "run", "types"},
+  "evaluate": {"cli", "evaluation", "files", "ml_collections", "parallel",
+               "run", "types"},
+  "bench": {"cli", "data", "env", "evaluation", "files", "jax", "models",
+            "parallel", "plan", "ppo", "retrieval", "rewards", "rollout",
+            "run", "types"},
+  "tools": {"bench", "cli", "data", "env", "evaluation", "files", "jax",
+            "ml_collections", "models", "parallel", "plan", "retrieval",
+            "rewards", "run", "supervision", "types"},
+}
+# The rollout's device side knows no strings and no retrievers.
+DEVICE_SIDE = ("device", "layout", "programs", "sampling")
+PEERS = {"torch", "tensorflow", "ray", "vllm", "faiss", "sklearn"}
 
 
 def imports(path):
@@ -16,54 +57,63 @@ def imports(path):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def offenders(pattern, *banned):
-  return [
-    f"{path.relative_to(ROOT)}: {name}"
-    for path in sorted(ROOT.glob(pattern))
-    for name in imports(path)
-    if any(name == b or name.startswith(b + ".") for b in banned)
-  ]
+def place(path):
+  """Folder of the package, or module at its top, that a file belongs to."""
+  parts = path.relative_to(PACKAGE).with_suffix("").parts
+  return parts[0]
 
 
-OURS = "stepsearch_jax."
+def reached(path):
+  """Places, JAX and ml_collections that a file imports."""
+  for name in imports(path):
+    root, *rest = name.split(".")
+    if root == "stepsearch_jax" and rest[0] != place(path):
+      yield rest[0]
+    elif root in ("jax", "flax", "optax", "orbax"):
+      yield "jax"
+    elif root == "ml_collections":
+      yield root
 
 
-@pytest.mark.parametrize(
-  "pattern, banned",
-  [
-    ("stepsearch_jax/env/*.py", ["jax", "flax", OURS + "tokenizer"]),
-    ("stepsearch_jax/rewards/*.py", ["jax", "flax"]),
-    ("stepsearch_jax/rollout/sampl*.py",
-     [OURS + "env", OURS + "retrieval", OURS + "tokenizer"]),
-    ("stepsearch_jax/rollout/slots.py",
-     [OURS + "env", OURS + "retrieval", OURS + "tokenizer"]),
-    ("stepsearch_jax/ppo/*.py",
-     [OURS + "env", OURS + "retrieval", OURS + "tokenizer", OURS + "rewards"]),
-    ("stepsearch_jax/[!et]*/**/*.py", ["ml_collections"]),
-    ("stepsearch_jax/data/*.py", ["jax"]),
-  ],
-)
-def test_imports_stay_inside_their_boundary(pattern, banned):
-  assert list(ROOT.glob(pattern))
-  assert offenders(pattern, *banned) == []
+def sources():
+  return [path for path in sorted(PACKAGE.glob("**/*.py"))
+          if path != PACKAGE / "__init__.py"]
+
+
+def test_every_folder_says_what_it_may_import():
+  assert {place(path) for path in sources()} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_imports_stay_inside_their_boundary(name):
+  crossed = {
+    (str(path.relative_to(ROOT)), target)
+    for path in sources() if place(path) == name
+    for target in reached(path) if target not in MAY_IMPORT[name]
+  }
+  assert crossed == set()
+
+
+@pytest.mark.parametrize("name", DEVICE_SIDE)
+def test_the_device_side_of_the_rollout_knows_no_text(name):
+  text_side = {"actions", "env", "observations", "retrieval", "tokenizer"}
+  for imported in imports(PACKAGE / "rollout" / f"{name}.py"):
+    assert not text_side & set(imported.split(".")), imported
 
 
 def test_only_the_benchmarks_import_their_peers():
-  peers = ["torch", "tensorflow", "ray", "vllm", "faiss", "sklearn"]
-  found = offenders("stepsearch_jax/**/*.py", *peers)
-  assert [f for f in found if "/tools/bench/" not in f] == []
-  assert {f.split(": ")[1].split(".")[0] for f in found} <= {
-    "torch", "faiss", "sklearn"
+  found = {
+    (place(path), name.split(".")[0])
+    for path in sources() for name in imports(path)
+    if name.split(".")[0] in PEERS
   }
+  assert found <= {("bench", "torch"), ("bench", "faiss"), ("bench", "sklearn")}
 
 
-def test_only_sharding_writes_partition_specs():
-  writers = [
-    path.name
-    for path in ROOT.glob("stepsearch_jax/**/*.py")
-    if "PartitionSpec" in path.read_text()
-  ]
-  assert writers == ["sharding.py"]
+def test_only_parallel_writes_partition_specs():
+  writers = {place(path) for path in sources()
+             if "PartitionSpec" in path.read_text()}
+  assert writers == {"parallel"}
 
 
 def test_configs_import_ml_collections_and_configs_only():

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import common
-from stepsearch_jax import settings
+from stepsearch_jax.run import settings
 
 NAMES = [
   path.stem

@@ -6,12 +6,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax import sharding, types
-from stepsearch_jax import tokenizer as tokenizer_lib
+from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
-from stepsearch_jax.rollout import automaton, engine, records, sampler
-from stepsearch_jax.rollout import slots as slots_lib
+from stepsearch_jax.models import tokenizer as tokenizer_lib
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.rollout import automaton, engine, records
+from stepsearch_jax.rollout import device as slots_lib
+from stepsearch_jax.rollout import programs as sampler
 
 TEXTS = [
   "Question: Who directed the film Silent Harbor?\n<search> Silent Harbor "

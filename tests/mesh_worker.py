@@ -11,11 +11,10 @@ import jax
 import numpy as np
 import optax
 
-from stepsearch_jax import sharding
 from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
-from stepsearch_jax.ppo import learner, records
-from stepsearch_jax.rollout import batching
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.ppo import batching, learner, records
 from stepsearch_jax.rollout import records as rollout_records
 
 CONTEXT = 192

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import train_test
 
-from stepsearch_jax import distributed, types
+from stepsearch_jax import types
+from stepsearch_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 

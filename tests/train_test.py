@@ -12,17 +12,10 @@ import pytest
 from etils import epath
 
 from configs import musique_smollm2, quickstart
-from stepsearch_jax import (
-  checkpoints,
-  cli,
-  experiment,
-  metrics,
-  plots,
-  settings,
-  train,
-)
+from stepsearch_jax import cli, train
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.retrieval import corpus
+from stepsearch_jax.retrieval.index import corpus
+from stepsearch_jax.run import checkpoints, experiment, metrics, plots, settings
 
 
 def tiny(**changes):

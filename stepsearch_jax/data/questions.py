@@ -17,8 +17,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from stepsearch_jax import types
-from stepsearch_jax.data import files
+from stepsearch_jax import files, types
 
 _SOURCES = {
   "bdsaglam/musique": "musique",

@@ -1,6 +1,6 @@
 """The search environment: policy text in, observation text out.
 
-It knows the protocol and the Retriever protocol. It must not know JAX, token
+It knows the protocol. It must not know JAX, token
 ids or slots; the engine calls the retriever, so that searches overlap with
 decoding.
 """
@@ -9,30 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions, prompts
 
 FAILED = "The search engine did not answer."
-
-
-class SearchError(RuntimeError):
-  """A search failed for good; the trajectory goes on without its result."""
-
-
-class Retriever(Protocol):
-  """Anything that finds passages for queries; called from host threads."""
-
-  def search(
-    self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
-    """The k best passages of each query, best first, scores filled in.
-
-    Raises:
-      SearchError: no result can be had.
-    """
-    ...
 
 
 @dataclasses.dataclass(frozen=True)

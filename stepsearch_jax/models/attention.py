@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax import sharding
+from stepsearch_jax.parallel import sharding
 
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
 _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.

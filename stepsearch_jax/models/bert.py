@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from stepsearch_jax.models import hf_weights
+from stepsearch_jax.models.weights import hf as hf_weights
 
 POOLINGS = ("mean", "cls")
 

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stepsearch_jax import sharding, types
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import advantages as adv
 from stepsearch_jax.ppo import (
+  batching,
   estimates,
   optimizer,
   records,
@@ -35,7 +37,6 @@ from stepsearch_jax.ppo.records import (
   LearnerState,
   Micro,
 )
-from stepsearch_jax.rollout import batching
 
 
 class Learner:

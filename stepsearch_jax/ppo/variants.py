@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from stepsearch_jax import sharding
 from stepsearch_jax.models import adapters, decoder, heads
+from stepsearch_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from stepsearch_jax import types
-from stepsearch_jax.retrieval import corpus as corpus_lib
-from stepsearch_jax.retrieval import encoder as encoder_lib
+from stepsearch_jax.retrieval.index import corpus as corpus_lib
+from stepsearch_jax.retrieval.index import encoder as encoder_lib
 
 
 class Bm25Retriever:

@@ -19,9 +19,7 @@ from typing import TypeVar
 
 import httpx2
 
-from stepsearch_jax import types
-from stepsearch_jax.data import files
-from stepsearch_jax.env import search_env
+from stepsearch_jax import files, types
 
 _BATCH = 256  # Queries per request.
 # What reading an answer of unexpected shape can raise.
@@ -120,7 +118,7 @@ class PatientClient:
     """
     with self._lock:
       if self._clock() < self._open_until:
-        raise search_env.SearchError(
+        raise types.SearchError(
           f"{self.url} failed {self._failures} times in a row; asking again "
           f"in {self._open_until - self._clock():.0f} s"
         )
@@ -142,7 +140,7 @@ class PatientClient:
       except (httpx2.HTTPError, *_UNREADABLE) as error:
         reason = f"{type(error).__name__}: {self._redacted(str(error))}"
     self._note(failed=True)
-    raise search_env.SearchError(f"{self.url}: {reason}")
+    raise types.SearchError(f"{self.url}: {reason}")
 
   def _redacted(self, text: str) -> str:
     for secret in self._secrets:

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.models import bert, hf_weights
-from stepsearch_jax.retrieval import encoder as encoder_lib
+from stepsearch_jax.models import bert
+from stepsearch_jax.models.weights import hf as hf_weights
+from stepsearch_jax.retrieval.index import encoder as encoder_lib
 
 _LENGTHS = (64, 128, 256, 512)
 _ROWS = 16

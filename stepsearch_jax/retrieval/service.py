@@ -21,9 +21,7 @@ from collections.abc import Sequence
 import prometheus_client
 from starlette import applications, requests, responses, routing
 
-from stepsearch_jax import types
-from stepsearch_jax.data import files
-from stepsearch_jax.env import search_env
+from stepsearch_jax import files, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ class _Waiting:
 class Batcher:
   """Joins concurrent requests into few searches; bounded."""
 
-  def __init__(self, retriever: search_env.Retriever, limits: ServiceLimits):
+  def __init__(self, retriever: types.Retriever, limits: ServiceLimits):
     """Starts nothing yet; see `work`."""
     self._retriever = retriever
     self._limits = limits
@@ -250,7 +248,7 @@ async def _answer(
 
 
 def make_app(
-  retriever: search_env.Retriever, limits: ServiceLimits | None = None
+  retriever: types.Retriever, limits: ServiceLimits | None = None
 ) -> applications.Starlette:
   """The ASGI application around a retriever."""
   limits = limits or ServiceLimits()

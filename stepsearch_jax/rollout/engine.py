@@ -24,13 +24,9 @@ from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import (
-  observations,
-  recorder,
-  records,
-  sampler,
-  slots,
-)
+from stepsearch_jax.rollout import device as slots
+from stepsearch_jax.rollout import observations, recorder, records
+from stepsearch_jax.rollout import programs as sampler
 
 _SEARCH_THREADS = 2
 
@@ -51,7 +47,7 @@ class Engine:
     self,
     programs: sampler.Sampler,
     env: search_env.SearchEnv,
-    retriever: search_env.Retriever,
+    retriever: types.Retriever,
     tokenizer,
     spec: records.EngineSpec,
     seed: int,
@@ -197,7 +193,7 @@ class _Run:
       began = time.perf_counter()
       try:
         results = future.result()
-      except search_env.SearchError as error:
+      except types.SearchError as error:
         logging.warning("%d searches failed: %s", len(askers), error)
         results = None
       results = self._e._merge(results, self._e._env.topk)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.parallel import sharding
 
 
 def reshard_cast(params, config: decoder.DecoderConfig, training):

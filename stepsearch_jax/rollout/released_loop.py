@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 
 Generate = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
@@ -92,7 +93,7 @@ class ReleasedLoop:
   """
 
   env: search_env.SearchEnv
-  retriever: search_env.Retriever
+  retriever: types.Retriever
   tokenizer: Any
   pad_id: int
   limits: LoopLimits = LoopLimits()

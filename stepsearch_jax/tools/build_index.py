@@ -16,8 +16,10 @@ import jax
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli, distributed, sharding
-from stepsearch_jax.retrieval import corpus, encoder, index_build, vectors
+from stepsearch_jax import cli
+from stepsearch_jax.parallel import distributed, sharding
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import corpus, encoder, vectors
 
 _CORPUS = flags.DEFINE_string(
   "corpus", None,

@@ -14,8 +14,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli, experiment, sharding
-from stepsearch_jax.models import hf_export
+from stepsearch_jax import cli
+from stepsearch_jax.models.weights import export as hf_export
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.run import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The run's config file, with the overrides of the run."

@@ -19,7 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from stepsearch_jax import cli
-from stepsearch_jax.tools import machines, planning, tpu_compiler
+from stepsearch_jax.plan import arithmetic as planning
+from stepsearch_jax.plan import machines, tpu_compiler
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run settings.")
 _TOPOLOGY = flags.DEFINE_string(

@@ -25,9 +25,9 @@ from absl import flags
 from etils import epath
 
 from stepsearch_jax import cli, types
-from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.env import prompts, search_env
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.rewards import step_rewards, token_rewards
 
 _INPUT = flags.DEFINE_string(
@@ -141,7 +141,7 @@ def check(questions: list[types.Question]) -> None:
 def audit(questions: list[types.Question]) -> None:
   """Prints what the corpus lacks; writes a corpus that lacks nothing."""
   from stepsearch_jax.data import coverage
-  from stepsearch_jax.retrieval import corpus
+  from stepsearch_jax.retrieval.index import corpus
 
   if not _CORPUS.value:
     raise ValueError("--audit needs --corpus")
@@ -159,7 +159,7 @@ def audit(questions: list[types.Question]) -> None:
 
 def supervise(questions: list[types.Question]) -> None:
   """Runs the step-supervision pipeline."""
-  from stepsearch_jax.retrieval import corpus
+  from stepsearch_jax.retrieval.index import corpus
   from stepsearch_jax.tools import supervise as pipeline
 
   if not _OUTPUT.value or not _OUTPUT.value.endswith((".jsonl", ".parquet")):
@@ -193,7 +193,7 @@ def main() -> None:
   if _SUPERVISE.value:
     try:
       supervise(questions)
-    except search_env.SearchError as error:
+    except types.SearchError as error:
       raise ValueError(
         f"{error} (the same command goes on where it stopped)"
       ) from error

@@ -19,8 +19,7 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli
-from stepsearch_jax.data import files
+from stepsearch_jax import cli, files
 from stepsearch_jax.rewards import released, step_rewards
 
 _PRESET = flags.DEFINE_enum(

@@ -15,7 +15,8 @@ from __future__ import annotations
 from absl import flags, logging
 
 from stepsearch_jax import cli
-from stepsearch_jax.retrieval import encoder, retriever
+from stepsearch_jax.retrieval import local as retriever
+from stepsearch_jax.retrieval.index import encoder
 
 _INDEX = flags.DEFINE_string("index", None, "Folder from tools/build_index.")
 _ENCODER = flags.DEFINE_string(

@@ -8,16 +8,13 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
-from stepsearch_jax.data import supervision
-from stepsearch_jax.retrieval import (
-  bm25,
-  encoder,
-  index_build,
-  remote,
-  retriever,
-)
-from stepsearch_jax.retrieval import corpus as corpus_lib
-from stepsearch_jax.tools import writers as writers_lib
+from stepsearch_jax.retrieval import bm25, remote
+from stepsearch_jax.retrieval import local as retriever
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import corpus as corpus_lib
+from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.supervision import pipeline as supervision
+from stepsearch_jax.supervision import writers as writers_lib
 
 
 def is_url(name: str) -> bool:

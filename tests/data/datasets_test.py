@@ -5,7 +5,8 @@ import sys
 import pytest
 from etils import epath
 
-from stepsearch_jax.data import files, questions
+from stepsearch_jax import files
+from stepsearch_jax.data import questions
 from stepsearch_jax.data.datasets import multihop_qa
 
 

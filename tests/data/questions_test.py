@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from stepsearch_jax.data import files, questions
-from stepsearch_jax.retrieval import corpus
+from stepsearch_jax import files
+from stepsearch_jax.data import questions
+from stepsearch_jax.retrieval.index import corpus
 
 
 @pytest.mark.parametrize(

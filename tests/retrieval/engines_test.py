@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 
 from stepsearch_jax import types
-from stepsearch_jax.env import search_env
-from stepsearch_jax.retrieval import (
-  bm25,
-  encoder,
-  index_build,
-  online,
-  record,
-  remote,
-  rerank,
-  retriever,
-)
+from stepsearch_jax.retrieval import bm25, online, remote, rerank
+from stepsearch_jax.retrieval import local as retriever
+from stepsearch_jax.retrieval import recording as record
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import encoder
 
 PASSAGES = [
   types.Passage("a", "Ada", "Ada Rook was born in Lintel, Lintel indeed."),
@@ -149,7 +143,7 @@ def test_web_search_never_shows_its_key(engine, monkeypatch, caplog):
   monkeypatch.setenv(online.KEY_VARIABLE, "secret-key")
   seen["status"] = 403
   patient = remote.RemoteSpec(retries=1, backoff_seconds=0.0)
-  with pytest.raises(search_env.SearchError) as error:
+  with pytest.raises(types.SearchError) as error:
     online.OnlineRetriever(url, patient).search(["moon"], 2)
   assert "status 403: invalid key [secret]" in str(error.value)
   assert "secret-key" not in str(error.value) + caplog.text

@@ -8,17 +8,14 @@ import pytest
 import tokenizers
 import transformers
 
-from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax import types
 from stepsearch_jax.env import actions, prompts, search_env
-from stepsearch_jax.retrieval import (
-  corpus,
-  encoder,
-  index_build,
-  record,
-  remote,
-  retriever,
-)
+from stepsearch_jax.models import tokenizer as tokenizer_lib
+from stepsearch_jax.retrieval import local as retriever
+from stepsearch_jax.retrieval import recording as record
+from stepsearch_jax.retrieval import remote
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import corpus, encoder
 from stepsearch_jax.rollout import observations
 
 MARKERS = [

@@ -19,8 +19,10 @@ import uvicorn
 from starlette import applications, responses, routing
 
 from stepsearch_jax import types
-from stepsearch_jax.env import actions, search_env
-from stepsearch_jax.retrieval import encoder, index_build, remote, service
+from stepsearch_jax.env import actions
+from stepsearch_jax.retrieval import remote, service
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import encoder
 
 
 @contextlib.contextmanager
@@ -344,20 +346,20 @@ def test_the_client_retries_then_opens_its_circuit():
     "http://127.0.0.1:9", spec, sleep=pauses.append, clock=lambda: now[0]
   )
   for _ in range(2):
-    with pytest.raises(search_env.SearchError, match="ConnectError"):
+    with pytest.raises(types.SearchError, match="ConnectError"):
       client.search(["a"], 1)
   assert len(pauses) == 4 and 1 <= pauses[0] <= 2 <= pauses[1] <= 4
-  with pytest.raises(search_env.SearchError, match="2 times in a row"):
+  with pytest.raises(types.SearchError, match="2 times in a row"):
     client.search(["a"], 1)
   assert len(pauses) == 4  # The open circuit asked nobody.
   now[0] = 11.0
-  with pytest.raises(search_env.SearchError, match="ConnectError"):
+  with pytest.raises(types.SearchError, match="ConnectError"):
     client.search(["a"], 1)
 
 
 def test_the_client_does_not_repeat_a_refused_request(url):
   client = remote.RemoteRetriever(url, sleep=lambda seconds: pytest.fail())
-  with pytest.raises(search_env.SearchError, match="status 400: .*topk"):
+  with pytest.raises(types.SearchError, match="status 400: .*topk"):
     client.search(["a"], 99)
 
 
@@ -373,7 +375,7 @@ def test_answers_of_any_other_shape_are_failed_searches(answer):
   )])
   with serving(app) as url:
     client = remote.RemoteRetriever(url, remote.RemoteSpec(retries=0))
-    with pytest.raises(search_env.SearchError, match="/retrieve: .*Error"):
+    with pytest.raises(types.SearchError, match="/retrieve: .*Error"):
       client.search(["a"], 1)
 
 
@@ -391,7 +393,7 @@ def test_a_password_in_the_address_is_used_but_never_shown(caplog):
   with serving(app) as url:
     secret = url.replace("http://", "http://me:pass-word@")
     client = remote.RemoteRetriever(secret)
-    with pytest.raises(search_env.SearchError, match="status 403") as error:
+    with pytest.raises(types.SearchError, match="status 403") as error:
       client.search(["a"], 1)
   assert seen == ["Basic " + base64.b64encode(b"me:pass-word").decode()]
   shown = f"{error.value} {client.describe()} {caplog.text}"

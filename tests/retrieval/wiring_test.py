@@ -7,11 +7,12 @@ import pytest
 from etils import epath
 
 from configs import quickstart
-from stepsearch_jax import experiment, reporting, types
+from stepsearch_jax import types
 from stepsearch_jax.data import questions
-from stepsearch_jax.env import search_env
-from stepsearch_jax.retrieval import corpus, encoder, index, index_build
-from stepsearch_jax.retrieval import retriever as retriever_lib
+from stepsearch_jax.retrieval import local as retriever_lib
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import corpus, encoder, index
+from stepsearch_jax.run import experiment, reporting
 
 PASSAGES = [
   types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
@@ -103,9 +104,9 @@ def test_a_dead_server_is_given_up_as_the_config_says(config, tmp_path):
   config.retrieval.remote = "http://127.0.0.1:9"
   config.retrieval.patience.update(retries=0, open_after=1, open_seconds=99.0)
   _, retriever = opened(config, tmp_path)
-  with pytest.raises(search_env.SearchError, match="ConnectError"):
+  with pytest.raises(types.SearchError, match="ConnectError"):
     retriever.search(["a"], 1)
-  with pytest.raises(search_env.SearchError, match="1 times in a row; .*9. s"):
+  with pytest.raises(types.SearchError, match="1 times in a row; .*9. s"):
     retriever.search(["a"], 1)
   config.retrieval.patience.retries = -1
   with pytest.raises(ValueError, match="retrieval.patience needs"):
@@ -117,7 +118,7 @@ class Flaky(fakes.FakeRetriever):
 
   def search(self, queries, k):
     if any("bad" in query for query in queries):
-      raise search_env.SearchError("down")
+      raise types.SearchError("down")
     return super().search(queries, k)
 
 
@@ -130,11 +131,11 @@ def test_a_failed_search_is_told_to_the_other_processes():
 
   both = retriever_lib.MergingRetriever(Flaky(), merge)
   assert both.search(["good"], 2) == merged[0]
-  with pytest.raises(search_env.SearchError, match="in some process"):
+  with pytest.raises(types.SearchError, match="in some process"):
     both.search(["bad"], 2)
   assert merged[1] is None  # Without which the others would wait for ever.
   elsewhere = retriever_lib.MergingRetriever(Flaky(), lambda found, k: None)
-  with pytest.raises(search_env.SearchError, match="in some process"):
+  with pytest.raises(types.SearchError, match="in some process"):
     elsewhere.search(["good"], 2)
 
 

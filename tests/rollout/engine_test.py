@@ -13,7 +13,8 @@ from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import Action
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.rollout import records, sampling, slots
+from stepsearch_jax.rollout import device as slots
+from stepsearch_jax.rollout import records, sampling
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +335,7 @@ def test_a_failed_search_is_marked_and_the_rollout_goes_on(parts, scripted):
   class Broken(fakes.FakeRetriever):
     def search(self, queries, k):
       if "bad" in queries:
-        raise search_env.SearchError("down")
+        raise types.SearchError("down")
       return super().search(queries, k)
 
   (trajectory,), stats = scripted(

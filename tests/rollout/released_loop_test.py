@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from stepsearch_jax import tokenizer as tokenizer_lib
 from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.rollout import released_loop
 
 

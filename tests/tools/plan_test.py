@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart, stepsearch_qwen2_5_3b
-from stepsearch_jax import sharding
 from stepsearch_jax.models import decoder
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.plan import arithmetic as planning
+from stepsearch_jax.plan import machines, tpu_compiler
 from stepsearch_jax.ppo import learner, logprobs, records
-from stepsearch_jax.rollout import sampler, slots
-from stepsearch_jax.tools import machines, planning, tpu_compiler
+from stepsearch_jax.rollout import device as slots
+from stepsearch_jax.rollout import programs as sampler
 
 VOCAB = 151_936
 MODEL = decoder.DecoderConfig(

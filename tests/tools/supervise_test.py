@@ -8,8 +8,9 @@ import pytest
 from etils import epath
 
 from stepsearch_jax import types
-from stepsearch_jax.data import coverage, questions, supervision
-from stepsearch_jax.retrieval import corpus
+from stepsearch_jax.data import coverage, questions
+from stepsearch_jax.retrieval.index import corpus
+from stepsearch_jax.supervision import pipeline as supervision
 from stepsearch_jax.tools import supervise
 
 PASSAGES = [

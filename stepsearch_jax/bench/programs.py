@@ -1,0 +1,46 @@
+"""Rollout programs and full slots, for whatever times them bare."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.rollout import device as slots
+from stepsearch_jax.rollout import programs as sampler
+
+BLOCK = 32
+
+
+def endless(
+  config, rows: int, context: int, kind: type = sampler.Sampler
+) -> sampler.Sampler:
+  """A sampler of some kind whose automaton never stops."""
+  return kind(
+    config, slots.SamplerSpec(rows, context, BLOCK),
+    np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
+  )
+
+
+def prompts(
+  tokens: np.ndarray, budget: int, temperature: float
+) -> slots.Chunk:
+  """Prompts [P, S] of equal length for all slots."""
+  count, length = tokens.shape
+  same = lambda value: np.full(count, value, np.int32)  # noqa: E731
+  places = np.arange(count, dtype=np.int32)
+  return slots.Chunk(
+    slot=places, tokens=tokens, start=same(0), length=same(length),
+    begins_turn=np.ones(count, bool), budget=same(budget), episode=places,
+    temperature=np.full(count, temperature, np.float32),
+  )
+
+
+def speaking(programs: sampler.Sampler, position: int) -> slots.SlotState:
+  """Every slot in the middle of a long turn at a position."""
+  count = programs.spec.slots
+  return programs.init_state().replace(
+    position=np.full(count, position, np.int32),
+    active=np.ones(count, bool),
+    budget=np.full(count, 1 << 30, np.int32),
+    temperature=np.ones(count, np.float32),
+  )

@@ -1,0 +1,195 @@
+"""Whole multi-turn rollouts of given lengths: the engine beside other loops.
+
+Every turn ends after its recorded number of tokens and every observation has
+its recorded length, so that the loops are timed and not what a random policy
+writes. Tokens are sampled at temperature 1.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from stepsearch_jax import types
+from stepsearch_jax.bench import peers, programs
+from stepsearch_jax.bench.workload import Replay
+from stepsearch_jax.env import search_env
+from stepsearch_jax.rollout import engine, records
+from stepsearch_jax.rollout import programs as sampler
+
+_ROOM = 32
+
+
+class _Lengths:
+  """Tokenizer, environment and retriever whose texts are token counts."""
+
+  max_turns, topk = 64, 1
+
+  def __init__(self, replays: list[Replay], vocab: int, delay: float):
+    self._replays = replays
+    self._rng = np.random.default_rng(0)
+    self._vocab = vocab
+    self._delay = delay
+
+  def prompt(self, question: types.Question) -> str:
+    """Length of the question's prompt."""
+    return str(self._replays[int(question.id)].prompt)
+
+  def encode(self, text: str) -> list[int]:
+    """As many tokens as the text says."""
+    count = int(text) if text else 0
+    return self._rng.integers(1, self._vocab, count).tolist()
+
+  encode_prompt = encode
+
+  def decode(self, tokens) -> str:
+    """Nobody reads it."""
+    del tokens
+    return ""
+
+  def observation(self, documents, turn) -> search_env.Observation:
+    """The one retrieved length."""
+    del turn
+    return search_env.Observation("", [documents[0].text], "")
+
+  def search(self, queries, k):
+    """Returns lengths, after the delay of a retriever."""
+    del k
+    time.sleep(self._delay)
+    return [[types.Passage(q, "", q)] for q in queries]
+
+
+class _ReplayEngine(engine.Engine):
+  """Ends turns at their recorded lengths."""
+
+  def __init__(self, replays, *args):
+    super().__init__(*args)
+    self._replays = replays
+
+  def turn_limit(self, slot) -> int:
+    """Recorded length of the turn."""
+    return self._replays[slot.order].turns[len(slot.turns)][0]
+
+  def judge(self, slot):
+    """A search for the recorded observation, or the end."""
+    _, observed = self._replays[slot.order].turns[len(slot.turns)]
+    if observed:
+      query = str(observed)
+      return "", search_env.Step("search", query, False, query, "")
+    return "", search_env.Step("answer", "", True, None, "")
+
+
+class _Counting(sampler.Sampler):
+  """Remembers (bound on the length, steps) of every decode block."""
+
+  def decode_block(self, params, state, key, upto, limit, leave):
+    """See `Sampler.decode_block`."""
+    state, output = super().decode_block(
+      params, state, key, upto, limit, leave
+    )
+    self.blocks.append((self._bucket(upto), output.steps))
+    return state, output
+
+
+class Ours:
+  """The engine on a workload.
+
+  Attributes:
+    params: policy in training layout.
+    programs: the sampler; its `blocks` and
+    stats: are those of the last play.
+  """
+
+  def __init__(self, config, params, replays: list[Replay], slots: int,
+               delay: float = 0.0, retrieval_delay: int = 2):
+    """Prepares everything that a training run keeps between steps."""
+    self.params, self._count = params, len(replays)
+    context = max(r.total for r in replays) + _ROOM
+    context += -context % 128
+    texts = _Lengths(replays, config.vocab_size, delay)
+    self.programs = programs.endless(config, slots, context, _Counting)
+    limits = records.EngineSpec(
+      max_prompt=context, max_turn=context, max_observation=context,
+      answer_room=1, retrieval_delay=retrieval_delay, extend_rows=(1, 4, 8),
+      extend_tokens=(64, 160, 256, 448, 512, 576),
+    )
+    self._engine = _ReplayEngine(
+      replays, self.programs, texts, texts, texts, limits, 0
+    )
+    self.stats = records.RolloutStats()
+
+  def play(self) -> list[tuple[int, int]]:
+    """(tokens, sampled tokens) of every trajectory."""
+    questions = [types.Question(str(i), "", ("",)) for i in range(self._count)]
+    self.programs.blocks = []
+    done, self.stats = self._engine.run(
+      self.params, questions, range(self._count)
+    )
+    return [(len(t.tokens), int(t.policy_mask.sum())) for t in done]
+
+
+class TurnByTurn:
+  """The released loop around transformers' generate.
+
+  All rows wait for the longest of each turn, the text is cut, the observation
+  appended and the whole context prefilled again.
+  """
+
+  def __init__(self, config, params, replays: list[Replay],
+               fixed: int | None = None):
+    """Prepares the model.
+
+    Args:
+      config, params: of our policy.
+      replays: the workload.
+      fixed: tokens that every turn decodes whatever its length, as the
+        released code does; None stops a row at its recorded length.
+    """
+    self._model = peers.torch_policy(params, config)
+    self._replays, self._vocab = replays, config.vocab_size
+    self._fixed = fixed
+
+  def play(self) -> list[tuple[int, int]]:
+    """(tokens, sampled tokens) of every trajectory."""
+    rng = np.random.default_rng(0)
+    contexts = [list(rng.integers(1, self._vocab, r.prompt))
+                for r in self._replays]
+    sampled = [0] * len(contexts)
+    for turn in range(max(len(r.turns) for r in self._replays)):
+      active = [i for i, r in enumerate(self._replays) if turn < len(r.turns)]
+      lengths = [self._replays[i].turns[turn] for i in active]
+      out = self._generate([contexts[i] for i in active],
+                           [count for count, _ in lengths])
+      for i, row, (count, observed) in zip(active, out, lengths, strict=True):
+        contexts[i] += row[:count].tolist()
+        contexts[i] += list(rng.integers(1, self._vocab, observed))
+        sampled[i] += count
+    return [(len(c), n) for c, n in zip(contexts, sampled, strict=True)]
+
+  def _generate(self, contexts, counts):
+    import torch
+    import transformers
+
+    width = max(map(len, contexts))
+    ids = torch.zeros((len(contexts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, context in enumerate(contexts):
+      ids[row, width - len(context) :] = torch.tensor(context)
+      mask[row, width - len(context) :] = 1
+    ends = width + torch.tensor(counts)
+
+    class Stops(transformers.StoppingCriteria):
+      def __call__(self, input_ids, scores, **unused):
+        return input_ids.shape[1] >= ends
+
+    stops = None
+    if self._fixed is None:
+      stops = transformers.StoppingCriteriaList([Stops()])
+    longest = self._fixed or max(counts)
+    with torch.inference_mode():
+      out = self._model.generate(
+        ids, attention_mask=mask, max_new_tokens=longest, do_sample=True,
+        top_k=0, stopping_criteria=stops, pad_token_id=0,
+      )
+    return out[:, width:].numpy()

@@ -1,0 +1,117 @@
+"""The rollout suite: replayed workloads, decoding and prefill."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+
+from stepsearch_jax.bench import decoding, duel, peers, programs, workload
+from stepsearch_jax.bench.replay import Ours, TurnByTurn
+
+
+def _same(ours, theirs) -> None:
+  if ours != theirs:
+    raise ValueError("the two did not ingest and sample the same counts")
+
+
+def _replays(config, params, path) -> Iterator[duel.Duel]:
+  for count, slots in ((8, 8), (32, 16)):
+    replays = workload.load(path, count)
+    yield duel.Duel(
+      f"replay, {count} trajectories", workload.describe(replays),
+      "turn by turn with transformers generate, with stops",
+      Ours(config, params, replays, slots).play,
+      TurnByTurn(config, params, replays).play, _same, goal="1.8, aim 2.5",
+    )
+  replays = workload.load(path, 8)
+  yield duel.Duel(
+    "replay, 8 trajectories", workload.describe(replays),
+    "as released: 800 tokens a turn, no stops",
+    Ours(config, params, replays, 8).play,
+    TurnByTurn(config, params, replays, fixed=800).play, _same, goal="5",
+    warm_up=False,
+  )
+
+
+def _readings(config, params, path) -> Iterator[duel.Reading]:
+  replays = workload.load(path, 32)
+  work = workload.describe(replays) + ", 16 slots"
+  slow = Ours(config, params, replays, 16, delay=0.05, retrieval_delay=4)
+
+  def waiting():
+    slow.play()
+    return slow.stats.retrieval_wait_seconds / slow.stats.seconds
+
+  yield duel.Reading(
+    "share of the rollout that waits for a 50 ms retriever", work, waiting,
+    goal="at most 0.05", warm_up=True,
+  )
+  engine = Ours(config, params, replays, 16)
+
+  def overhead():
+    engine.play()
+    return engine.stats.decode_seconds / _bare_decode_seconds(engine)
+
+  yield duel.Reading(
+    "decode time of the engine / bare decode blocks", work, overhead,
+    goal="at most 1.15", warm_up=True,
+  )
+  replays = workload.load(path, 64)
+  # The schedule follows the lengths: any model has the same.
+  small = dataclasses.replace(config, num_layers=1, vocab_size=256)
+  many = Ours(small, peers.policy(small), replays, 16)
+
+  def vacant():
+    many.play()
+    return many.stats.vacant_slot_steps / many.stats.slot_steps
+
+  yield duel.Reading(
+    "slot-steps of finished slots while questions wait",
+    workload.describe(replays) + ", 16 slots", vacant, goal="at most 0.05",
+  )
+
+
+def _bare_decode_seconds(ours: Ours) -> float:
+  """Seconds of the last play's decode steps, nothing around them.
+
+  Full slots, as many steps at every length as the play had.
+  """
+  sampler, steps = ours.programs, collections.Counter()
+  for bound, count in sampler.blocks:
+    steps[bound] += int(count)
+  params = sampler.decode_params(ours.params)
+  seconds = 0.0
+  for bound, count in steps.items():
+    seconds += count * min(
+      _seconds_a_step(sampler, params, bound) for _ in range(2)
+    )
+  return seconds
+
+
+def _seconds_a_step(sampler, params, bound: int) -> float:
+  block = programs.BLOCK
+  state = programs.speaking(sampler, bound - block)
+  jax.block_until_ready(state)
+  began = time.perf_counter()
+  _, output = sampler.decode_block(
+    params, state, jax.random.key(0), bound, block, sampler.spec.slots + 1
+  )
+  jax.block_until_ready(output)
+  return (time.perf_counter() - began) / block
+
+
+def duels(path: str | None) -> Iterator[duel.Duel | duel.Reading]:
+  """Rollouts, decoding and prefill of SmolLM2-135M, float32.
+
+  Args:
+    path: recorded workloads (JSON); None makes similar ones up.
+  """
+  config = peers.smollm2()
+  params = peers.policy(config)
+  yield from _replays(config, params, path)
+  yield from _readings(config, params, path)
+  yield from decoding.duels()

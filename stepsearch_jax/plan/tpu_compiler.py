@@ -1,0 +1,60 @@
+"""Compiles a run's programs for a TPU that need not be there."""
+
+from __future__ import annotations
+
+import os
+
+import tqdm
+
+from stepsearch_jax.plan import arithmetic as planning
+from stepsearch_jax.plan import machines
+
+
+def topology_devices(machine: machines.Machine):
+  """Device descriptions of a TPU slice that need not exist here.
+
+  Raises:
+    ValueError: libtpu is missing or does not know the topology.
+  """
+  from jax.experimental import topologies
+
+  # Keeps libtpu from asking a metadata server for the TPU that is not there.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+  # Several plans may run side by side: no chip is used, nothing to lock.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  try:
+    return topologies.get_topology_desc(machine.topology, "tpu").devices
+  except Exception as error:  # The plugin raises whatever it likes.
+    raise ValueError(
+      f"--topology={machine.topology}: the TPU compiler is not available "
+      f"({str(error).splitlines()[0][:120]}); pip install libtpu, or use "
+      "--nocompile"
+    ) from error
+
+
+def compile_programs(config, machine: machines.Machine):
+  """Bytes per chip of every program, by the TPU compiler.
+
+  Returns:
+    {program: {"arguments", "outputs", "aliased", "temporary"}}.
+  """
+  learner, sampler, chunk = planning.build(
+    config, machine, topology_devices(machine)
+  )
+  lowered = learner.lowered()
+  policy = learner.abstract_state()["policy"]
+  lowered = sampler.lowered(*chunk, policy) | lowered
+  found = {}
+  bar = tqdm.tqdm(lowered.items(), desc="compile", unit="program")
+  for name, program in bar:
+    bar.set_postfix_str(name)
+    memory = program.compile().memory_analysis()
+    found[name] = {
+      "arguments": memory.argument_size_in_bytes,
+      "outputs": memory.output_size_in_bytes,
+      "aliased": memory.alias_size_in_bytes,
+      "temporary": memory.temp_size_in_bytes,
+    }
+  return found

@@ -1,0 +1,169 @@
+"""Searches of a run on file, and runs that are played from the file.
+
+One JSON object a line: first what was searched, then each distinct (query, k)
+with its documents and scores, or why it failed. A replay needs neither index
+nor encoder and returns what the recorded run saw: a query on record is never
+searched again, not even by the run that records, so engines whose answers
+change cannot make the two differ; what failed before it was found fails as
+often again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import threading
+from collections.abc import Sequence
+
+from etils import epath
+
+from stepsearch_jax import files, types
+
+
+class RecordingRetriever:
+  """Passes searches on and writes each distinct one down."""
+
+  def __init__(self, inner, path: epath.PathLike):
+    """Opens (or continues) a record.
+
+    Args:
+      inner: the retriever that answers.
+      path: JSONL file; one of another index is an error.
+
+    Raises:
+      ValueError: the file is a record of another retrieval.
+    """
+    self._inner = inner
+    self._lock = threading.Lock()
+    self._found: dict[tuple[str, int], list[types.Passage]] = {}
+    path = epath.Path(path)
+    if path.exists() and _mend(path):
+      about, self._found, _ = _read(path)
+      if about != inner.describe():
+        raise ValueError(
+          f"{path} records {about}, this run searches {inner.describe()}: "
+          "choose another retrieval.record"
+        )
+    else:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps({"searched": inner.describe()}) + "\n")
+    self._file = path.open("a")
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """See `types.Retriever`; what is on record is not searched."""
+    with self._lock:
+      missing = [
+        q for q in dict.fromkeys(queries) if (q, k) not in self._found
+      ]
+    try:
+      fresh = self._inner.search(missing, k) if missing else []
+    except types.SearchError as error:
+      with self._lock:
+        for query in missing:
+          self._write({"query": query, "k": k, "failed": str(error)})
+      raise
+    with self._lock:
+      for query, documents in zip(missing, fresh, strict=True):
+        # Another thread may have been first; both return the same.
+        if (query, k) not in self._found:
+          self._found[query, k] = list(documents)
+          self._write({
+            "query": query, "k": k,
+            "documents": [dataclasses.asdict(d) for d in documents],
+          })
+      return [list(self._found[query, k]) for query in queries]
+
+  def _write(self, row: dict) -> None:
+    self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    self._file.flush()
+
+  def describe(self) -> dict:
+    """What evaluation cards say about the retrieval."""
+    return self._inner.describe()
+
+
+class ReplayRetriever:
+  """Answers from a record."""
+
+  def __init__(self, path: epath.PathLike, inner=None):
+    """Reads the record.
+
+    Args:
+      path: from `RecordingRetriever`.
+      inner: asked for what is not on record; None makes that an error.
+
+    Raises:
+      files.DataError: the file is missing or no record.
+    """
+    self._path = path
+    self._inner = inner
+    self._about, self._found, self._failures = _read(epath.Path(path))
+    self._lock = threading.Lock()
+
+  def search(
+    self, queries: Sequence[str], k: int
+  ) -> list[list[types.Passage]]:
+    """The recorded passages of each query.
+
+    Raises:
+      SearchError: the recorded search failed.
+      ValueError: a query is not on record and nobody else may be asked.
+    """
+    with self._lock:
+      failed = [q for q in dict.fromkeys(queries) if self._failures[q, k]]
+      for query in failed:
+        self._failures[query, k] -= 1
+    if failed:
+      raise types.SearchError(
+        f"{self._path}: the recorded search for {failed[0]!r} failed"
+      )
+    missing = [q for q in dict.fromkeys(queries) if (q, k) not in self._found]
+    if missing and self._inner is None:
+      raise ValueError(
+        f"{self._path}: {len(missing)} queries are not on record with k = {k}, "
+        f"the first is {missing[0]!r} (retrieval.replay_miss = \"search\" asks "
+        "the index)"
+      )
+    fresh = {}
+    if missing:
+      answers = self._inner.search(missing, k)
+      fresh = dict(zip(missing, answers, strict=True))
+    return [
+      list(fresh[q] if q in fresh else self._found[q, k]) for q in queries
+    ]
+
+  def describe(self) -> dict:
+    """What evaluation cards say about the retrieval."""
+    return {**self._about, "replayed": str(self._path)}
+
+
+def _mend(path: epath.Path) -> bool:
+  """Cuts off the half line that a kill can leave; False if nothing remains."""
+  data = path.read_bytes()
+  whole = data.rfind(b"\n") + 1
+  if whole < len(data):
+    path.write_bytes(data[:whole])
+  return whole > 0
+
+
+def _read(path: epath.Path) -> tuple[
+  dict, dict[tuple[str, int], list[types.Passage]], collections.Counter
+]:
+  """(what was searched, documents of each search, failures before them)."""
+  rows = files.read_rows(path)
+  where, first = next(rows, (str(path), {}))
+  if "searched" not in first:
+    raise files.DataError(
+      f"{where}: no record of searches, the first line must hold searched"
+    )
+  found, failures = {}, collections.Counter()
+  for _, row in rows:
+    key = row["query"], row["k"]
+    if "failed" in row:
+      failures[key] += 1
+    else:
+      found[key] = [types.Passage(**d) for d in row["documents"]]
+  return first["searched"], found, failures

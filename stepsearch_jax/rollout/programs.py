@@ -1,0 +1,214 @@
+"""The rollout's compiled programs: their shapes, layouts and number.
+
+`slots` says what they compute. A program is compiled once for each shape of a
+chunk and each bound on the positions it attends to; both come from few
+buckets, so their number is bounded and all can be compiled ahead.
+
+Like `slots`, this module must not know tags, strings or retrievers.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.rollout import device as slots
+from stepsearch_jax.rollout import layout
+
+
+def _state_shardings(mesh, state: slots.SlotState) -> slots.SlotState:
+  """Where the slots' cache and counters live."""
+  rows = jax.tree.map(
+    lambda leaf: sharding.named(mesh, ("slots",), leaf.shape),
+    state.replace(cache=None),
+  )
+  return rows.replace(cache=layout.cache_shardings(mesh, state.cache))
+
+
+def _kv_buckets(context: int) -> tuple[int, ...]:
+  """Bounds on what a program attends to, a third to a half apart."""
+  buckets, length = {context}, context
+  while length > 256:
+    half = -(-length // 2)
+    buckets |= {half + half // 2, half}
+    length = half
+  return tuple(sorted(buckets))
+
+
+class Sampler:
+  """The compiled programs for one model and one set of shapes.
+
+  `kv_length` is rounded up to a few buckets, so the number of compiled
+  variants is bounded by `len(kv_buckets)` times the chunk shapes in use.
+  """
+
+  def __init__(
+    self,
+    config: decoder.DecoderConfig,
+    spec: slots.SamplerSpec,
+    table: np.ndarray,
+    first_stop: int,
+    mesh,
+  ):
+    """Prepares the programs; nothing is compiled yet."""
+    # A cached forward is never differentiated: remat would only cost time.
+    config = dataclasses.replace(config, remat=False)
+    self.config = config
+    self.spec = spec
+    self._mesh = mesh
+    everywhere = sharding.replicated(mesh)
+    self._automaton = np.asarray(table, np.int32)
+    init = functools.partial(slots.init_state, config, spec)
+    state = jax.eval_shape(init)
+    placed = _state_shardings(mesh, state)
+    self._state = sharding.abstract(state, placed)
+    self._init = jax.jit(init, out_shardings=placed)
+    self._extend = jax.jit(
+      functools.partial(slots.extend, config=config, spec=spec),
+      static_argnames="kv_length",
+      donate_argnums=1,
+      out_shardings=placed,
+    )
+    self._decode = jax.jit(
+      functools.partial(
+        slots.decode_block, config=config, spec=spec, first_stop=first_stop
+      ),
+      static_argnames="kv_length",
+      donate_argnums=1,
+      out_shardings=(placed, everywhere),
+    )
+    policy = jax.eval_shape(
+      functools.partial(heads.init_policy, config), jax.random.key(0)
+    )
+    cast = functools.partial(
+      layout.reshard_cast, config=config,
+      training=sharding.tree_shardings(
+        mesh, heads.logical_axes(config), policy
+      ),
+    )
+    weights = jax.eval_shape(cast, policy)
+    placed = sharding.decode_shardings(
+      mesh, layout.decode_axes(config), weights
+    )
+    self._weights = sharding.abstract(weights, placed)
+    self._cast = jax.jit(cast, out_shardings=placed)
+    self._compiled: dict[tuple, jax.stages.Compiled] = {}
+    self.kv_buckets = _kv_buckets(spec.context)
+
+  @functools.cached_property
+  def _table(self) -> jax.Array:
+    """The stop automaton on the devices."""
+    return sharding.put(self._automaton, sharding.replicated(self._mesh))
+
+  def lowered(
+    self, rows: int, tokens: int, params
+  ) -> dict[str, jax.stages.Lowered]:
+    """The programs at their largest shapes, lowered but not compiled.
+
+    Args:
+      rows, tokens: shape of a chunk.
+      params: policy in training layout, as shapes with shardings.
+    """
+    with sharding.scope(self._mesh):
+      cast = self._cast.lower(params)
+    bound = self.spec.context
+    return {
+      "reshard_cast": cast,
+      "extend": self._lower_extend(bound, rows, tokens),
+      "decode_block": self._lower_decode(bound),
+    }
+
+  def _lower_extend(self, bound: int, rows: int, tokens: int):
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    chunk = slots.Chunk(
+      slot=row, start=row, length=row, budget=row, episode=row,
+      tokens=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+      begins_turn=jax.ShapeDtypeStruct((rows,), jnp.bool_),
+      temperature=jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    chunk = sharding.abstract(chunk, sharding.replicated(self._mesh))
+    with sharding.scope(self._mesh):
+      return self._extend.lower(
+        self._weights, self._state, chunk, kv_length=bound
+      )
+
+  def _lower_decode(self, bound: int):
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    table, key, one = sharding.abstract(
+      (self._automaton, jax.eval_shape(jax.random.key, 0), one),
+      sharding.replicated(self._mesh),
+    )
+    with sharding.scope(self._mesh):
+      return self._decode.lower(
+        self._weights, self._state, table, key, one, one, kv_length=bound
+      )
+
+  def _program(self, *shape: int) -> jax.stages.Compiled:
+    """`decode_block` for (bound), `extend` for (bound, rows, tokens)."""
+    if shape not in self._compiled:
+      lower = self._lower_extend if len(shape) > 1 else self._lower_decode
+      self._compiled[shape] = lower(*shape).compile()
+    return self._compiled[shape]
+
+  def compile_ahead(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+    """Compiles whatever a rollout can need, with a progress bar.
+
+    Args:
+      rows, tokens: bucket sizes of chunks, increasing.
+    """
+    shapes = [(bound,) for bound in self.kv_buckets]
+    for below, size in zip((0, *tokens), tokens, strict=False):
+      # A chunk has this size because a row of it is longer than the last.
+      bounds = [b for b in self.kv_buckets if b > below]
+      shapes += [
+        (bound, count, size) for bound in bounds for count in rows
+        if count <= self.spec.slots or count == rows[0]
+      ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      for _ in tqdm.tqdm(
+        pool.map(lambda shape: self._program(*shape), shapes),
+        desc="compile", total=len(shapes), unit="program",
+      ):
+        pass
+
+  def init_state(self) -> slots.SlotState:
+    """See `init_state`."""
+    return self._init()
+
+  def decode_params(self, params):
+    """Policy parameters in the type and layout of the decode programs.
+
+    Layers come apart, and weights that are sharded over `fsdp` for training
+    are gathered, here once and not in every decode step.
+    """
+    return self._cast(jax.tree.map(jnp.asarray, params))
+
+  def _bucket(self, length: int) -> int:
+    length = min(length, self.spec.context)
+    return next(b for b in self.kv_buckets if b >= length)
+
+  def extend(
+    self, params, state: slots.SlotState, chunk: slots.Chunk, upto: int
+  ) -> slots.SlotState:
+    """Runs `slots.extend`; `upto` bounds the positions of the tokens."""
+    program = self._program(self._bucket(upto), *chunk.tokens.shape)
+    return program(params, state, chunk)
+
+  def decode_block(
+    self, params, state: slots.SlotState, key, upto: int, limit: int,
+    leave: int,
+  ) -> tuple[slots.SlotState, slots.BlockOutput]:
+    """Runs `slots.decode_block`; `upto` bounds the positions it may reach."""
+    return self._program(self._bucket(upto))(
+      params, state, self._table, key, np.int32(limit), np.int32(leave)
+    )

@@ -1,0 +1,227 @@
+"""Where numbers go: JSONL, TensorBoard, wandb if asked, a progress bar.
+
+Metric names are verl's (`actor/pg_loss`, `critic/kl`, ...), so that curves of
+both projects overlay. One JSON object per line and step; a resumed run cuts
+the file back to the step it resumes from, so no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import weakref
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.monitoring
+import tensorboardX
+import tqdm
+from absl import logging
+from etils import epath
+
+from stepsearch_jax import files
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def quiet_libraries() -> None:
+  """Shows this project's log lines and everybody's warnings, nothing else."""
+  project = str(epath.Path(__file__).parents[1])
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  logging.get_absl_handler().addFilter(
+    lambda record: record.levelno >= logging.converter.STANDARD_WARNING
+    or record.pathname.startswith(project)
+  )
+
+
+class NonFiniteError(RuntimeError):
+  """A metric became NaN or infinite; the message names step and metric."""
+
+
+def check_finite(
+  step: int,
+  metrics: Mapping[str, float],
+  locate: Callable[[], str] = lambda: "",
+) -> None:
+  """Raises NonFiniteError for the first metric that is NaN or infinite.
+
+  Args:
+    step: named in the error.
+    metrics: what to check.
+    locate: asked for the tensor in which it began, if there is something.
+  """
+  for name, value in metrics.items():
+    if not math.isfinite(value):
+      tensor = locate()
+      raise NonFiniteError(
+        f"step {step}: metric {name} is {value}"
+        + (f", first in tensor {tensor}" if tensor else "")
+        + "; nothing of this step was saved, the last good checkpoint stands "
+        "(try a lower ppo.policy_lr or ppo.value_lr)"
+      )
+
+
+class MetricsWriter:
+  """Appends metrics of one run; only the first process writes."""
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    first_step: int,
+    wandb_project: str = "",
+    run_config: Mapping | None = None,
+    active: bool = True,
+  ):
+    """Opens the files, dropping records of `first_step` and later.
+
+    Args:
+      workdir: local folder or bucket path.
+      first_step: the next step that will be written.
+      wandb_project: also log there when not empty.
+      run_config: hyperparameters, logged once to wandb.
+      active: False on processes that must not write.
+    """
+    self._active = active
+    self._wandb = None
+    if not active:
+      return
+    workdir = epath.Path(workdir)
+    self._path = workdir / "metrics.jsonl"
+    self._board_folder = str(workdir / "tensorboard")
+    self._board = None
+    self.rewind(first_step)
+    if wandb_project:
+      import wandb  # Only this path needs the extra.
+
+      self._wandb = wandb.init(
+        project=wandb_project, dir=str(workdir), config=dict(run_config or {})
+      )
+
+  def rewind(self, step: int) -> None:
+    """Drops the records of `step` and later."""
+    if not self._active:
+      return
+    files.write_text(self._path, "".join(_records_before(self._path, step)))
+    if self._board is not None:
+      self._board.close()
+    self._board = tensorboardX.SummaryWriter(
+      self._board_folder, purge_step=step
+    )
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Records `metrics` at `step`."""
+    if not self._active:
+      return
+    values = {name: float(value) for name, value in metrics.items()}
+    line = json.dumps({"step": step, **values}) + "\n"
+    with self._path.open("a") as file:
+      file.write(line)
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
+
+  def close(self) -> None:
+    """Flushes everything to disk."""
+    if self._active:
+      self._board.close()
+      if self._wandb is not None:
+        self._wandb.finish()
+
+
+def _records_before(path: epath.Path, step: int) -> list[str]:
+  if not path.exists():
+    return []
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue  # A kill can leave half a line at the end.
+    if record["step"] < step:
+      kept.append(line + "\n")
+  return kept
+
+
+class Progress:
+  """A bar over training steps with the numbers that one watches."""
+
+  def __init__(self, total: int, done: int = 0, active: bool = True,
+               label: str = "train"):
+    """Starts a bar at `done` of `total` steps."""
+    self._bar = tqdm.tqdm(
+      total=total, initial=done, desc=label, dynamic_ncols=True, unit="step",
+      disable=not active, mininterval=0.5,
+    )
+
+  def update(self, **shown: float) -> None:
+    """Advances one step and shows `shown`, three digits each."""
+    self._bar.set_postfix(
+      {name: f"{value:.3g}" for name, value in shown.items()}, refresh=False
+    )
+    self._bar.update(1)
+
+  def rewind(self, step: int) -> None:
+    """Goes back to `step`."""
+    self._bar.n = step
+    self._bar.refresh()
+
+  def close(self) -> None:
+    """Leaves the finished bar on the screen."""
+    self._bar.close()
+
+
+class Compilations:
+  """Counts the programs that XLA compiles; any in a late step is a fault.
+
+  A program that the persistent cache holds counts too.
+  """
+
+  def __init__(self):
+    """Starts at none."""
+    self._count = 0
+    me = weakref.ref(self)
+
+    def listen(name: str, seconds: float, **unused) -> None:
+      del seconds
+      if name == _COMPILE_EVENT and me() is not None:
+        me()._count += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    weakref.finalize(
+      self, jax.monitoring.unregister_event_duration_listener, listen
+    )
+
+  def take(self) -> int:
+    """How many since the last call."""
+    count, self._count = self._count, 0
+    return count
+
+
+class Stopwatch:
+  """Seconds per named phase of a step, verl's `timing_s/<phase>`."""
+
+  def __init__(self):
+    """Starts with no phase."""
+    self._seconds: dict[str, float] = {}
+
+  def time(self, phase: str):
+    """Context manager that adds its duration to `phase`."""
+    return _Phase(self._seconds, phase)
+
+  def metrics(self) -> dict[str, float]:
+    """Seconds so far, as metrics."""
+    return {f"timing_s/{k}": v for k, v in self._seconds.items()}
+
+
+class _Phase:
+  def __init__(self, seconds, phase):
+    self._seconds, self._phase = seconds, phase
+
+  def __enter__(self):
+    self._began = time.perf_counter()
+
+  def __exit__(self, *unused):
+    spent = time.perf_counter() - self._began
+    self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent

@@ -1,0 +1,399 @@
+"""Step supervision for question sets: search queries that really find.
+
+The pipeline of the paper (arXiv 2505.15107, section 3.1), of which only the
+result was published: (a) a question is decomposed, by its own data or by a
+language model; (b) language models write search queries for every sub-question;
+(c) a query is kept when at least ceil(M/2) of M retrievers return a supporting
+passage among the first k; (d) the kept queries become the search keys.
+
+Knows text, writers and retrievers; no JAX.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import tqdm
+from etils import epath
+
+from stepsearch_jax import files, types
+from stepsearch_jax.rewards import text_match
+
+_QUERY_PROMPT = (
+  "Write {count} different short web search queries, one per line, that would "
+  "find a passage answering this question. Write nothing else.\n"
+  "Question: {question}\nQueries:\n"
+)
+_HOP_PROMPT = (
+  "Split the question into the simple questions that have to be answered one "
+  "after the other. Write one per line as: simple question => answer. Use #1, "
+  "#2 for earlier answers. The final answer is: {answer}\n"
+  "Question: {question}\nSteps:\n"
+)
+_BATCH = 32  # Prompts of a call, which are lost if the process dies in it.
+_QUERIES = 64  # Asked of a retriever at a time.
+_MARKER = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
+_WEAK = frozenset(
+  "a an the of in on at to for by with is are was were be been do does did has "
+  "have had who whom whose what which when where why how many much and or that "
+  "this it its as from".split()
+)
+
+
+class Writer(Protocol):
+  """Something that answers prompts.
+
+  Attributes:
+    name: identifies the writer and its settings, the key of the cache.
+
+  A writer may also say how many prompts it likes in a call (`batch`) and how
+  many calls at a time (`at_once`, 1).
+  """
+
+  name: str
+
+  def write(self, prompts: Sequence[str]) -> list[str]:
+    """One completion per prompt."""
+
+
+class CachedWriter:
+  """Remembers every completion on disk; a prompt is never written twice."""
+
+  def __init__(self, inner: Writer, folder: epath.PathLike):
+    """Opens the cache of one writer in `folder`."""
+    self.name = inner.name
+    self._inner = inner
+    self._lock = threading.Lock()
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(inner.name.encode()).hexdigest()[:16]
+    self._path = folder / f"{digest}.jsonl"
+    self._known = {}
+    if self._path.exists():
+      for line in self._path.read_text().splitlines():
+        try:
+          row = json.loads(line)
+        except json.JSONDecodeError:
+          continue  # A kill can leave half a line at the end.
+        self._known[row["prompt"]] = row["text"]
+
+  def write(self, prompts: Sequence[str]) -> list[str]:
+    """See `Writer.write`; new completions are stored batch by batch."""
+    missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
+    bar = tqdm.tqdm(total=len(missing), desc=self.name, unit="prompt",
+                    disable=not missing)
+    size = getattr(self._inner, "batch", _BATCH)
+
+    def ask(start):
+      part = missing[start : start + size]
+      texts = self._inner.write(part)
+      with self._lock, self._path.open("a") as file:
+        for prompt, text in zip(part, texts, strict=True):
+          self._known[prompt] = text
+          row = {"prompt": prompt, "text": text}
+          file.write("\n" * (file.tell() > 0) + json.dumps(row))
+        bar.update(len(part))
+
+    at_once = getattr(self._inner, "at_once", 1)
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+      # A failure cancels what has not begun; what has is stored.
+      collections.deque(pool.map(ask, range(0, len(missing), size)), 0)
+    bar.close()
+    return [self._known[prompt] for prompt in prompts]
+
+
+class RuleWriter:
+  """Paraphrases by rule: needs no model, and knows MuSiQue's `x >> relation`.
+
+  Reads the question out of the query prompt and answers it like a model would.
+  """
+
+  name = "rules"
+
+  def write(self, prompts: Sequence[str]) -> list[str]:
+    """Queries, one per line."""
+    return ["\n".join(self._queries(prompt)) for prompt in prompts]
+
+  def _queries(self, prompt: str) -> list[str]:
+    question = prompt.rsplit("Question: ", 1)[1].split("\n", 1)[0].strip(" ?")
+    if ">>" in question:
+      entity, relation = (part.strip() for part in question.split(">>", 1))
+      return [f"{entity} {relation}", f"{relation} of {entity}", entity]
+    words = question.split()
+    strong = [w for w in words if w.lower() not in _WEAK]
+    names = [w for w in words[1:] if w[:1].isupper() or w[:1].isdigit()]
+    return [q for q in (question, " ".join(strong), " ".join(names)) if q]
+
+
+def decompose(
+  questions: Sequence[types.Question], writer: Writer | None
+) -> list[types.Question]:
+  """Questions with a decomposition, their own or a written one.
+
+  Args:
+    questions: any.
+    writer: asked where the data has none; None leaves those questions alone.
+  """
+  lacking = [q for q in questions if not q.decomposition]
+  if writer is None or not lacking:
+    return list(questions)
+  prompts = [
+    _HOP_PROMPT.format(question=q.text, answer=q.answers[0]) for q in lacking
+  ]
+  hops = {
+    q.id: _parse_hops(text)
+    for q, text in zip(lacking, writer.write(prompts), strict=True)
+  }
+  return [
+    q if q.decomposition else dataclasses.replace(q, decomposition=hops[q.id])
+    for q in questions
+  ]
+
+
+def _parse_hops(text: str) -> tuple[types.SubQuestion, ...]:
+  hops = []
+  for line in text.splitlines():
+    question, arrow, answer = _MARKER.sub("", line).partition("=>")
+    if arrow and question.strip() and answer.strip():
+      hops.append(types.SubQuestion(question.strip(), answer.strip()))
+  return tuple(hops)
+
+
+def resolved(question: types.Question) -> list[str]:
+  """Sub-questions with #1, #2 replaced by the answers they stand for."""
+  answers = [hop.answer for hop in question.decomposition]
+
+  def answer(match):
+    place = int(match[1]) - 1
+    return answers[place] if place < len(answers) else match[0]
+
+  return [
+    re.sub(r"#(\d+)", answer, hop.question) for hop in question.decomposition
+  ]
+
+
+def parse_queries(text: str, count: int) -> list[str]:
+  """The first `count` distinct queries of a completion, one per line."""
+  queries = []
+  for line in text.splitlines():
+    query = _MARKER.sub("", line).strip().strip("\"'`")
+    if query and len(query) <= 200 and query not in queries:
+      queries.append(query)
+  return queries[:count]
+
+
+def write_queries(
+  questions: Sequence[types.Question], writers: Sequence[Writer], count: int
+) -> list[list[dict[str, list[str]]]]:
+  """Per question and hop: {query: names of the writers that wrote it}."""
+  hops = [resolved(question) for question in questions]
+  prompts = [
+    _QUERY_PROMPT.format(count=count, question=hop)
+    for group in hops for hop in group
+  ]
+  texts = {writer.name: iter(writer.write(prompts)) for writer in writers}
+  found = []
+  for group in hops:
+    found.append([])
+    for _ in group:
+      queries: dict[str, list[str]] = {}
+      for name, completions in texts.items():
+        for query in parse_queries(next(completions), count):
+          queries.setdefault(query, []).append(name)
+      found[-1].append(queries)
+  return found
+
+
+def gold_of_hop(
+  question: types.Question, hop: int
+) -> tuple[list[types.Passage], bool]:
+  """(supporting passages of a hop, True if they belong to it alone)."""
+  place = question.decomposition[hop].support
+  if 0 <= place < len(question.support):
+    return [question.support[place]], True
+  return list(question.support), False
+
+
+def _same(a: types.Passage, b: types.Passage) -> bool:
+  return a.id == b.id or a.text.strip() == b.text.strip()
+
+
+def pseudo_label(
+  questions: Sequence[types.Question], retrievers: Mapping[str, object], k: int
+) -> list[types.Question]:
+  """Gives questions without supporting passages the best guesses.
+
+  Args:
+    questions: any; those with supporting passages stay as they are.
+    retrievers: by name; each has `search(queries, k)`.
+    k: passages looked at per sub-question.
+
+  Returns:
+    The questions. The guess for a hop is the first passage found for its
+    sub-question whose words hold its answer, retrievers in their order; it is
+    flagged in `extra["pseudo_support"]`.
+  """
+  lacking = [q for q in questions if not q.support and q.decomposition]
+  if not lacking:
+    return list(questions)
+  asked = sorted({hop for q in lacking for hop in resolved(q)})
+  answers = _search_all(retrievers, asked, k)
+  labelled = {}
+  for question in lacking:
+    support, hops = [], []
+    for text, hop in zip(
+      resolved(question), question.decomposition, strict=True
+    ):
+      found = (p for shown in answers.values() for p in shown[text])
+      best = next((p for p in found if _holds(p.text, hop.answer)), None)
+      if best is not None:
+        hop = dataclasses.replace(hop, support=len(support))
+        support.append(dataclasses.replace(best, score=0.0))
+      hops.append(hop)
+    labelled[question.id] = dataclasses.replace(
+      question, support=tuple(support), decomposition=tuple(hops),
+      extra={**question.extra, "pseudo_support": True},
+    )
+  return [q if q.support else labelled.get(q.id, q) for q in questions]
+
+
+def _holds(text: str, answer: str) -> bool:
+  """Whether the words of an answer stand in a text; yes and no never count."""
+  words = text_match.normalize_answer(answer)
+  if words in ("", "yes", "no"):
+    return False
+  return f" {words} " in f" {text_match.normalize_answer(text)} "
+
+
+def _search_all(
+  retrievers: Mapping[str, object], queries: Sequence[str], k: int
+) -> dict[str, dict[str, list[types.Passage]]]:
+  """{retriever: {query: passages}}, the retrievers side by side."""
+
+  def ask(item):
+    name, retriever = item
+    found = {}
+    starts = range(0, len(queries), _QUERIES)
+    for start in tqdm.tqdm(starts, name, unit="batch"):
+      part = queries[start : start + _QUERIES]
+      found |= zip(part, retriever.search(part, k), strict=True)
+    return name, found
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(pool.map(ask, retrievers.items()))
+
+
+def filter_queries(
+  questions: Sequence[types.Question],
+  written: Sequence[Sequence[Mapping[str, list[str]]]],
+  retrievers: Mapping[str, object],
+  k: int,
+) -> tuple[list[types.Question], dict]:
+  """Keeps what at least ceil(M/2) of M retrievers answer well.
+
+  Args:
+    questions: with decomposition and supporting passages.
+    written: from `write_queries`.
+    retrievers: by name; each has `search(queries, k)`.
+    k: passages looked at.
+
+  Returns:
+    (questions whose search keys are the kept queries, report). The report
+    counts queries by hop, writer and retriever, and apart those judged by
+    pseudo-labels.
+  """
+  everything = sorted({q for group in written for hop in group for q in hop})
+  answers = _search_all(retrievers, everything, k)
+  needed = math.ceil(len(retrievers) / 2)
+  counts = collections.defaultdict(collections.Counter)
+  out = []
+  for question, hops in zip(questions, written, strict=True):
+    keys = []
+    for hop, queries in enumerate(hops):
+      gold, _ = gold_of_hop(question, hop)
+      kept = []
+      for query, writers in queries.items():
+        hits = [
+          name for name in retrievers
+          if any(_same(p, g) for p in answers[name][query] for g in gold)
+        ]
+        good = len(hits) >= needed
+        kept += [query] if good else []
+        groups = [f"hop {hop + 1}", "all", *(f"by {w}" for w in writers)]
+        if question.extra.get("pseudo_support"):
+          groups.append("pseudo-labelled")
+        for group in groups:
+          counts[group]["written"] += 1
+          counts[group]["kept"] += good
+          for name in hits:
+            counts[group][name] += 1
+      counts[f"hop {hop + 1}"]["hops"] += 1
+      counts[f"hop {hop + 1}"]["hops with a query"] += bool(kept)
+      keys.append(tuple(kept))
+    out.append(dataclasses.replace(question, search_keys=tuple(keys)))
+  return out, {name: dict(group) for name, group in sorted(counts.items())}
+
+
+def released_row(question: types.Question) -> dict:
+  """A question in the schema of StepSearch's released files.
+
+  The field `pseudo_support` is ours: true if the supporting passages are only
+  such as hold the sub-answers.
+  """
+  return {
+    "id": question.id,
+    "data_source": question.source,
+    "question": question.text,
+    "final_answer": question.answers[0],
+    "answer_aliases": list(question.answers[1:]),
+    # A hop without a query would be a key that nobody can ever match.
+    "sub_searchs": [list(group) for group in question.search_keys if group],
+    "sub_support_docs": [
+      {"title": p.title, "paragraph_text": p.text} for p in question.support
+    ],
+    "pseudo_support": bool(question.extra.get("pseudo_support")),
+  }
+
+
+def render_report(report: Mapping[str, Mapping[str, int]],
+                  retrievers: Sequence[str]) -> str:
+  """The report as a Markdown table of shares."""
+  lines = ["| queries | written | kept | " + " | ".join(retrievers) + " |",
+           "|---" * (3 + len(retrievers)) + "|"]
+  for name, group in report.items():
+    total = max(group.get("written", 0), 1)
+    cells = [f"{group.get(c, 0) / total:.2f}" for c in ("kept", *retrievers)]
+    lines.append(f"| {name} | {group.get('written', 0)} | "
+                 + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def write_rows(path: epath.Path, rows: Sequence[dict]) -> None:
+  """Writes .jsonl or .parquet, whole or not at all.
+
+  Raises:
+    files.DataError: another file type.
+  """
+  temporary = path.with_name(path.name + ".tmp")
+  if path.name.endswith(".parquet"):
+    import pyarrow
+    from pyarrow import parquet
+
+    with temporary.open("wb") as file:
+      parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+  elif path.name.endswith(".jsonl"):
+    temporary.write_text(
+      "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+  else:
+    raise files.DataError(f"{path}: expected .jsonl or .parquet")
+  temporary.replace(path)

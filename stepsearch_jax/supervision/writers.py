@@ -1,0 +1,138 @@
+"""Language models that write queries: local, or behind an endpoint."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax import types
+from stepsearch_jax.env import search_env
+from stepsearch_jax.models import tokenizer as tokenizer_lib
+from stepsearch_jax.models.weights import hf as hf_weights
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.retrieval import remote
+from stepsearch_jax.rollout import automaton, engine, records
+from stepsearch_jax.rollout import device as slots_lib
+from stepsearch_jax.rollout import programs as sampler
+
+_AT_ONCE = 8
+
+
+class _OneTurn:
+  """An environment in which the first turn is the answer."""
+
+  topk = 1
+
+  def prompt(self, question: types.Question) -> str:
+    return question.text
+
+  def step(self, text: str, turn: int) -> search_env.Step:
+    del turn
+    return search_env.Step("answer", text, True, None, "")
+
+
+class LocalWriter:
+  """Completes prompts with a local model, through the rollout engine."""
+
+  def __init__(
+    self, reference: str, max_tokens: int = 64, temperature: float = 0.0,
+    slots: int = 16, context: int = 512, dtype: str = "float32",
+  ):
+    """Loads a model.
+
+    Args:
+      reference: HF folder or id, *.gguf, or package:<name>.
+      max_tokens: longest completion.
+      temperature: 0 for greedy.
+      slots: prompts completed side by side.
+      context: tokens of prompt and completion.
+      dtype: compute type.
+    """
+    self.name = f"{reference} t={temperature:g} n={max_tokens}"
+    tokenizer = tokenizer_lib.load(reference)
+    path = hf_weights.resolve(reference)
+    config = dataclasses.replace(
+      hf_weights.load_config(path), dtype=jnp.dtype(dtype)
+    )
+    self._params = hf_weights.load_policy(path, config)
+    self._temperature = temperature
+    stops = automaton.build_automaton(
+      tokenizer.token_bytes(), ("\n\n",), tokenizer.eos_ids
+    )
+    table = automaton.pad_vocabulary(stops.table, config.vocab_size)
+    programs = sampler.Sampler(
+      config, slots_lib.SamplerSpec(slots, context, block=16), table,
+      stops.first_stop, sharding.make_mesh(),
+    )
+    limits = records.EngineSpec(
+      max_prompt=context - max_tokens, max_turn=max_tokens,
+      answer_room=max_tokens, extend_rows=(slots,), extend_tokens=(64, 128),
+    )
+    self._engine = engine.Engine(
+      programs, _OneTurn(), None, tokenizer, limits, seed=0
+    )
+    self._params = jax.device_put(self._params)
+
+  def write(self, prompts: Sequence[str]) -> list[str]:
+    """See `supervision.Writer.write`."""
+    asked = [types.Question(str(i), p, ("-",)) for i, p in enumerate(prompts)]
+    played, _ = self._engine.run(
+      self._params, asked, range(len(asked)), self._temperature
+    )
+    return [trajectory.turns[-1].text for trajectory in played]
+
+
+class EndpointWriter:
+  """Completes prompts through an OpenAI-compatible chat endpoint.
+
+  The key, if one is needed, comes from OPENAI_API_KEY and is never logged.
+  """
+
+  batch = 1  # So that every paid answer is stored at once.
+  at_once = _AT_ONCE
+
+  def __init__(
+    self, url: str, model: str, max_tokens: int = 128,
+    temperature: float = 0.0, spec: remote.RemoteSpec | None = None, **testing,
+  ):
+    """Prepares a client.
+
+    Args:
+      url: base URL, for instance http://127.0.0.1:8000/v1.
+      model: name of the model there.
+      max_tokens: longest completion.
+      temperature: 0 for greedy.
+      spec: patience.
+      **testing: sleep and clock of `remote.PatientClient`.
+    """
+    self.name = (
+      f"{remote.public_url(url)} {model} t={temperature:g} n={max_tokens}"
+    )
+    key = os.environ.get("OPENAI_API_KEY", "")
+    self._client = remote.PatientClient(
+      url.rstrip("/") + "/chat/completions", spec or remote.RemoteSpec(),
+      {"Authorization": f"Bearer {key}"} if key else None, **testing,
+    )
+    self._fixed = {
+      "model": model, "max_tokens": max_tokens, "temperature": temperature
+    }
+
+  def write(self, prompts: Sequence[str]) -> list[str]:
+    """See `supervision.Writer.write`; several requests at a time.
+
+    Raises:
+      SearchError: the endpoint failed for good.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+      return list(pool.map(self._ask, prompts))
+
+  def _ask(self, prompt: str) -> str:
+    return self._client.post(
+      {**self._fixed, "messages": [{"role": "user", "content": prompt}]},
+      lambda body: str(body["choices"][0]["message"]["content"]),
+    )

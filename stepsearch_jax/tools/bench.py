@@ -1,0 +1,129 @@
+"""Measures this project beside its peers, in one run, on the same work.
+
+  pip install -e ".[bench]"
+  python -m stepsearch_jax.tools.bench --suite=rewards --json=rewards.json
+
+Ours and the peer alternate; medians and ratios of at least three repeats are
+printed with the workload and the versions, after the results were found equal.
+Speeds are ratios on this machine, not promises. Tunix joins the rollout suite
+where it is installed; its pins clash with this project's, so that takes
+
+  pip install --no-deps google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 \\
+    jaxtyping==0.3.11 wadler_lindig==0.1.8 clu==0.0.12 perfetto==0.59.1 \\
+    sentencepiece==0.2.3 pandas==3.1.1
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+
+import jax
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli
+from stepsearch_jax.bench import (
+  accelerator,
+  duel,
+  growth,
+  report,
+  retrieval,
+  rewards,
+  rollout,
+  training,
+  update,
+)
+from stepsearch_jax.evaluation import card as evaluation
+
+_SUITES = {
+  "rewards": rewards.duels,
+  "retrieval": retrieval.duels,
+  "rollout": rollout.duels,
+  "update": update.duels,
+  "step": update.steps,
+  "growth": growth.growths,
+  "training": training.readings,
+  "accelerator": accelerator.readings,
+}
+_SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
+_INPUT = flags.DEFINE_string(
+  "input", None,
+  "rewards: JSONL of trajectories as tools/score takes them, default made-up "
+  "ones; retrieval: passage files, separated by commas, default none; "
+  "rollout, step and accelerator: recorded workloads (JSON), default made-up "
+  "ones; training: the folder of a finished run.",
+)
+_PEER = flags.DEFINE_string(
+  "peer", "", "Only comparisons whose peer's name contains this."
+)
+_WHAT = flags.DEFINE_string(
+  "what", "", "Only figures whose description contains this."
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", duel.MIN_REPEATS, "Alternating repeats.", duel.MIN_REPEATS
+)
+_JSON = flags.DEFINE_string(
+  "json", None,
+  "Also write the figures here, at every repeat; the same command goes on from "
+  "a file of the same commit, versions and machine.",
+)
+
+
+def _machine() -> str:
+  """The devices' number and kind; processors go by family and model."""
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return f"{jax.local_device_count()} x {device.device_kind}"
+  info = epath.Path("/proc/cpuinfo")
+  text = info.read_text() if info.exists() else ""
+  found = dict(re.findall(r"^([^\t:\n]+)\s*: (.*)$", text, re.MULTILINE))
+  name = found.get("model name", platform.machine())
+  if "cpu family" in found:
+    name += f" {found['cpu family']}/{found['model']}"
+  return f"{os.cpu_count()} x {name}"
+
+
+def _versions() -> dict[str, str]:
+  found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
+           "machine": _machine(), "commit": evaluation.commit()}
+  for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
+               "transformers", "google-tunix"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  versions = _versions()
+  print("  ".join(f"{k} {v}" for k, v in versions.items()))
+  kept = report.Report(_JSON.value, {
+    "suite": _SUITE.value, "input": _INPUT.value, "versions": versions,
+  })
+  if len(kept):
+    print(f"{_JSON.value} has figures ({len(kept)}); only repeats they lack "
+          "are taken. For new ones give --json another file.")
+  for item in _SUITES[_SUITE.value](_INPUT.value):
+    if _PEER.value in getattr(item, "peer", "") and (
+      _WHAT.value in f"{item.what} ({item.work})"
+    ):
+      print(_line(kept.measure(item, _REPEATS.value)), flush=True)
+
+
+def _line(result: dict) -> str:
+  head = f"{result['what']} ({result['work']})"
+  goal = f", asked: {result['goal']}" if result["goal"] else ""
+  if "peer_name" not in result:
+    return f"{head}: {result['value']:.3f} {result['unit']}{goal}"
+  return (f"{head} beside {result['peer_name']}: {result['ours']:.4f} and "
+          f"{result['peer']:.4f} {result['unit']}, ratio "
+          f"{result['ratio']:.2f}{goal}")
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["suite"])

@@ -1,0 +1,60 @@
+"""Counts of work against hand-worked numbers; the suite runs on any device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stepsearch_jax.bench import accelerator, growth
+from stepsearch_jax.plan import machines
+
+SMALL = dataclasses.replace(
+  growth.small_decoder(), vocab_size=100, hidden_size=8, intermediate_size=16,
+  num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, qkv_bias=False,
+)
+# A layer: q 8x8, k and v 8x4 each, o 8x8, three of 8x16, two norms of 8.
+LAYERS = 3 * (64 + 64 + 64 + 3 * 128 + 16)
+
+
+def test_work_is_counted_as_by_hand():
+  assert accelerator.trunk_weights(SMALL) == LAYERS
+  # Attention: two products of 2 x 8 x 5 a token and layer, at half of 10.
+  dense = 20 * (2 * LAYERS + 3 * 2 * 2 * 8 * 5)
+  assert accelerator.forward_flops(SMALL, 2, 10, 0) == dense
+  assert accelerator.forward_flops(SMALL, 2, 10, 7) == dense + 7 * 2 * 800
+  # Keys and values of 4 numbers in 3 layers; float32, then bfloat16.
+  numbers = LAYERS + 800 + 5 * 6 * 2 * 3 * 4
+  assert accelerator.decode_bytes(SMALL, 5, 6) == 4 * numbers
+  half = dataclasses.replace(SMALL, dtype=jnp.bfloat16)
+  assert accelerator.decode_bytes(half, 5, 6) == 2 * numbers
+
+
+@pytest.mark.parametrize("platform, kind, name", [
+  ("gpu", "NVIDIA H100 80GB HBM3", "gpu-h100"),
+  ("gpu", "NVIDIA H200", "gpu-h200"),
+  ("tpu", "TPU v5 lite", "v5e:1"),
+  ("tpu", "TPU v5", "v5p:1"),
+  ("cpu", "cpu", "cpu"),
+])
+def test_a_device_is_known_by_what_it_calls_itself(platform, kind, name):
+  assert machines.of_device(platform, kind).name == name
+
+
+def test_an_unknown_device_is_an_error():
+  with pytest.raises(ValueError, match="GTX 970"):
+    machines.of_device("gpu", "GTX 970")
+
+
+@pytest.mark.slow
+def test_every_reading_of_the_suite_is_taken():
+  sizes = accelerator.Sizes(2, 128, 1, 2, 64, 2, 128, 2)
+  with jax.numpy_dtype_promotion("standard"):
+    readings = [
+      result for r in accelerator.readings(None, SMALL, sizes)
+      for result in r.measure(3)
+    ]
+  assert [r["what"].split(",")[0] for r in readings[:4]] == [
+    "update", "prefill", "decode", "replay"
+  ]
+  assert all(r["value"] > 0 for r in readings)

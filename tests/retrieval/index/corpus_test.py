@@ -1,0 +1,149 @@
+"""Corpora of every schema and container; bad rows name file and line."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+
+from stepsearch_jax import files, types
+from stepsearch_jax.retrieval.index import corpus
+
+WANT = [
+  types.Passage("7", "Ada", "Ada was born in Lintel.\nIn spring."),
+  types.Passage("8", "Lintel", "A town."),
+]
+CONTENTS = [{"id": p.id, "contents": f"{p.title}\n{p.text}"} for p in WANT]
+TITLED = [{"id": p.id, "title": p.title, "text": p.text} for p in WANT]
+RELEASED = [{"id": int(p.id), "title": p.title, "content": p.text}
+            for p in WANT]
+
+
+def lines(rows):
+  return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path, rows):
+  if path.suffix == ".parquet":
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  elif path.suffix == ".gz":
+    path.write_bytes(gzip.compress(lines(rows).encode()))
+  elif path.suffix == ".json":
+    path.write_text(json.dumps(rows))
+  else:
+    path.write_text(lines(rows))
+
+
+@pytest.mark.parametrize("rows", [CONTENTS, TITLED, RELEASED],
+                         ids=["contents", "text", "content"])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.json",
+                                  "c.parquet"])
+def test_every_schema_in_every_container_is_the_same_corpus(
+  tmp_path, rows, name
+):
+  path = tmp_path / name
+  write(path, rows)
+  assert corpus.load_corpus(str(path)) == WANT
+  assert list(corpus.stream_corpus(str(path))) == WANT
+
+
+class WikiPassages(tfds.core.GeneratorBasedBuilder):
+  """Somebody's corpus: the fields of a row as features."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  rows: list
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, disable_shuffling=True,
+      features=tfds.features.FeaturesDict(
+        {name: tfds.features.Text() for name in self.rows[0]}
+      ),
+    )
+
+  def _split_generators(self, unused):
+    return {"train": enumerate(self.rows)}
+
+  def _generate_examples(self):
+    pass
+
+
+@pytest.mark.parametrize("rows", [CONTENTS, TITLED], ids=["contents", "text"])
+def test_a_tfds_corpus_of_plain_features_is_read_without_tensorflow(
+  tmp_path, rows, monkeypatch
+):
+  monkeypatch.setattr(WikiPassages, "rows", rows, raising=False)
+  builder = WikiPassages(data_dir=str(tmp_path), file_format="array_record")
+  builder.download_and_prepare()
+  reference = f"tfds:{builder.data_path}:train"
+  assert list(corpus.stream_corpus(reference)) == WANT
+  assert "tensorflow" not in sys.modules
+
+
+def test_tfds_features_of_every_type_become_json():
+  example = {"id": np.int64(5), "title": b"\xff", "lines": np.array([b"a"]),
+             "nested": {"x": np.float32(0.5)}}
+  assert files._plain(example) == {
+    "id": 5, "title": "\ufffd", "lines": ["a"], "nested": {"x": 0.5}
+  }
+
+
+QUESTION = {"question": "q", "answer": "a"}
+SUPPORT = {"title": "Ada", "paragraph_text": WANT[0].text}
+
+
+@pytest.mark.parametrize("row", [
+  {**QUESTION, "paragraphs": [{"idx": 0, **SUPPORT}],
+   "question_decomposition": []},
+  {**QUESTION, "supporting_facts": [["Ada", 0]],
+   "context": [["Ada", ["Ada was born in Lintel.", "\nIn spring."]]]},
+  {**QUESTION, "supporting_facts": {"title": ["Ada"], "sent_id": [0]},
+   "context": {"title": ["Ada"],  # As on the hub.
+               "sentences": [["Ada was born in Lintel.", "\nIn spring."]]}},
+  {"question": "q", "final_answer": "a", "sub_searchs": [["k"]],
+   "sub_support_docs": [SUPPORT]},
+  {"data_source": "x", "prompt": [{"content": "q"}],
+   "reward_model": {"ground_truth": {"target": ["a"]}},
+   "extra_info": {"support_docs": [SUPPORT]}},
+  {"id": "1", "text": "q", "answers": ["a"], "support": [
+    {"id": f"Ada\n{WANT[0].text}", "title": "Ada", "text": WANT[0].text}]},
+], ids=["musique", "hotpot", "hub", "stepsearch", "verl", "own"])
+def test_questions_bring_their_paragraphs(tmp_path, row):
+  path = tmp_path / "q.jsonl"
+  write(path, [row, row])
+  for found in (corpus.load_corpus(str(path)),
+                list(corpus.stream_corpus(str(path)))):
+    assert [(p.title, p.text) for p in found] == [("Ada", WANT[0].text)]
+    assert found[0].id == f"Ada\n{WANT[0].text}"
+
+
+@pytest.mark.parametrize("row, message", [
+  ({"id": "1", "title": 3, "text": "x"}, "field title must be a string"),
+  ({"id": "1", "text": None}, "field text must be a string, got None"),
+  ({"id": "1", "contents": ["x"]}, "field contents must be a string"),
+  ({"id": "1", "body": "x"}, "unknown corpus schema.*body"),
+  ({"context": "some text"}, "field context must hold"),
+  ({"context": [["Ada", "one string"]]}, "field context must hold"),
+  ({"paragraphs": [{"title": "x"}]}, "paragraphs must hold title"),
+  ({"paragraphs": ["x"]}, "paragraphs must hold title"),
+  (QUESTION, "a question without paragraphs is no corpus.*data.corpus"),
+])
+def test_bad_rows_name_file_line_and_field(tmp_path, row, message):
+  path = tmp_path / "c.jsonl"
+  write(path, [row])
+  with pytest.raises(files.DataError, match=rf"c\.jsonl:1: {message}"):
+    corpus.load_corpus(str(path))
+
+
+def test_written_corpora_are_jsonl_and_read_back(tmp_path):
+  path = epath.Path(tmp_path) / "c.jsonl"
+  assert corpus.write_corpus(path, iter(WANT)) == 2
+  assert corpus.load_corpus(str(path)) == WANT
+  with pytest.raises(files.DataError, match="written as .jsonl"):
+    corpus.write_corpus(epath.Path(tmp_path) / "c.jsonl.gz", WANT)

@@ -1,0 +1,128 @@
+"""Collapse alarms, NaN location, and what a run does about them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_test
+from etils import epath
+
+from stepsearch_jax import cli, train
+from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.run import monitor as sentinel
+
+LIMITS = sentinel.Limits(
+  invalid_share=0.9, unanswered_share=0.9, entropy=0.01, kl=1.0, grad_norm=10.0,
+  reward_drop=0.3, patience=2,
+)
+HEALTHY = {
+  "env/invalid_share": 0.1, "env/unanswered_share": 0.1, "actor/entropy": 0.5,
+  "critic/kl": 0.01, "actor/grad_norm": 1.0, "critic/score/mean": 0.6,
+}
+
+
+@pytest.mark.parametrize("name, value", [
+  ("env/invalid_share", 0.95), ("env/unanswered_share", 1.0),
+  ("actor/entropy", 0.001), ("critic/kl", 2.0), ("actor/grad_norm", 11.0),
+  ("critic/score/mean", 0.2),
+])
+def test_a_limit_broken_for_patience_steps_is_an_alarm(name, value):
+  guard = sentinel.Sentinel(LIMITS)
+  assert guard.observe(1, HEALTHY) == []
+  assert guard.observe(2, HEALTHY | {name: value}) == []
+  (alarm,) = guard.observe(3, HEALTHY | {name: value})
+  assert name in alarm.message and alarm.since == 2
+  assert guard.observe(4, HEALTHY) == []
+  assert guard.observe(5, HEALTHY | {name: value}) == []  # A new streak.
+
+
+def test_an_interrupted_sentinel_counts_on():
+  guard = sentinel.Sentinel(LIMITS)
+  guard.observe(1, HEALTHY)
+  guard.observe(2, HEALTHY | {"critic/kl": 2.0})
+  resumed = sentinel.Sentinel(LIMITS, guard.state)
+  assert resumed.observe(3, HEALTHY | {"critic/kl": 2.0})[0].since == 2
+
+
+def test_first_nonfinite_names_the_first_tensor_in_flow_order():
+  tree = {"a": jnp.ones(3), "b": {"c": jnp.array([1.0, np.nan])}}
+  found = sentinel.first_nonfinite(
+    rewards=jnp.zeros(2), policy=tree, value={"d": jnp.array([np.inf])}
+  )
+  assert found == "policy/b/c"
+  assert sentinel.first_nonfinite(rewards=jnp.zeros(2), value=None) == ""
+
+
+# What an untrained policy does is no collapse here; gradient norms are.
+LOOSE = dict(
+  patience=1, invalid_share=1.0, unanswered_share=1.0, entropy=0.0, kl=1e9,
+  reward_drop=1e9,
+)
+
+
+def spike_at(calls, when, seen):
+  """An update whose reported gradient norm explodes at some calls."""
+  update = learner_lib.Learner.update
+
+  def patched(self, state, experience, lr_scale=1.0):
+    calls.append(lr_scale)
+    state, metrics = update(self, state, experience, lr_scale)
+    seen.append(float(metrics["actor/lr"]))
+    if len(calls) in when:
+      metrics["actor/grad_norm"] = 1e6
+    return state, metrics
+
+  return patched
+
+
+@pytest.mark.slow
+def test_rollback_goes_back_and_on_with_a_lower_rate(tmp_path, monkeypatch):
+  config = train_test.tiny()
+  config.sentinel.update(action="rollback", **LOOSE)
+  calls, rates = [], []
+  monkeypatch.setattr(
+    learner_lib.Learner, "update", spike_at(calls, {2}, rates)
+  )
+  workdir = epath.Path(tmp_path)
+  with jax.numpy_dtype_promotion("standard"):
+    train.train(config, workdir)
+  # Step 2 exploded, the run went back to step 1 and did step 2 again.
+  assert calls == [1.0, 1.0, 0.5]
+  np.testing.assert_allclose(rates[2], 0.5 * rates[1], rtol=1e-6)
+  assert [r["step"] for r in train_test.records(workdir)] == [0, 1, 2]
+  assert len(sentinel.Rollbacks(workdir / "rollbacks.json")) == 1
+
+
+@pytest.mark.slow
+def test_halt_stops_with_the_reason(tmp_path, monkeypatch):
+  config = train_test.tiny()
+  config.sentinel.update(action="halt", **LOOSE)
+  monkeypatch.setattr(learner_lib.Learner, "update", spike_at([], {1}, []))
+  with jax.numpy_dtype_promotion("standard"):
+    with pytest.raises(sentinel.CollapseError, match="actor/grad_norm = 1e"):
+      train.train(config, epath.Path(tmp_path))
+  assert sentinel.CollapseError in cli._USER_ERRORS
+
+
+@pytest.mark.slow
+def test_nan_is_located_and_nothing_of_it_saved(tmp_path, monkeypatch):
+  update = learner_lib.Learner.update
+
+  def poisoned(self, state, experience, lr_scale=1.0):
+    state, metrics = update(self, state, experience, lr_scale)
+    policy = jax.tree.map(lambda x: x, state.policy)
+    scale = policy["trunk"]["final_norm"]["scale"]
+    policy["trunk"]["final_norm"]["scale"] = scale.at[0].set(jnp.nan)
+    return state.replace(policy=policy), metrics | {"actor/param_norm": np.nan}
+
+  monkeypatch.setattr(learner_lib.Learner, "update", poisoned)
+  workdir = epath.Path(tmp_path)
+  with jax.numpy_dtype_promotion("standard"):
+    with pytest.raises(
+      RuntimeError,
+      match="step 1: metric actor/param_norm is nan, first in tensor "
+            "policy/trunk/final_norm/scale",
+    ):
+      train.train(train_test.tiny(), workdir)
+  steps = [p.name for p in (workdir / "checkpoints").iterdir()]
+  assert steps == ["0"]
