@@ -12,6 +12,7 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.run import metrics
 from stepsearch_jax.run import monitor as sentinel
@@ -35,9 +36,10 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, has saved, and can go on later."""
 
 
-# What bad input raises; anything else is a bug and keeps its traceback.
+# What a user can mend (a setting, a full disk, a collapse); anything else is a
+# bug and keeps its traceback.
 _USER_ERRORS = (
-  ValueError, OSError, metrics.NonFiniteError, sentinel.CollapseError,
+  types.UserError, OSError, metrics.NonFiniteError, sentinel.CollapseError,
 )
 
 

@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli
+from stepsearch_jax import cli, types
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.evaluation import predictions
 
@@ -89,7 +89,7 @@ def main() -> None:
   if _PREDICTIONS.value:
     print_sources(predictions.score_predictions(_PREDICTIONS.value))
   elif _CONFIG.value is None or not _WORKDIR.value:
-    raise ValueError("need --predictions, or --config and --workdir")
+    raise types.UserError("need --predictions, or --config and --workdir")
   else:
     _evaluate_model()
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from stepsearch_jax import types
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class DataError(ValueError):
+class DataError(types.UserError):
   """A data file is missing or malformed; the message names file and line."""
 
 

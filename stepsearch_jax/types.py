@@ -31,6 +31,14 @@ class Passage:
   score: float = 0.0
 
 
+class UserError(ValueError):
+  """Something that the user can mend: a setting, a file, a flag.
+
+  Commands print it as one line; every other exception keeps its traceback. The
+  message names the field, file or flag, what was expected and what was given.
+  """
+
+
 class SearchError(RuntimeError):
   """A search failed for good; the trajectory goes on without its result."""
 

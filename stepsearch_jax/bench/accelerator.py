@@ -176,7 +176,7 @@ def readings(
     sizes: of the workloads; None suits 80 GB.
 
   Raises:
-    ValueError: the device's peaks are not known.
+    UserError: the device's peaks are not known.
   """
   config, sizes = config or qwen3b(), sizes or Sizes()
   device = jax.devices()[0]

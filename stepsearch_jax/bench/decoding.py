@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.bench import duel, peers, programs
 
 _PROMPT, _CONTEXT = 128, 256
@@ -75,10 +76,12 @@ def _seconds(generate, prompts, count) -> tuple[np.ndarray, float]:
 def _same(ours, theirs) -> None:
   """Greedy tokens agree but for near ties."""
   if ours.shape != theirs.shape:
-    raise ValueError(f"{ours.shape} tokens, the peer's {theirs.shape}")
+    raise types.UserError(f"{ours.shape} tokens, the peer's {theirs.shape}")
   agree = (ours[:, 0] == theirs[:, 0]).mean()
   if agree < 0.9:
-    raise ValueError(f"first greedy tokens agree in {agree:.0%} of rows only")
+    raise types.UserError(
+      f"first greedy tokens agree in {agree:.0%} of rows only"
+    )
 
 
 def duels() -> Iterator[duel.Duel]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models.weights import export as hf_export
 
@@ -49,7 +50,7 @@ def torch_policy(params, config: decoder.DecoderConfig):
   }
   missing, unknown = model.load_state_dict(found, strict=False)
   if unknown or set(missing) - {"lm_head.weight"}:
-    raise ValueError(f"weights do not match: {missing} {unknown}")
+    raise types.UserError(f"weights do not match: {missing} {unknown}")
   model.tie_weights()
   return model.eval()
 
@@ -96,7 +97,7 @@ def tunix_sampler(params, config: decoder.DecoderConfig, cache_size: int):
 
   def put(variable, value):
     if variable.shape != value.shape:
-      raise ValueError(f"{variable.shape} expected, got {value.shape}")
+      raise types.UserError(f"{variable.shape} expected, got {value.shape}")
     variable[...] = value
 
   put(model.embedder.input_embedding, trunk["embedding"])

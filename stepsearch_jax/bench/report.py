@@ -6,7 +6,7 @@ import json
 
 from etils import epath
 
-from stepsearch_jax import files
+from stepsearch_jax import files, types
 
 
 class Report:
@@ -20,7 +20,7 @@ class Report:
       head: names what must be equal for figures to belong together.
 
     Raises:
-      ValueError: the file is no report, or one with another head.
+      UserError: the file is no report, or one with another head.
     """
     self._path = epath.Path(path) if path else None
     self._head = head
@@ -38,10 +38,10 @@ class Report:
     except ValueError:
       found = None
     if not isinstance(found, dict) or "results" not in found:
-      raise ValueError(f"{self._path} is no report of a benchmark")
+      raise types.UserError(f"{self._path} is no report of a benchmark")
     for name, wanted in self._head.items():
       if found.get(name) != wanted:
-        raise ValueError(
+        raise types.UserError(
           f"{self._path} holds figures of {name} {found.get(name)}, these "
           f"would be of {wanted}; give --json another file"
         )

@@ -16,7 +16,7 @@ import statistics
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli
+from stepsearch_jax import cli, types
 from stepsearch_jax.bench import duel
 from stepsearch_jax.run import plots
 
@@ -41,7 +41,7 @@ def _row(result: dict, versions: dict) -> tuple[str, ...]:
   if "peer_name" in result:
     repeats = len(result["repeats"]["ours"])
     if repeats < duel.MIN_REPEATS:
-      raise ValueError(
+      raise types.UserError(
         f"{result['what']} has {repeats} of {duel.MIN_REPEATS} repeats; the "
         "same benchmark command takes the others"
       )
@@ -64,7 +64,7 @@ def table(reports: list[dict], before: str = "") -> str:
     before: the table so far; its rows stay unless they were measured again.
 
   Raises:
-    ValueError: a benchmark was stopped before its last repeat.
+    UserError: a benchmark was stopped before its last repeat.
   """
   old = [_cells(line) for line in before.splitlines()[2:]]
   new = [
@@ -117,7 +117,7 @@ def _split(text: str, section: str) -> tuple[str, str, str]:
   head, found, rest = text.partition(begin)
   inside, ended, tail = rest.partition(end)
   if not (found and ended):
-    raise ValueError(f"no {begin} ... {end} in the file")
+    raise types.UserError(f"no {begin} ... {end} in the file")
   return f"{head}{begin}\n", inside.strip("\n"), f"\n{end}{tail}"
 
 
@@ -130,7 +130,7 @@ def fill(text: str, section: str, filling: str) -> str:
   """Replaces what stands between the markers of a section.
 
   Raises:
-    ValueError: the markers are not there.
+    UserError: the markers are not there.
   """
   head, _, tail = _split(text, section)
   return head + filling + tail

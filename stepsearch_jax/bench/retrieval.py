@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import tqdm
 
+from stepsearch_jax import types
 from stepsearch_jax.bench import duel
 from stepsearch_jax.retrieval.index import corpus, encoder, tuning
 from stepsearch_jax.retrieval.index import index as index_lib
@@ -80,8 +81,10 @@ def _search_duels(
   def same(mine, theirs):
     found = (_recall(mine, truth), _recall(theirs, truth))
     if min(found) < _RECALL - 0.01:
-      raise ValueError(f"recall@{_K} fell short: ours {found[0]:.3f}, peer "
-                       f"{found[1]:.3f}")
+      raise types.UserError(
+        f"recall@{_K} fell short: ours {found[0]:.3f}, peer "
+        f"{found[1]:.3f}"
+      )
 
   reached = _recall(ours(queries), truth)
   peers = {

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import jax
 
+from stepsearch_jax import types
 from stepsearch_jax.bench import decoding, duel, peers, programs, workload
 from stepsearch_jax.bench.replay import Ours, TurnByTurn
 
 
 def _same(ours, theirs) -> None:
   if ours != theirs:
-    raise ValueError("the two did not ingest and sample the same counts")
+    raise types.UserError("the two did not ingest and sample the same counts")
 
 
 def _replays(config, params, path) -> Iterator[duel.Duel]:

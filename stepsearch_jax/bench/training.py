@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.bench import duel
 from stepsearch_jax.run import plots
 
@@ -20,17 +21,19 @@ def readings(path: str | None) -> Iterator[duel.Reading]:
     path: folder of the run.
 
   Raises:
-    ValueError: the run is absent or too short.
+    UserError: the run is absent or too short.
   """
   if path is None:
-    raise ValueError("--suite=training reads a run: --input=runs/quickstart")
+    raise types.UserError(
+      "--suite=training reads a run: --input=runs/quickstart"
+    )
   records = plots.read_metrics(epath.Path(path) / "metrics.jsonl")
   steps = [
     record for record in records
     if _WARM_UP < record["step"] <= _WARM_UP + _STEPS
   ]
   if len(steps) < _STEPS:
-    raise ValueError(
+    raise types.UserError(
       f"{path} has {len(steps)} steps after the first {_WARM_UP}, "
       f"{_STEPS} are needed"
     )

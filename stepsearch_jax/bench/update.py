@@ -147,7 +147,7 @@ def _step_duel(config, params, replays) -> duel.Duel:
     """Log-probabilities of the policy's tokens before any update."""
     apart = np.abs(mine - theirs)[batch.policy_mask > 0]
     if apart.mean() > 0.02:
-      raise ValueError(f"log-probabilities are {apart.mean():.3f} apart")
+      raise types.UserError(f"log-probabilities are {apart.mean():.3f} apart")
 
   return duel.Duel(
     f"PPO step, {len(replays)} trajectories", workload.describe(replays),

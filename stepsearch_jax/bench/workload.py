@@ -8,6 +8,8 @@ import json
 import numpy as np
 from etils import epath
 
+from stepsearch_jax import types
+
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
@@ -58,13 +60,15 @@ def load(path: str | None, count: int) -> list[Replay]:
   """The recorded workload of `count` trajectories; made up without a path.
 
   Raises:
-    ValueError: the file has no such workload.
+    UserError: the file has no such workload.
   """
   if path is None:
     return made_up(count)
   recorded = json.loads(epath.Path(path).read_text())["workloads"]
   if str(count) not in recorded:
-    raise ValueError(f"{path} has workloads {sorted(recorded)}, not {count}")
+    raise types.UserError(
+      f"{path} has workloads {sorted(recorded)}, not {count}"
+    )
   return [
     Replay(row["prompt_len"], tuple(tuple(turn) for turn in row["turns"]))
     for row in recorded[str(count)]["trajectories"]

@@ -37,15 +37,15 @@ class QuestionStream:
       process_count: number of slices.
 
     Raises:
-      ValueError: no questions, or a batch that does not split evenly.
+      UserError: no questions, or a batch that does not split evenly.
     """
     if not questions or batch_size < 1:
-      raise ValueError(
+      raise types.UserError(
         f"need questions and a positive batch, got {len(questions)} and "
         f"batch.questions = {batch_size}"
       )
     if batch_size % process_count:
-      raise ValueError(
+      raise types.UserError(
         f"batch.questions = {batch_size} is not divisible by {process_count} "
         "processes"
       )

@@ -222,7 +222,7 @@ def context_paragraphs(where: str, context) -> list[tuple[str, str]]:
     else:
       pairs = [(title, lines) for title, lines in context]
     if any(isinstance(part, str) for _, part in pairs):
-      raise ValueError("sentences must be lists")
+      raise types.UserError("sentences must be lists")
     return [(title, "".join(lines).strip()) for title, lines in pairs]
   except (ValueError, TypeError, KeyError) as error:
     raise files.DataError(

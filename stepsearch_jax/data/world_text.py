@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepsearch_jax import types
+
 # Entities of each kind; with the distractors some 1,700 passages.
 COUNTS = {
   "person": 440,
@@ -173,7 +175,7 @@ def names(
     titles = _pairs(*_TITLE, " ")
     pool = titles[0::2] if kind == "film" else titles[1::2]
   if count > len(pool):
-    raise ValueError(f"only {len(pool)} names of kind {kind}, not {count}")
+    raise types.UserError(f"only {len(pool)} names of kind {kind}, not {count}")
   chosen = [pool[i] for i in rng.permutation(len(pool))[:count]]
   return [(name, _alias(kind, name, rng)) for name in chosen]
 

@@ -68,7 +68,7 @@ class SearchEnv:
 
   def __post_init__(self):
     if self.max_turns < 0 or self.topk < 1:
-      raise ValueError(
+      raise types.UserError(
         f"need max_turns >= 0 and topk >= 1, got {self.max_turns} and "
         f"{self.topk}"
       )

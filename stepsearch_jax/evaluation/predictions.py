@@ -17,7 +17,7 @@ def score_predictions(path: str) -> dict[str, dict]:
       or in verl's `reward_model`.
 
   Raises:
-    ValueError: naming file, row and field.
+    UserError: naming file, row and field.
   """
   scored = []
   for where, row in files.read_rows(path):

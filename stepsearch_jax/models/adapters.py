@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 
 # Matrix: (module, leading input axes behind the layer axis).
@@ -44,7 +45,9 @@ class AdapterSpec:
 
   def __post_init__(self):
     if self.rank < 1 or self.alpha <= 0:
-      raise ValueError(f"adapters need rank >= 1 and alpha > 0, got {self}")
+      raise types.UserError(
+        f"adapters need rank >= 1 and alpha > 0, got {self}"
+      )
 
 
 def init(config: decoder.DecoderConfig, spec: AdapterSpec, key: jax.Array):

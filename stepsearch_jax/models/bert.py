@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.models.weights import hf as hf_weights
 
 POOLINGS = ("mean", "cls")
@@ -137,7 +138,7 @@ def load_cross_encoder(path: str) -> tuple[BertConfig, dict]:
 
   Raises:
     hf_weights.WeightError: a tensor is missing or misshapen.
-    ValueError: the folder holds another architecture.
+    UserError: the folder holds another architecture.
   """
   config, params = load_bert(path)
   tensors = hf_weights.read_tensors(path)
@@ -160,11 +161,11 @@ def load_bert(path: str) -> tuple[BertConfig, dict]:
 
   Raises:
     hf_weights.WeightError: a tensor is missing or misshapen.
-    ValueError: the folder holds another architecture.
+    UserError: the folder holds another architecture.
   """
   raw = json.loads((epath.Path(path) / "config.json").read_text())
   if raw.get("model_type") != "bert":
-    raise ValueError(
+    raise types.UserError(
       f"{path}: model_type {raw.get('model_type')!r} is not supported as an "
       "encoder, expected 'bert'"
     )

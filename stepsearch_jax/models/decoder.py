@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import attention
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -70,11 +71,11 @@ class DecoderConfig:
 
   def __post_init__(self):
     if self.family not in FAMILIES:
-      raise ValueError(
+      raise types.UserError(
         f"model family must be one of {FAMILIES}, got {self.family!r}"
       )
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(
+      raise types.UserError(
         f"{self.num_heads} heads cannot share {self.num_kv_heads} kv heads"
       )
 

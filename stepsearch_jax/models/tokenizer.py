@@ -16,6 +16,7 @@ import transformers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from stepsearch_jax import types
 from stepsearch_jax.models.weights import gguf as gguf_weights
 from stepsearch_jax.models.weights import hf as hf_weights
 
@@ -100,7 +101,7 @@ class Tokenizer:
     """Bytes that each token id stands for; None for special tokens.
 
     Raises:
-      ValueError: the vocabulary is not byte-level BPE.
+      UserError: the vocabulary is not byte-level BPE.
     """
     table = _byte_of_character()
     out: list[bytes | None] = []
@@ -115,8 +116,10 @@ class Tokenizer:
         continue
       out.append(bytes(table[character] for character in piece))
     if not any(len(b) > 1 for b in out if b):
-      raise ValueError("the tokenizer is not byte-level BPE: no merged token "
-                       "maps to bytes, stop tags cannot be tracked")
+      raise types.UserError(
+        "the tokenizer is not byte-level BPE: no merged token "
+        "maps to bytes, stop tags cannot be tracked"
+      )
     return out
 
   def save(self, folder: epath.PathLike) -> None:
@@ -133,7 +136,7 @@ def load(reference: str) -> Tokenizer:
     reference: HF folder or id, tokenizer.json, *.gguf or package:<name>.
 
   Raises:
-    ValueError: nothing readable there.
+    UserError: nothing readable there.
   """
   path = hf_weights.resolve(reference)
   if path.endswith(".gguf"):
@@ -149,7 +152,7 @@ def load(reference: str) -> Tokenizer:
       return Tokenizer(transformers.PreTrainedTokenizerFast.from_pretrained(
         path
       ))
-    raise ValueError(f"no tokenizer in {reference!r}: {error}") from error
+    raise types.UserError(f"no tokenizer in {reference!r}: {error}") from error
 
 
 def _from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
@@ -158,7 +161,7 @@ def _from_gguf(path: str) -> transformers.PreTrainedTokenizerFast:
   kind = fields.get("tokenizer.ggml.model")
   pre = fields.get("tokenizer.ggml.pre", "")
   if kind != "gpt2":
-    raise ValueError(f"{path}: tokenizer model {kind!r}, expected 'gpt2'")
+    raise types.UserError(f"{path}: tokenizer model {kind!r}, expected 'gpt2'")
   tokens = fields["tokenizer.ggml.tokens"]
   kinds = fields["tokenizer.ggml.token_type"]
   merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
@@ -206,8 +209,10 @@ def _pre_tokenizer(path: str, name: str):
       pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
-  raise ValueError(f"{path}: unknown pre-tokenizer {name!r}; pass "
-                   "model.tokenizer with the original tokenizer folder")
+  raise types.UserError(
+    f"{path}: unknown pre-tokenizer {name!r}; pass "
+    "model.tokenizer with the original tokenizer folder"
+  )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

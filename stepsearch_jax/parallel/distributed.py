@@ -38,11 +38,11 @@ def initialize(
     process_id: which one this is; None likewise.
 
   Raises:
-    ValueError: some arguments are given and others not.
+    UserError: some arguments are given and others not.
   """
   given = [x is not None for x in (coordinator, num_processes, process_id)]
   if any(given) and not all(given):
-    raise ValueError(
+    raise types.UserError(
       "give all of --coordinator, --num_processes and --process_id, or only "
       f"--multihost; got {coordinator}, {num_processes}, {process_id}"
     )

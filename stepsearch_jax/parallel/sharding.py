@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stepsearch_jax import types
+
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. A dimension that does not divide is replicated.
@@ -46,14 +48,14 @@ def mesh_shape(
     tensor: shards of heads, MLP and vocabulary.
 
   Raises:
-    ValueError: the product is not the number of devices.
+    UserError: the product is not the number of devices.
   """
   if data == -1:
     data = max(devices // (fsdp * tensor), 1)
   elif fsdp == -1:
     fsdp = max(devices // (data * tensor), 1)
   if data * fsdp * tensor != devices:
-    raise ValueError(
+    raise types.UserError(
       f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
       f"{data * fsdp * tensor} devices, there are {devices}"
     )
@@ -77,7 +79,7 @@ def _spec(mesh: Mesh, names, shape) -> PartitionSpec:
   out = []
   for name, size in zip(names, shape, strict=True):
     if name is not None and name not in table:
-      raise ValueError(f"logical axis {name!r} is not in sharding.RULES")
+      raise types.UserError(f"logical axis {name!r} is not in sharding.RULES")
     axes = table.get(name)
     axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
     shards = int(np.prod([mesh.shape[axis] for axis in axes]))

@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 
+from stepsearch_jax import types
+
 GB = 1e9
 
 # Memory GB, dense bfloat16 TFLOP/s and memory GB/s per chip, from the vendors'
@@ -61,14 +63,14 @@ def of_device(platform: str, kind: str) -> Machine:
     kind: `Device.device_kind`, for instance "NVIDIA H100 80GB HBM3".
 
   Raises:
-    ValueError: its peaks are not known.
+    UserError: its peaks are not known.
   """
   if platform == "cpu":
     return parse_topology("cpu")
   for part, name in _KINDS.items():
     if part in kind.lower():
       return parse_topology(f"{name}:1" if name.startswith("v") else name)
-  raise ValueError(
+  raise types.UserError(
     f"the peaks of {kind!r} are not known; known chips: {', '.join(CHIPS)}"
   )
 
@@ -77,7 +79,7 @@ def parse_topology(text: str) -> Machine:
   """Reads `v5e:4x4`, `gpu-h100x8` or `cpu`.
 
   Raises:
-    ValueError: an unknown chip or shape.
+    UserError: an unknown chip or shape.
   """
   kind, chips, topology = text, 1, ""
   if found := re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)*)", text):
@@ -86,7 +88,7 @@ def parse_topology(text: str) -> Machine:
   elif found := re.fullmatch(r"(gpu-\w+?)x(\d+)", text):
     kind, chips = found[1], int(found[2])
   if kind not in CHIPS or chips < 1:
-    raise ValueError(
+    raise types.UserError(
       f"--topology={text!r}: expected for instance v5e:4x4, gpu-h100x8 or cpu; "
       f"known chips: {', '.join(CHIPS)}"
     )

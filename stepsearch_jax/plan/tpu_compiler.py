@@ -6,6 +6,7 @@ import os
 
 import tqdm
 
+from stepsearch_jax import types
 from stepsearch_jax.plan import arithmetic as planning
 from stepsearch_jax.plan import machines
 
@@ -14,7 +15,7 @@ def topology_devices(machine: machines.Machine):
   """Device descriptions of a TPU slice that need not exist here.
 
   Raises:
-    ValueError: libtpu is missing or does not know the topology.
+    UserError: libtpu is missing or does not know the topology.
   """
   from jax.experimental import topologies
 
@@ -27,7 +28,7 @@ def topology_devices(machine: machines.Machine):
   try:
     return topologies.get_topology_desc(machine.topology, "tpu").devices
   except Exception as error:  # The plugin raises whatever it likes.
-    raise ValueError(
+    raise types.UserError(
       f"--topology={machine.topology}: the TPU compiler is not available "
       f"({str(error).splitlines()[0][:120]}); pip install libtpu, or use "
       "--nocompile"

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch_jax import types
+
 
 def gae(rewards, values, mask, gamma: float, lam: float):
   """Generalised advantage estimation over masked tokens (arXiv 1506.02438).
@@ -150,7 +152,7 @@ def kl_penalty(logp, reference_logp, estimator: str):
     return 0.5 * jnp.square(gap)
   if estimator == "low_var_kl":
     return jnp.clip(jnp.exp(-gap) + gap - 1.0, -10.0, 10.0)
-  raise ValueError(
+  raise types.UserError(
     f"kl_estimator must be one of {KL_ESTIMATORS}, got {estimator!r}"
   )
 
@@ -171,7 +173,7 @@ class KlController:
 
   def __post_init__(self):
     if self.kind not in ("fixed", "adaptive"):
-      raise ValueError(
+      raise types.UserError(
         f"ppo.kl_controller must be fixed or adaptive, got {self.kind!r}"
       )
 

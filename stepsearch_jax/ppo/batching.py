@@ -32,7 +32,7 @@ def trajectories_to_batch(
       preset drops end-of-text).
 
   Raises:
-    ValueError: a trajectory is longer than `max_length`.
+    UserError: a trajectory is longer than `max_length`.
   """
   rows = len(trajectories)
   tokens = np.full((rows, max_length), pad_id, np.int32)
@@ -40,7 +40,7 @@ def trajectories_to_batch(
   spread = np.zeros((rows, max_length), np.float32)
   lengths = np.array([len(t.tokens) for t in trajectories], np.int32)
   if lengths.max(initial=0) > max_length:
-    raise ValueError(
+    raise types.UserError(
       f"a trajectory has {lengths.max()} tokens, rollout.context is "
       f"{max_length}"
     )
@@ -108,15 +108,17 @@ def pack(
     multiple: the number of packed rows is rounded up to this.
 
   Raises:
-    ValueError: a trajectory does not fit a row.
+    UserError: a trajectory does not fit a row.
   """
   free: list[int] = []
   places: list[list[int]] = []
   for b in sorted(rows, key=lambda b: (-int(lengths[b]), b)):
     size = int(lengths[b])
     if size > row_length:
-      raise ValueError(f"a trajectory of {size} tokens does not fit a packed "
-                       f"row of {row_length}")
+      raise types.UserError(
+        f"a trajectory of {size} tokens does not fit a packed "
+        f"row of {row_length}"
+      )
     r = next((i for i, room in enumerate(free) if room >= size), len(free))
     if r == len(free):
       free.append(row_length)

@@ -74,7 +74,7 @@ class LearnerSpec:
       ("micro_weighting", ("token", "micro_mean")),
     ):
       if getattr(self, field) not in allowed:
-        raise ValueError(
+        raise types.UserError(
           f"ppo.{field} must be one of {allowed}, got {getattr(self, field)!r}"
         )
 

@@ -20,12 +20,12 @@ class Bm25Retriever:
       passages: at least one.
 
     Raises:
-      ValueError: bm25s is not installed.
+      UserError: bm25s is not installed.
     """
     try:
       import bm25s
     except ImportError as error:
-      raise ValueError(
+      raise types.UserError(
         "retrieval.engine = bm25 needs the extra: pip install -e \".[bm25]\""
       ) from error
     self._tokenize = lambda texts: bm25s.tokenize(

@@ -34,11 +34,11 @@ class OnlineRetriever:
       **testing: sleep and clock of `remote.PatientClient`.
 
     Raises:
-      ValueError: the environment holds no key.
+      UserError: the environment holds no key.
     """
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
-      raise ValueError(
+      raise types.UserError(
         f"retrieval.engine = online needs the API key in the environment "
         f"variable {KEY_VARIABLE}"
       )

@@ -32,7 +32,7 @@ class RecordingRetriever:
       path: JSONL file; one of another index is an error.
 
     Raises:
-      ValueError: the file is a record of another retrieval.
+      UserError: the file is a record of another retrieval.
     """
     self._inner = inner
     self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class RecordingRetriever:
     if path.exists() and _mend(path):
       about, self._found, _ = _read(path)
       if about != inner.describe():
-        raise ValueError(
+        raise types.UserError(
           f"{path} records {about}, this run searches {inner.describe()}: "
           "choose another retrieval.record"
         )
@@ -110,7 +110,7 @@ class ReplayRetriever:
 
     Raises:
       SearchError: the recorded search failed.
-      ValueError: a query is not on record and nobody else may be asked.
+      UserError: a query is not on record and nobody else may be asked.
     """
     with self._lock:
       failed = [q for q in dict.fromkeys(queries) if self._failures[q, k]]
@@ -122,7 +122,7 @@ class ReplayRetriever:
       )
     missing = [q for q in dict.fromkeys(queries) if (q, k) not in self._found]
     if missing and self._inner is None:
-      raise ValueError(
+      raise types.UserError(
         f"{self._path}: {len(missing)} queries are not on record with k = {k}, "
         f"the first is {missing[0]!r} (retrieval.replay_miss = \"search\" asks "
         "the index)"

@@ -50,7 +50,7 @@ class RemoteSpec:
 
   def __post_init__(self):
     if self.timeout_seconds <= 0 or self.retries < 0 or self.open_after < 1:
-      raise ValueError(
+      raise types.UserError(
         "retrieval.patience needs timeout_seconds > 0, retries >= 0 and "
         f"open_after >= 1: {self}"
       )
@@ -204,7 +204,7 @@ def _parse(body: dict, count: int) -> list[list[types.Passage]]:
   """Passages of a response, in either document schema."""
   results = body["result"]
   if len(results) != count:
-    raise ValueError(f"{len(results)} results for {count} queries")
+    raise types.UserError(f"{len(results)} results for {count} queries")
   out = []
   for found in results:
     passages = []
@@ -216,7 +216,7 @@ def _parse(body: dict, count: int) -> list[list[types.Passage]]:
         title = document.get("title", "")
         text = document.get("content", document.get("text"))
       if not isinstance(text, str):
-        raise ValueError(f"a document without text: {sorted(document)}")
+        raise types.UserError(f"a document without text: {sorted(document)}")
       # Servers differ in whether documents have ids; texts always identify.
       digest = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:16]
       passages.append(types.Passage(

@@ -30,7 +30,7 @@ class RerankingRetriever:
       candidates: passages scored per query.
 
     Raises:
-      ValueError: the model has another number of outputs.
+      UserError: the model has another number of outputs.
     """
     import transformers
 

@@ -51,8 +51,10 @@ class ServiceLimits:
 
   def __post_init__(self):
     if self.default_topk > self.topk:
-      raise ValueError(f"default_topk = {self.default_topk} exceeds topk = "
-                       f"{self.topk}")
+      raise types.UserError(
+        f"default_topk = {self.default_topk} exceeds topk = "
+        f"{self.topk}"
+      )
 
 
 class BadRequestError(ValueError):

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.rewards import text_match, tfidf
 
 
-class RewardError(ValueError):
+class RewardError(types.UserError):
   """A trajectory cannot be scored.
 
   Attributes:
@@ -85,7 +86,7 @@ class RewardSpec:
       ("eos", ("trained", "dropped")),
     ):
       if getattr(self, field) not in allowed:
-        raise ValueError(
+        raise types.UserError(
           f"reward.{field} must be one of {allowed}, got "
           f"{getattr(self, field)!r}"
         )

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepsearch_jax import types
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -96,7 +98,7 @@ def bootstrap_interval(
   """
   values = np.asarray(values, np.float64)
   if not values.size:
-    raise ValueError("an interval needs at least one value")
+    raise types.UserError("an interval needs at least one value")
   rng = np.random.default_rng(seed)
   means = np.array([
     values[rng.integers(0, values.size, values.size)].mean()

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepsearch_jax import types
+
 
 @dataclasses.dataclass(frozen=True)
 class StopAutomaton:
@@ -99,14 +101,14 @@ def build_automaton(
     The automaton; state 0 is the start of every turn.
 
   Raises:
-    ValueError: no tag, an empty tag, or an end-of-text id outside the
+    UserError: no tag, an empty tag, or an end-of-text id outside the
       vocabulary.
   """
   if not tags or not all(tags):
-    raise ValueError(f"stop tags must be non-empty strings, got {tags!r}")
+    raise types.UserError(f"stop tags must be non-empty strings, got {tags!r}")
   vocab = len(token_bytes)
   if any(not 0 <= i < vocab for i in eos_ids):
-    raise ValueError(
+    raise types.UserError(
       f"end-of-text ids {tuple(eos_ids)} must lie in the vocabulary of {vocab}"
     )
   step, first_stop = _byte_transitions([tag.encode() for tag in tags])
@@ -129,7 +131,7 @@ def build_automaton(
 def pad_vocabulary(table: np.ndarray, vocab: int) -> np.ndarray:
   """Models may have more rows than the tokenizer has tokens."""
   if table.shape[1] > vocab:
-    raise ValueError(
+    raise types.UserError(
       f"the tokenizer has {table.shape[1]} tokens, the model only {vocab}: "
       "model.tokenizer and model.reference do not belong together"
     )

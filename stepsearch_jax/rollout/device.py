@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rollout import sampling
 
@@ -42,9 +43,11 @@ class SamplerSpec:
 
   def __post_init__(self):
     if not (self.slots > 0 and self.context > 0 and self.block > 0):
-      raise ValueError(f"slots, context and block must be positive: {self}")
+      raise types.UserError(
+        f"slots, context and block must be positive: {self}"
+      )
     if self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"need top_k >= 0 and 0 < top_p <= 1: {self}")
+      raise types.UserError(f"need top_k >= 0 and 0 < top_p <= 1: {self}")
 
 
 @flax.struct.dataclass

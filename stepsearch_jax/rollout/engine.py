@@ -90,13 +90,13 @@ class Engine:
     """Tokens of a question's prompt.
 
     Raises:
-      ValueError: the prompt is longer than `max_prompt` or leaves no room.
+      UserError: the prompt is longer than `max_prompt` or leaves no room.
     """
     tokens = self._tokenizer.encode_prompt(self._env.prompt(question))
     room = self._programs.spec.context - self._spec.answer_room
     limit = min(self._spec.max_prompt, room)
     if len(tokens) > limit:
-      raise ValueError(
+      raise types.UserError(
         f"question {question.id!r} needs {len(tokens)} prompt tokens, the "
         f"limit is {limit}: raise rollout.max_prompt / rollout.context or "
         "drop the question"
@@ -134,7 +134,7 @@ class Engine:
       (trajectories in the order of `questions`, statistics).
     """
     if len(questions) != len(episodes):
-      raise ValueError(
+      raise types.UserError(
         f"{len(questions)} questions but {len(episodes)} episode numbers"
       )
     run = _Run(self, params, questions, episodes, temperature, on_done)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from stepsearch_jax import types
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
@@ -30,14 +32,20 @@ class EngineSpec:
 
   def __post_init__(self):
     if self.retrieval_delay < 1:
-      raise ValueError("retrieval_delay must be at least 1 step, got "
-                       f"{self.retrieval_delay}")
+      raise types.UserError(
+        "retrieval_delay must be at least 1 step, got "
+        f"{self.retrieval_delay}"
+      )
     for name in ("extend_rows", "extend_tokens"):
       sizes = getattr(self, name)
       if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-        raise ValueError(f"{name} must be increasing positive sizes: {sizes}")
+        raise types.UserError(
+          f"{name} must be increasing positive sizes: {sizes}"
+        )
     if self.extend_tokens[-1] < 2:
-      raise ValueError("extend_tokens must allow chunks of at least 2 tokens")
+      raise types.UserError(
+        "extend_tokens must allow chunks of at least 2 tokens"
+      )
 
 
 @dataclasses.dataclass

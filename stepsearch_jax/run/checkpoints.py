@@ -19,8 +19,10 @@ import orbax.checkpoint.checkpoint_managers as policies
 from absl import logging
 from etils import epath
 
+from stepsearch_jax import types
 
-class CheckpointMismatchError(ValueError):
+
+class CheckpointMismatchError(types.UserError):
   """The checkpoint belongs to another model or other data."""
 
 
@@ -104,7 +106,7 @@ class Checkpointer:
 
     Raises:
       CheckpointMismatchError: the checkpoint is of another model or data.
-      ValueError: checkpoints exist but none can be read.
+      UserError: checkpoints exist but none can be read.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -129,7 +131,7 @@ class Checkpointer:
         continue
       return step, items["policy"], items["rest"], meta
     if steps:
-      raise ValueError(
+      raise types.UserError(
         f"none of the checkpoints {steps} in {self._folder} can be read; "
         "remove the folder to start anew"
       )
@@ -139,7 +141,7 @@ class Checkpointer:
     """Drops the checkpoints from step `before` on; then see `restore`.
 
     Raises:
-      ValueError: there is no older one.
+      UserError: there is no older one.
     """
     self.wait()
     for step in self._manager.all_steps():
@@ -147,7 +149,7 @@ class Checkpointer:
         self._manager.delete(step)
     found = self.restore(policy, rest)
     if found is None:
-      raise ValueError(
+      raise types.UserError(
         f"{self._folder} has no checkpoint before step {before} to roll back "
         "to: raise checkpoint.keep"
       )
@@ -195,12 +197,14 @@ def load_reference(workdir: epath.PathLike, like):
   """Reads what `save_reference` wrote.
 
   Raises:
-    ValueError: the run has no reference.
+    UserError: the run has no reference.
   """
   folder = epath.Path(workdir).resolve() / "reference"
   if not folder.exists():
-    raise ValueError(f"{folder} is missing: cannot resume without the "
-                     "reference policy; start in a fresh --workdir")
+    raise types.UserError(
+      f"{folder} is missing: cannot resume without the "
+      "reference policy; start in a fresh --workdir"
+    )
   with ocp.StandardCheckpointer() as reader:
     return reader.restore(folder, _abstract(like))
 
@@ -217,15 +221,17 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
     (step, parameters).
 
   Raises:
-    ValueError: no such checkpoint, or its shapes differ from `like`.
+    UserError: no such checkpoint, or its shapes differ from `like`.
   """
   folder = epath.Path(workdir).resolve() / "checkpoints"
   if not folder.exists():
-    raise ValueError(f"no checkpoints in {workdir}: expected {folder}")
+    raise types.UserError(f"no checkpoints in {workdir}: expected {folder}")
   # Unfinished checkpoints carry a suffix behind the number.
   steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
   if not steps or (step is not None and step not in steps):
-    raise ValueError(f"no checkpoint {step} in {folder}, there are {steps}")
+    raise types.UserError(
+      f"no checkpoint {step} in {folder}, there are {steps}"
+    )
   step = steps[-1] if step is None else step
   path = folder / str(step) / "policy"
   with ocp.StandardCheckpointer() as reader:

@@ -57,7 +57,7 @@ def load_data(config, workdir: epath.Path) -> Data:
   """Reads (or generates) questions and corpus.
 
   Raises:
-    ValueError: a file is missing or malformed (names file and line), or a
+    UserError: a file is missing or malformed (names file and line), or a
       training question has no supporting paragraphs.
   """
   data = config.data
@@ -84,7 +84,7 @@ def load_data(config, workdir: epath.Path) -> Data:
   if data.eval_limit:
     heldout = heldout[: data.eval_limit]
   if not train or not heldout:
-    raise ValueError(
+    raise types.UserError(
       f"data.train = {train_path!r} leaves {len(train)} training and "
       f"{len(heldout)} evaluation questions; both must be positive"
     )
@@ -105,11 +105,11 @@ def _ready_index(given) -> epath.Path:
   """The folder of `retrieval.index`.
 
   Raises:
-    ValueError: there is none.
+    UserError: there is none.
   """
   folder = epath.Path(given.index)
   if not (folder / "manifest.json").exists():
-    raise ValueError(
+    raise types.UserError(
       f"retrieval.index = {given.index!r} does not exist: build it with "
       "python -m stepsearch_jax.tools.build_index"
     )
@@ -177,7 +177,7 @@ def trained_policy(
   """(step, whole policy) of a run's newest or given checkpoint.
 
   Raises:
-    ValueError: no such checkpoint, or one of another model.
+    UserError: no such checkpoint, or one of another model.
   """
   adapter = settings.adapter("policy", config.policy)
   variant = variants.Variant("policy", model, adapter)
@@ -198,16 +198,20 @@ def load_retriever(config, workdir: epath.Path, data: Data):
   """The configured retriever, recorded or replayed if asked for.
 
   Raises:
-    ValueError: settings that contradict each other, or an index of another
+    UserError: settings that contradict each other, or an index of another
       encoder or corpus.
   """
   given = config.retrieval
   if given.replay_miss not in ("error", "search"):
-    raise ValueError("retrieval.replay_miss must be error or search, got "
-                     f"{given.replay_miss!r}")
+    raise types.UserError(
+      "retrieval.replay_miss must be error or search, got "
+      f"{given.replay_miss!r}"
+    )
   if given.record and jax.process_count() > 1:
-    raise ValueError("retrieval.record needs a run of one process, this has "
-                     f"{jax.process_count()}")
+    raise types.UserError(
+      "retrieval.record needs a run of one process, this has "
+      f"{jax.process_count()}"
+    )
   if given.replay:
     inner = None
     if given.replay_miss == "search":
@@ -227,13 +231,15 @@ def _searching(given, workdir, data):
   """A server's client, or an index: given, or built in the work directory."""
   if given.remote:
     if given.index:
-      raise ValueError(
+      raise types.UserError(
         "set retrieval.remote or retrieval.index, not both: "
         f"{given.remote!r} and {given.index!r}"
       )
   if given.engine not in ("index", "bm25", "online"):
-    raise ValueError("retrieval.engine must be index, bm25 or online, got "
-                     f"{given.engine!r}")
+    raise types.UserError(
+      "retrieval.engine must be index, bm25 or online, got "
+      f"{given.engine!r}"
+    )
   if given.remote or given.engine != "index":
     # One process asks; the others learn the answer when results are merged.
     if not distributed.is_primary():
@@ -335,7 +341,7 @@ def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
                     "failed", failed, len(order))
   fitting = [t for t in trajectories if len(t.tokens) <= config.rollout.context]
   if not fitting:
-    raise ValueError(
+    raise types.UserError(
       f"none of {len(trajectories)} scripted trajectories fits "
       f"rollout.context = {config.rollout.context}; {failed} had no search "
       "results"

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.env import prompts
 from stepsearch_jax.models import adapters, decoder
 from stepsearch_jax.ppo import records
@@ -31,26 +32,26 @@ def validate(config) -> None:
   """Checks what no single part can check.
 
   Raises:
-    ValueError: naming the field, what was expected and what was given.
+    UserError: naming the field, what was expected and what was given.
   """
   if config.algorithm not in _ALGORITHMS:
-    raise ValueError(
+    raise types.UserError(
       f"algorithm must be one of {sorted(_ALGORITHMS)}, got "
       f"{config.algorithm!r}"
     )
   if (config.total_steps > 0) == (config.total_epochs > 0):
-    raise ValueError(
+    raise types.UserError(
       "set exactly one of total_steps and total_epochs, got "
       f"{config.total_steps} and {config.total_epochs}"
     )
   if config.algorithm == "grpo" and config.batch.rollouts < 2:
-    raise ValueError(
+    raise types.UserError(
       "grpo compares rollouts of one question: batch.rollouts must be >= 2, "
       f"got {config.batch.rollouts}"
     )
   rollouts = config.batch.questions * config.batch.rollouts
   if rollouts < 1 or rollouts % config.ppo.mini_batch:
-    raise ValueError(
+    raise types.UserError(
       f"batch.questions * batch.rollouts = {rollouts} must be a positive "
       f"multiple of ppo.mini_batch = {config.ppo.mini_batch}"
     )
@@ -60,12 +61,12 @@ def validate(config) -> None:
   ):
     shards = _data_shards(config.mesh)
     if value % shards:
-      raise ValueError(
+      raise types.UserError(
         f"{field} = {value} is not divisible by the mesh's {shards} data "
         "shards (mesh.data * mesh.fsdp)"
       )
   if config.rollout.template not in prompts.TEMPLATES:
-    raise ValueError(
+    raise types.UserError(
       f"rollout.template must be one of {sorted(prompts.TEMPLATES)}, got "
       f"{config.rollout.template!r}"
     )
@@ -88,7 +89,7 @@ def reward_spec(config) -> step_rewards.RewardSpec:
   """The preset with the ablation switches of the config."""
   reward = config.reward
   if reward.preset not in step_rewards.PRESETS:
-    raise ValueError(
+    raise types.UserError(
       f"reward.preset must be one of {sorted(step_rewards.PRESETS)}, got "
       f"{reward.preset!r}"
     )
@@ -133,7 +134,7 @@ def sentinel_limits(config) -> sentinel.Limits:
   """Limits that the sentinel holds a run to."""
   given = config.sentinel
   if given.action not in sentinel.ACTIONS:
-    raise ValueError(
+    raise types.UserError(
       f"sentinel.action must be one of {sentinel.ACTIONS}, got "
       f"{given.action!r}"
     )
@@ -186,7 +187,7 @@ def adapter(role: str, given) -> adapters.AdapterSpec | None:
   """Adapter size of `config.policy` or `config.value`; None trains all."""
   small = {"policy": "lora", "value": "adapter"}[role]
   if given.kind not in ("full", small):
-    raise ValueError(
+    raise types.UserError(
       f"{role}.kind must be full or {small}, got {given.kind!r}"
     )
   if given.kind == "full":

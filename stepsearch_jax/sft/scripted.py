@@ -35,7 +35,7 @@ class ScriptMixture:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if not 0 <= getattr(self, field.name) <= 1:
-        raise ValueError(
+        raise types.UserError(
           f"warm_start.{field.name} must be a share in [0, 1], got "
           f"{getattr(self, field.name)}"
         )
@@ -83,10 +83,10 @@ def scripted_trajectory(
     A trajectory whose policy tokens are the script's, end of text included.
 
   Raises:
-    ValueError: the question has no decomposition to follow.
+    UserError: the question has no decomposition to follow.
   """
   if not question.decomposition:
-    raise ValueError(
+    raise types.UserError(
       f"question {question.id!r} has no decomposition to script a warm start "
       "from; set warm_start.steps = 0"
     )

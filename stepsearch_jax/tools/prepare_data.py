@@ -144,7 +144,7 @@ def audit(questions: list[types.Question]) -> None:
   from stepsearch_jax.retrieval.index import corpus
 
   if not _CORPUS.value:
-    raise ValueError("--audit needs --corpus")
+    raise types.UserError("--audit needs --corpus")
   counts, missing = coverage.audit(
     questions,
     tqdm.tqdm(corpus.stream_corpus(_CORPUS.value), "audit", unit="passage"),
@@ -163,8 +163,10 @@ def supervise(questions: list[types.Question]) -> None:
   from stepsearch_jax.tools import supervise as pipeline
 
   if not _OUTPUT.value or not _OUTPUT.value.endswith((".jsonl", ".parquet")):
-    raise ValueError("--supervise needs --output=<file>.jsonl or .parquet, got "
-                     f"{_OUTPUT.value!r}")
+    raise types.UserError(
+      "--supervise needs --output=<file>.jsonl or .parquet, got "
+      f"{_OUTPUT.value!r}"
+    )
   if all(pipeline.is_url(name) for name in _RETRIEVERS.value):
     passages = []  # Servers have their own.
   elif _CORPUS.value:
@@ -182,7 +184,7 @@ def supervise(questions: list[types.Question]) -> None:
 def main() -> None:
   """Entry; see the module docstring."""
   if not (_CHECK.value or _TFDS_DIR.value or _SUPERVISE.value or _AUDIT.value):
-    raise ValueError(
+    raise types.UserError(
       "nothing to do: give --check, --supervise, --audit or --tfds_dir"
     )
   questions = questions_lib.load_questions(_INPUT.value, limit=_LIMIT.value)
@@ -194,7 +196,7 @@ def main() -> None:
     try:
       supervise(questions)
     except types.SearchError as error:
-      raise ValueError(
+      raise types.UserError(
         f"{error} (the same command goes on where it stopped)"
       ) from error
   if _TFDS_DIR.value:

@@ -29,7 +29,7 @@ def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
   elif is_url(name):
     url, separator, model = name.partition("#")
     if not separator:
-      raise ValueError(f"--writers: {name!r} must be URL#MODEL")
+      raise types.UserError(f"--writers: {name!r} must be URL#MODEL")
     writer = writers_lib.EndpointWriter(url, model)
   else:
     writer = writers_lib.LocalWriter(name)
@@ -86,7 +86,7 @@ def supervise(
     logging.warning("%d questions without decomposition or support left out",
                     len(questions) - len(ready))
   if not ready:
-    raise ValueError(
+    raise types.UserError(
       "no question has a decomposition and supporting passages: --writers "
       "needs a language model to write the one, --corpus passages with the "
       "sub-answers to find the others"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
 
+from stepsearch_jax import types
 from stepsearch_jax.data import questions
 
 
@@ -82,7 +83,9 @@ class MultihopQa(tfds.core.GeneratorBasedBuilder):
       if (folder / name).exists()
     }
     if not found:
-      raise ValueError(f"{folder}: expected one of {sorted(files.values())}")
+      raise types.UserError(
+        f"{folder}: expected one of {sorted(files.values())}"
+      )
     return {
       split: self._generate_examples(path) for split, path in found.items()
     }

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.models.weights import hf as hf_weights
 
@@ -101,13 +102,13 @@ def save_policy(
     shard_bytes: a new safetensors file begins before this is exceeded.
 
   Raises:
-    ValueError: the folder exists or the type is another one.
+    UserError: the folder exists or the type is another one.
   """
   folder = epath.Path(folder)
   if folder.exists():
-    raise ValueError(f"{folder} exists; choose a new folder")
+    raise types.UserError(f"{folder} exists; choose a new folder")
   if dtype not in ("bfloat16", "float32"):
-    raise ValueError(f"dtype must be bfloat16 or float32, got {dtype!r}")
+    raise types.UserError(f"dtype must be bfloat16 or float32, got {dtype!r}")
   temporary = folder.with_name(folder.name + ".tmp")
   if temporary.exists():
     temporary.rmtree()

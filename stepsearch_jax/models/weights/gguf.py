@@ -12,10 +12,11 @@ from typing import Any
 import gguf
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 
 
-class WeightError(ValueError):
+class WeightError(types.UserError):
   """A checkpoint does not fit the model; the message names the tensor."""
 
 
@@ -30,8 +31,10 @@ def load_config(path: str) -> decoder.DecoderConfig:
   metadata = fields(path)
   family = metadata["general.architecture"]
   if family not in decoder.FAMILIES:
-    raise ValueError(f"{path}: architecture {family!r} is not supported, "
-                     f"expected one of {decoder.FAMILIES}")
+    raise types.UserError(
+      f"{path}: architecture {family!r} is not supported, "
+      f"expected one of {decoder.FAMILIES}"
+    )
 
   def get(name, default=None):
     return metadata.get(f"{family}.{name}", default)

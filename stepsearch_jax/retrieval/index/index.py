@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
 from stepsearch_jax.retrieval.index import passages as passages_lib
 from stepsearch_jax.retrieval.index import tuning
@@ -25,7 +26,7 @@ from stepsearch_jax.retrieval.index import tuning
 FORMAT = 2
 
 
-class IndexMismatchError(ValueError):
+class IndexMismatchError(types.UserError):
   """The index was built with another encoder or corpus."""
 
 
@@ -66,8 +67,10 @@ class Index:
       )
     else:
       if (folder / "scann" / "scann_docids.pkl").exists():
-        raise ValueError(f"{folder}/scann holds a pickle, which is never "
-                         "loaded; build the index again")
+        raise types.UserError(
+          f"{folder}/scann holds a pickle, which is never "
+          "loaded; build the index again"
+        )
       self._searcher = scann.scann_ops_pybind.load_searcher(
         str(folder / "scann")
       )
@@ -120,16 +123,18 @@ def open_index(
 
   Raises:
     IndexMismatchError: another encoder or corpus, naming both.
-    ValueError: no index there.
+    UserError: no index there.
   """
   folder = epath.Path(folder)
   path = folder / "manifest.json"
   if not path.exists():
-    raise ValueError(f"{folder} is no index: manifest.json is missing")
+    raise types.UserError(f"{folder} is no index: manifest.json is missing")
   manifest = json.loads(path.read_text())
   if manifest.get("format") != FORMAT:
-    raise ValueError(f"{folder}: index format {manifest.get('format')}, "
-                     f"expected {FORMAT}; build it again")
+    raise types.UserError(
+      f"{folder}: index format {manifest.get('format')}, "
+      f"expected {FORMAT}; build it again"
+    )
   if manifest["encoder"] != encoder.settings:
     raise IndexMismatchError(
       f"index {folder} was built with encoder {manifest['encoder']}, "

@@ -10,6 +10,8 @@ import threading
 
 import numpy as np
 
+from stepsearch_jax import types
+
 _FLAT = {b"IxFI": "inner product", b"IxF2": "L2"}
 
 
@@ -26,17 +28,19 @@ def open_vectors(path: str, dim: int | None = None) -> np.ndarray:
     [n, d], read-only, nothing loaded yet.
 
   Raises:
-    ValueError: no such file, or it holds something else.
+    UserError: no such file, or it holds something else.
   """
   try:
     with open(path, "rb") as file:
       head = file.read(64)
   except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    raise types.UserError(
+      f"{path}: cannot be read: {error.strerror}"
+    ) from error
   if head[:6] == b"\x93NUMPY":
     table = np.load(path, mmap_mode="r", allow_pickle=False)
     if table.ndim != 2 or table.dtype not in (np.float32, np.float16):
-      raise ValueError(
+      raise types.UserError(
         f"{path}: expected float32 or float16 [n, d], got {table.dtype} "
         f"{list(table.shape)}"
       )
@@ -44,11 +48,13 @@ def open_vectors(path: str, dim: int | None = None) -> np.ndarray:
   if path.endswith(".memmap") and dim is not None:
     size = os.path.getsize(path)
     if not size or size % (4 * dim):
-      raise ValueError(f"{path}: {size} bytes are no float32 rows of {dim}")
+      raise types.UserError(
+        f"{path}: {size} bytes are no float32 rows of {dim}"
+      )
     return np.memmap(path, np.float32, "r", shape=(size // (4 * dim), dim))
   if head[:4] in _FLAT:
     return _faiss_flat(path, head)
-  raise ValueError(
+  raise types.UserError(
     f"{path}: expected a .npy file, a .memmap or a FAISS flat index "
     f"(IndexFlatIP, IndexFlatL2), it begins with {head[:4]!r}"
   )
@@ -93,19 +99,23 @@ def _faiss_flat(path: str, head: bytes) -> np.ndarray:
   fields = struct.Struct("<iqqqbi")
   at = 4 + fields.size
   if len(head) < at + 8:
-    raise ValueError(f"{path}: the header of a FAISS index ends early")
+    raise types.UserError(f"{path}: the header of a FAISS index ends early")
   dim, count, _, _, _, metric = fields.unpack_from(head, 4)
   if metric not in (0, 1):
-    raise ValueError(f"{path}: FAISS metric {metric} is not supported, only "
-                     "inner product and L2")
+    raise types.UserError(
+      f"{path}: FAISS metric {metric} is not supported, only "
+      "inner product and L2"
+    )
   (floats,) = struct.unpack_from("<Q", head, at)
   if dim < 1 or count < 1 or floats != dim * count:
-    raise ValueError(
+    raise types.UserError(
       f"{path}: the header promises {count} x {dim} floats, the file says "
       f"{floats}"
     )
   size = os.path.getsize(path)
   if size < at + 8 + 4 * floats:
-    raise ValueError(f"{path}: {size} bytes cannot hold {count} x {dim} "
-                     "floats; is it only a part of the index?")
+    raise types.UserError(
+      f"{path}: {size} bytes cannot hold {count} x {dim} "
+      "floats; is it only a part of the index?"
+    )
   return np.memmap(path, np.float32, "r", offset=at + 8, shape=(count, dim))
