@@ -48,11 +48,14 @@ class Retriever(Protocol):
 
   def search(
     self, queries: Sequence[str], k: int
-  ) -> list[list[Passage]]:
-    """The k best passages of each query, best first, scores filled in.
+  ) -> list[list[Passage] | None]:
+    """Returns the passages of each query, at most k, best first, with scores.
+
+    An empty list says that nothing was found, None that this query alone
+    failed (a server refused it, for instance).
 
     Raises:
-      SearchError: no result can be had.
+      SearchError: all queries failed.
     """
     ...
 

@@ -1,6 +1,5 @@
 """Several processes train one run, and end together."""
 
-import json
 import os
 import pathlib
 import signal
@@ -13,9 +12,6 @@ import jax
 import numpy as np
 import pytest
 import train_test
-
-from stepsearch_jax import types
-from stepsearch_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -100,29 +96,3 @@ def test_a_dead_process_ends_the_others_with_an_error(tmp_path):
   (error, _), (code, _) = finish(handles, 60)
   assert code != 0
   assert "another process" in error or "distributed service" in error, error
-
-
-def test_merged_results_are_the_best_of_all_shards(monkeypatch):
-  shards = [
-    [[types.Passage("a", "A", "x", 0.9), types.Passage("b", "B", "y", 0.2)]],
-    [[types.Passage("c", "C", "z", 0.5), types.Passage("a", "A", "x", 0.9)]],
-  ]
-  packed = [
-    json.dumps([[vars(p) for p in row] for row in shard]).encode()
-    for shard in shards
-  ]
-
-  def allgather(x):
-    if x.ndim == 0:
-      return np.array([len(p) for p in packed], np.int32)
-    rows = np.zeros((2, max(map(len, packed))), np.uint8)
-    for row, p in zip(rows, packed, strict=True):
-      row[: len(p)] = np.frombuffer(p, np.uint8)
-    return rows
-
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(
-    distributed.multihost_utils, "process_allgather", allgather
-  )
-  merged = distributed.merge_topk(shards[0], 2)
-  assert [p.id for p in merged[0]] == ["a", "c"]

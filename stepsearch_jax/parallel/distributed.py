@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from stepsearch_jax import types
@@ -92,25 +93,53 @@ def share(total: Sequence[_T]) -> Sequence[_T]:
   return total[jax.process_index() :: jax.process_count()]
 
 
-def merge_topk(
-  found: Sequence[Sequence[types.Passage]] | None, k: int
-) -> list[list[types.Passage]] | None:
-  """The k best passages over all processes' index shards.
+Found = Sequence[Sequence[types.Passage] | None]
+
+
+def search_together(
+  search: Callable[[], Found], count: int, k: int
+) -> list[list[types.Passage] | None]:
+  """Ends a search in every process and merges what they found.
+
+  Every process calls this for the same searches in the same order.
 
   Args:
-    found: per query, this process's best passages with scores; None where
-      the search failed here.
+    search: waits for this process's part of the results.
+    count: number of queries.
     k: passages to keep per query.
 
   Returns:
-    The same in every process: best first, ties by process; None if the search
-    failed anywhere.
+    The k best passages of each query, the same in every process; None where
+    the search failed in some process.
+
+  Raises:
+    UserError: the retriever's settings do not allow the search.
   """
+  try:
+    found = search()
+    if len(found) != count:
+      raise types.SearchError(f"{len(found)} results for {count} queries")
+  except types.UserError:
+    raise
+  except Exception as error:  # Costs its searches, not the run.
+    unknown = not isinstance(error, types.SearchError)
+    logging.warning(
+      "%d searches failed: %s: %s", count, type(error).__name__, error,
+      exc_info=unknown,
+    )
+    # The others wait for this process's part, if only to learn this.
+    found = [None] * count
+  return _merge_topk(found, k)
+
+
+def _merge_topk(found: Found, k: int) -> list[list[types.Passage] | None]:
+  """The k best passages over all processes, ties by process."""
   if jax.process_count() == 1:
-    return found
-  packed = json.dumps(
-    found and [[dataclasses.asdict(p) for p in row] for row in found]
-  ).encode()
+    return list(found)
+  packed = json.dumps([
+    row if row is None else [dataclasses.asdict(p) for p in row]
+    for row in found
+  ]).encode()
   sizes = multihost_utils.process_allgather(np.int32(len(packed)))
   padded = np.zeros(int(sizes.max()), np.uint8)
   padded[: len(packed)] = np.frombuffer(packed, np.uint8)
@@ -119,10 +148,11 @@ def merge_topk(
     json.loads(row[:size].tobytes())
     for row, size in zip(everyone, sizes, strict=True)
   ]
-  if any(shard is None for shard in shards):
-    return None
   merged = []
   for rows in zip(*shards, strict=True):
+    if None in rows:
+      merged.append(None)
+      continue
     # By id, because processes may also hold replicas of one index.
     passages = {p["id"]: types.Passage(**p) for row in rows for p in row}
     merged.append(sorted(passages.values(), key=lambda p: -p.score)[:k])

@@ -9,6 +9,8 @@ from stepsearch_jax import types
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
 
+MISSING = "retrieval.engine = bm25 needs the extra: pip install -e \".[bm25]\""
+
 
 class Bm25Retriever:
   """Ranks passages by BM25 of title and text."""
@@ -25,9 +27,7 @@ class Bm25Retriever:
     try:
       import bm25s
     except ImportError as error:
-      raise types.UserError(
-        "retrieval.engine = bm25 needs the extra: pip install -e \".[bm25]\""
-      ) from error
+      raise types.UserError(MISSING) from error
     self._tokenize = lambda texts: bm25s.tokenize(
       texts, stopwords="en", show_progress=False
     )

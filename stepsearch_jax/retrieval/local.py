@@ -7,7 +7,6 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
-from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
@@ -88,34 +87,6 @@ class EmptyRetriever:
   def describe(self) -> dict:
     """Nothing to say."""
     return {}
-
-
-class MergingRetriever:
-  """Searches and merges at once; for callers outside the rollout's schedule."""
-
-  def __init__(self, inner, merge):
-    """Wraps a retriever; `merge` is `distributed.merge_topk`."""
-    self._inner = inner
-    self._merge = merge
-
-  def search(
-    self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
-    """The k best passages of each query over all shards.
-
-    Raises:
-      SearchError: the search failed for good in some process.
-    """
-    try:
-      found = self._inner.search(queries, k)
-    except types.SearchError as error:
-      # The others wait for this process's part, if only to learn this.
-      logging.warning("a search failed: %s", error)
-      found = None
-    merged = self._merge(found, k)
-    if merged is None:
-      raise types.SearchError("the search failed in some process")
-    return merged
 
 
 def open_retriever(

@@ -20,30 +20,37 @@ _URL = "https://google.serper.dev/search"
 _AT_ONCE = 8
 
 
+def api_key() -> str:
+  """Returns the key of the environment.
+
+  Raises:
+    UserError: there is none.
+  """
+  key = os.environ.get(KEY_VARIABLE, "")
+  if not key:
+    raise types.UserError(
+      "retrieval.engine = online needs the API key in the environment "
+      f"variable {KEY_VARIABLE}"
+    )
+  return key
+
+
 class OnlineRetriever:
   """Asks `POST {"q": query, "num": k}`, reads `organic` results."""
 
-  def __init__(
-    self, url: str = _URL, spec: remote.RemoteSpec | None = None, **testing
-  ):
+  def __init__(self, spec: remote.RemoteSpec, url: str = _URL, **testing):
     """Prepares a client.
 
     Args:
-      url: of the API.
       spec: patience.
+      url: of the API.
       **testing: sleep and clock of `remote.PatientClient`.
 
     Raises:
       UserError: the environment holds no key.
     """
-    key = os.environ.get(KEY_VARIABLE, "")
-    if not key:
-      raise types.UserError(
-        f"retrieval.engine = online needs the API key in the environment "
-        f"variable {KEY_VARIABLE}"
-      )
     self._client = remote.PatientClient(
-      url, spec or remote.RemoteSpec(), {"X-API-KEY": key}, **testing
+      url, spec, {"X-API-KEY": api_key()}, **testing
     )
 
   def search(

@@ -16,6 +16,7 @@ import json
 import threading
 from collections.abc import Sequence
 
+from absl import logging
 from etils import epath
 
 from stepsearch_jax import files, types
@@ -58,23 +59,26 @@ class RecordingRetriever:
       missing = [
         q for q in dict.fromkeys(queries) if (q, k) not in self._found
       ]
+    reason = "this query alone"
     try:
       fresh = self._inner.search(missing, k) if missing else []
     except types.SearchError as error:
-      with self._lock:
-        for query in missing:
-          self._write({"query": query, "k": k, "failed": str(error)})
-      raise
+      fresh, reason = [None] * len(missing), str(error)
+      logging.warning("%d searches failed: %s", len(missing), error)
     with self._lock:
       for query, documents in zip(missing, fresh, strict=True):
         # Another thread may have been first; both return the same.
-        if (query, k) not in self._found:
-          self._found[query, k] = list(documents)
-          self._write({
-            "query": query, "k": k,
-            "documents": [dataclasses.asdict(d) for d in documents],
-          })
-      return [list(self._found[query, k]) for query in queries]
+        if (query, k) in self._found:
+          continue
+        if documents is None:
+          self._write({"query": query, "k": k, "failed": reason})
+          continue
+        self._found[query, k] = list(documents)
+        self._write({
+          "query": query, "k": k,
+          "documents": [dataclasses.asdict(d) for d in documents],
+        })
+      return [self._found.get((query, k)) for query in queries]
 
   def _write(self, row: dict) -> None:
     self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -106,38 +110,37 @@ class ReplayRetriever:
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """The recorded passages of each query.
+    """The recorded passages of each query, None where its search failed.
 
     Raises:
-      SearchError: the recorded search failed.
       UserError: a query is not on record and nobody else may be asked.
     """
     with self._lock:
-      failed = [q for q in dict.fromkeys(queries) if self._failures[q, k]]
+      failed = {q for q in queries if self._failures[q, k]}
       for query in failed:
         self._failures[query, k] -= 1
-    if failed:
-      raise types.SearchError(
-        f"{self._path}: the recorded search for {failed[0]!r} failed"
-      )
-    missing = [q for q in dict.fromkeys(queries) if (q, k) not in self._found]
+    missing = [
+      q for q in dict.fromkeys(queries)
+      if (q, k) not in self._found and q not in failed
+    ]
     if missing and self._inner is None:
       raise types.UserError(
         f"{self._path}: {len(missing)} queries are not on record with k = {k}, "
         f"the first is {missing[0]!r} (retrieval.replay_miss = \"search\" asks "
         "the index)"
       )
-    fresh = {}
+    fresh = dict.fromkeys(failed)
     if missing:
       answers = self._inner.search(missing, k)
-      fresh = dict(zip(missing, answers, strict=True))
-    return [
-      list(fresh[q] if q in fresh else self._found[q, k]) for q in queries
-    ]
+      fresh |= zip(missing, answers, strict=True)
+    return [fresh[q] if q in fresh else self._found[q, k] for q in queries]
 
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
-    return {**self._about, "replayed": str(self._path)}
+    about = {**self._about, "replayed": str(self._path)}
+    if self._inner is not None:
+      about["misses_searched"] = self._inner.describe()
+    return about
 
 
 def _mend(path: epath.Path) -> bool:

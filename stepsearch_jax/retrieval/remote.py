@@ -42,18 +42,32 @@ class RemoteSpec:
     open_seconds: how long it stays open.
   """
 
-  timeout_seconds: float = 30.0
-  retries: int = 3
-  backoff_seconds: float = 0.5
-  open_after: int = 3
-  open_seconds: float = 30.0
+  timeout_seconds: float
+  retries: int
+  backoff_seconds: float
+  open_after: int
+  open_seconds: float
 
   def __post_init__(self):
-    if self.timeout_seconds <= 0 or self.retries < 0 or self.open_after < 1:
+    if self.timeout_seconds <= 0:
       raise types.UserError(
-        "retrieval.patience needs timeout_seconds > 0, retries >= 0 and "
-        f"open_after >= 1: {self}"
+        "retrieval.patience.timeout_seconds must be positive, got "
+        f"{self.timeout_seconds}"
       )
+    for field, least in (("retries", 0), ("backoff_seconds", 0),
+                         ("open_after", 1), ("open_seconds", 0)):
+      if getattr(self, field) < least:
+        raise types.UserError(
+          f"retrieval.patience.{field} must be at least {least}, got "
+          f"{getattr(self, field)}"
+        )
+
+
+# Of commands that read no config.
+PATIENCE = RemoteSpec(
+  timeout_seconds=30.0, retries=3, backoff_seconds=0.5, open_after=3,
+  open_seconds=30.0,
+)
 
 
 def public_url(url: str) -> str:
@@ -161,7 +175,7 @@ class PatientClient:
 class RemoteRetriever:
   """Speaks /retrieve; safe to call from several threads."""
 
-  def __init__(self, url: str, spec: RemoteSpec | None = None, **testing):
+  def __init__(self, url: str, spec: RemoteSpec, **testing):
     """Prepares a client.
 
     Args:
@@ -170,7 +184,7 @@ class RemoteRetriever:
       **testing: sleep and clock of `PatientClient`.
     """
     address = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
-    self._client = PatientClient(address, spec or RemoteSpec(), **testing)
+    self._client = PatientClient(address, spec, **testing)
     self.url = self._client.url
 
   def search(

@@ -52,11 +52,14 @@ class RerankingRetriever:
     pairs = [
       (query, encoder_lib.passage_text(passage))
       for query, passages in zip(queries, found, strict=True)
-      for passage in passages
+      for passage in passages or ()
     ]
     scores = iter(self._scores(pairs))
     best = []
     for passages in found:
+      if passages is None:
+        best.append(None)
+        continue
       scored = [
         dataclasses.replace(p, score=float(next(scores))) for p in passages
       ]

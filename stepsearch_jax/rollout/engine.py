@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
+from stepsearch_jax.parallel import distributed
 from stepsearch_jax.rollout import device as slots
 from stepsearch_jax.rollout import observations, recorder, records
 from stepsearch_jax.rollout import programs as sampler
@@ -51,7 +51,6 @@ class Engine:
     tokenizer,
     spec: records.EngineSpec,
     seed: int,
-    merge: Callable = lambda found, k: found,
   ):
     """Keeps the parts; `seed` and an episode number fix a trajectory.
 
@@ -62,10 +61,7 @@ class Engine:
       tokenizer: of the policy.
       spec: limits.
       seed: of the sampling.
-      merge: (a search's results or None for failed, k) to the same; runs in
-        schedule order on the main thread, where processes may exchange them.
     """
-    self._merge = merge
     self._programs = programs
     self._env = env
     self._retriever = retriever
@@ -191,15 +187,11 @@ class _Run:
     while self._searches and (self._due() <= 0 or self._starved()):
       _, future, askers = self._searches.popleft()
       began = time.perf_counter()
-      try:
-        results = future.result()
-      except types.SearchError as error:
-        logging.warning("%d searches failed: %s", len(askers), error)
-        results = None
-      results = self._e._merge(results, self._e._env.topk)
-      if results is None:
-        results = [None] * len(askers)
-        self.stats.failed_searches += len(askers)
+      # In schedule order on the main thread, so that processes can exchange.
+      results = distributed.search_together(
+        future.result, len(askers), self._e._env.topk
+      )
+      self.stats.failed_searches += results.count(None)
       self.stats.retrieval_wait_seconds += time.perf_counter() - began
       for (p, turn), documents in zip(askers, results, strict=True):
         index = len(self._slots[p].turns)

@@ -23,15 +23,10 @@ from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
-from stepsearch_jax.parallel import distributed, sharding
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, variants
-from stepsearch_jax.retrieval import bm25, online, remote, rerank
-from stepsearch_jax.retrieval import local as retriever_lib
-from stepsearch_jax.retrieval import recording as record
-from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
-from stepsearch_jax.retrieval.index import encoder as encoder_lib
-from stepsearch_jax.retrieval.index import passages as passages_lib
 from stepsearch_jax.rollout import automaton, engine, records
 from stepsearch_jax.rollout import programs as sampler
 from stepsearch_jax.run import checkpoints, settings
@@ -88,10 +83,10 @@ def load_data(config, workdir: epath.Path) -> Data:
       f"data.train = {train_path!r} leaves {len(train)} training and "
       f"{len(heldout)} evaluation questions; both must be positive"
     )
-  given = config.retrieval
-  if corpus_path and given.index and given.engine == "index":
+  spec = retrieval_spec(config)
+  if corpus_path and spec.uses_index and spec.index:
     # 21 million passages do not belong in memory.
-    passages = passages_lib.PassageStore(_ready_index(given))
+    passages = factory.open_passages(spec)
     return Data(train, heldout, passages, corpus_path)
   if corpus_path:
     passages = corpus_lib.load_corpus(corpus_path)
@@ -99,21 +94,6 @@ def load_data(config, workdir: epath.Path) -> Data:
     files = [path for path in (train_path, heldout_path) if path]
     passages = corpus_lib.corpus_from_questions(files)
   return Data(train, heldout, passages)
-
-
-def _ready_index(given) -> epath.Path:
-  """The folder of `retrieval.index`.
-
-  Raises:
-    UserError: there is none.
-  """
-  folder = epath.Path(given.index)
-  if not (folder / "manifest.json").exists():
-    raise types.UserError(
-      f"retrieval.index = {given.index!r} does not exist: build it with "
-      "python -m stepsearch_jax.tools.build_index"
-    )
-  return folder
 
 
 def load_tokenizer(config, workdir: epath.Path, data: Data):
@@ -194,88 +174,17 @@ def trained_policy(
   return step, variants.whole_model(variant, params, reference)
 
 
+def retrieval_spec(config) -> factory.RetrievalSpec:
+  """Checked `config.retrieval`."""
+  given = config.retrieval.to_dict()
+  patience = remote.RemoteSpec(**given.pop("patience"))
+  return factory.RetrievalSpec(**given, patience=patience)
+
+
 def load_retriever(config, workdir: epath.Path, data: Data):
-  """The configured retriever, recorded or replayed if asked for.
-
-  Raises:
-    UserError: settings that contradict each other, or an index of another
-      encoder or corpus.
-  """
-  given = config.retrieval
-  if given.replay_miss not in ("error", "search"):
-    raise types.UserError(
-      "retrieval.replay_miss must be error or search, got "
-      f"{given.replay_miss!r}"
-    )
-  if given.record and jax.process_count() > 1:
-    raise types.UserError(
-      "retrieval.record needs a run of one process, this has "
-      f"{jax.process_count()}"
-    )
-  if given.replay:
-    inner = None
-    if given.replay_miss == "search":
-      inner = _searching(given, workdir, data)
-    return record.ReplayRetriever(given.replay, inner)
-  retriever = _searching(given, workdir, data)
-  if given.reranker:
-    retriever = rerank.RerankingRetriever(
-      retriever, given.reranker, given.candidates
-    )
-  if given.record:
-    retriever = record.RecordingRetriever(retriever, given.record)
-  return retriever
-
-
-def _searching(given, workdir, data):
-  """A server's client, or an index: given, or built in the work directory."""
-  if given.remote:
-    if given.index:
-      raise types.UserError(
-        "set retrieval.remote or retrieval.index, not both: "
-        f"{given.remote!r} and {given.index!r}"
-      )
-  if given.engine not in ("index", "bm25", "online"):
-    raise types.UserError(
-      "retrieval.engine must be index, bm25 or online, got "
-      f"{given.engine!r}"
-    )
-  if given.remote or given.engine != "index":
-    # One process asks; the others learn the answer when results are merged.
-    if not distributed.is_primary():
-      return retriever_lib.EmptyRetriever()
-    patience = remote.RemoteSpec(**given.patience)
-    if given.remote:
-      return remote.RemoteRetriever(given.remote, patience)
-    if given.engine == "online":
-      return online.OnlineRetriever(spec=patience)
-    return bm25.Bm25Retriever(data.corpus)
-  encoder = encoder_lib.load_encoder(given.encoder)
-  if given.index:
-    searched = data.corpus
-    if data.corpus_path:
-      logging.info("comparing %s with the index", data.corpus_path)
-      searched = corpus_lib.stream_corpus(data.corpus_path)
-    return retriever_lib.open_retriever(
-      _ready_index(given), encoder, corpus_lib.corpus_hash(searched),
-      given.cache,
-    )
-  corpus, folder = data.corpus, workdir / "index"
-  if not folder.exists():
-    encoder.fit(corpus)  # On all of it, so that shards' scores compare.
-    if jax.process_count() > 1:
-      corpus = distributed.share(corpus)
-      folder = workdir / (
-        f"index_{jax.process_index()}_of_{jax.process_count()}"
-      )
-  if not folder.exists():
-    logging.info("building an index of %d passages", len(corpus))
-    index_build.build_index(folder, corpus, encoder, fit=False)
-  return retriever_lib.open_retriever(
-    folder,
-    encoder,
-    corpus_hash=corpus_lib.corpus_hash(corpus),
-    cache_size=given.cache,
+  """The configured retriever; see `factory.load_retriever`."""
+  return factory.load_retriever(
+    retrieval_spec(config), workdir, data.corpus, data.corpus_path
   )
 
 
@@ -315,14 +224,12 @@ def build_engine(
   )
   return engine.Engine(
     programs, env, retriever, tokenizer, spec, config.seed,
-    merge=distributed.merge_topk,
   )
 
 
 def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
   """Policy parameters after imitating scripted trajectories."""
   given = config.warm_start
-  retriever = retriever_lib.MergingRetriever(retriever, distributed.merge_topk)
   mixture = scripted.ScriptMixture(given.impatient, given.repeat, given.whole)
   rng = np.random.default_rng((config.seed, 1))
   order = rng.integers(len(data.train), size=given.trajectories)

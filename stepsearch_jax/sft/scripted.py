@@ -10,11 +10,13 @@ protocol and leaves something for reinforcement learning to mend.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
+from stepsearch_jax.parallel import distributed
 from stepsearch_jax.rollout import observations, recorder
 
 
@@ -84,6 +86,7 @@ def scripted_trajectory(
 
   Raises:
     UserError: the question has no decomposition to follow.
+    SearchError: a search failed.
   """
   if not question.decomposition:
     raise types.UserError(
@@ -100,7 +103,11 @@ def scripted_trajectory(
     text = f"<search> {query} </search>"
     record.append(tokenizer.encode(text), types.Provenance.POLICY)
     position = len(record.tokens) - 1
-    documents = retriever.search([query], env.topk)[0]
+    (documents,) = distributed.search_together(
+      functools.partial(retriever.search, [query], env.topk), 1, env.topk
+    )
+    if documents is None:
+      raise types.SearchError(f"the search for {query!r} failed")
     seen = env.observation(documents, len(record.turns))
     tokens, cut = observations.observation_tokens(
       seen, tokenizer.encode, max_observation

@@ -285,7 +285,9 @@ def _search_all(
     starts = range(0, len(queries), _QUERIES)
     for start in tqdm.tqdm(starts, name, unit="batch"):
       part = queries[start : start + _QUERIES]
-      found |= zip(part, retriever.search(part, k), strict=True)
+      answers = retriever.search(part, k)
+      # A query that a server refuses finds nothing.
+      found |= zip(part, [a or [] for a in answers], strict=True)
     return name, found
 
   with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -98,7 +98,8 @@ class EndpointWriter:
 
   def __init__(
     self, url: str, model: str, max_tokens: int = 128,
-    temperature: float = 0.0, spec: remote.RemoteSpec | None = None, **testing,
+    temperature: float = 0.0, spec: remote.RemoteSpec = remote.PATIENCE,
+    **testing,
   ):
     """Prepares a client.
 
@@ -115,7 +116,7 @@ class EndpointWriter:
     )
     key = os.environ.get("OPENAI_API_KEY", "")
     self._client = remote.PatientClient(
-      url.rstrip("/") + "/chat/completions", spec or remote.RemoteSpec(),
+      url.rstrip("/") + "/chat/completions", spec,
       {"Authorization": f"Bearer {key}"} if key else None, **testing,
     )
     self._fixed = {

@@ -48,7 +48,7 @@ def open_retrievers(names, passages, cache: epath.Path) -> dict:
       opened[name] = bm25.Bm25Retriever(passages)
       continue
     if is_url(name):
-      opened[name] = remote.RemoteRetriever(name)
+      opened[name] = remote.RemoteRetriever(name, remote.PATIENCE)
       continue
     embed = encoder.load_encoder(name)
     safe = "".join(c if c.isalnum() else "_" for c in name)

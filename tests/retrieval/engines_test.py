@@ -1,5 +1,6 @@
 """BM25, the cross-encoder and the web search against independent references."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -125,7 +126,7 @@ def test_web_search_returns_titles_and_snippets_in_rank_order(
 ):
   url, seen = engine
   monkeypatch.setenv(online.KEY_VARIABLE, "secret-key")
-  ours = online.OnlineRetriever(url)
+  ours = online.OnlineRetriever(remote.PATIENCE, url)
   first, second = ours.search(["moon", "sun"], 2)
   assert [p.title for p in first] == ["moon 0", "moon 1"]
   assert [p.title for p in second] == ["sun 0", "sun 1"]
@@ -139,12 +140,14 @@ def test_web_search_never_shows_its_key(engine, monkeypatch, caplog):
   url, seen = engine
   with pytest.raises(ValueError, match="SERPER_API_KEY"):
     monkeypatch.delenv(online.KEY_VARIABLE, raising=False)
-    online.OnlineRetriever(url)
+    online.OnlineRetriever(remote.PATIENCE, url)
   monkeypatch.setenv(online.KEY_VARIABLE, "secret-key")
   seen["status"] = 403
-  patient = remote.RemoteSpec(retries=1, backoff_seconds=0.0)
+  patient = dataclasses.replace(
+    remote.PATIENCE, retries=1, backoff_seconds=0.0
+  )
   with pytest.raises(types.SearchError) as error:
-    online.OnlineRetriever(url, patient).search(["moon"], 2)
+    online.OnlineRetriever(patient, url).search(["moon"], 2)
   assert "status 403: invalid key [secret]" in str(error.value)
   assert "secret-key" not in str(error.value) + caplog.text
 

@@ -162,7 +162,9 @@ def test_what_a_hostile_server_sends_can_be_encoded_and_written(tmp_path):
   http = server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
   threading.Thread(target=http.serve_forever, daemon=True).start()
   recorder = record.RecordingRetriever(
-    remote.RemoteRetriever(f"http://127.0.0.1:{http.server_port}"),
+    remote.RemoteRetriever(
+      f"http://127.0.0.1:{http.server_port}", remote.PATIENCE
+    ),
     tmp_path / "searches.jsonl",
   )
   ((passage,),) = recorder.search(["q"], 1)

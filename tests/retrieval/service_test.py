@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -328,7 +329,7 @@ def test_a_search_that_takes_too_long_is_given_up():
 
 
 def test_the_client_returns_what_the_server_found(url):
-  client = remote.RemoteRetriever(url)
+  client = remote.RemoteRetriever(url, remote.PATIENCE)
   found = client.search(["a", "b"], 2)
   assert [[p.text for p in row] for row in found] == [
     ["found a here"] * 2, ["found b here"] * 2
@@ -358,7 +359,9 @@ def test_the_client_retries_then_opens_its_circuit():
 
 
 def test_the_client_does_not_repeat_a_refused_request(url):
-  client = remote.RemoteRetriever(url, sleep=lambda seconds: pytest.fail())
+  client = remote.RemoteRetriever(
+    url, remote.PATIENCE, sleep=lambda seconds: pytest.fail()
+  )
   with pytest.raises(types.SearchError, match="status 400: .*topk"):
     client.search(["a"], 99)
 
@@ -373,8 +376,9 @@ def test_answers_of_any_other_shape_are_failed_searches(answer):
     "/retrieve", lambda request: responses.JSONResponse(answer),
     methods=["POST"],
   )])
+  spec = dataclasses.replace(remote.PATIENCE, retries=0)
   with serving(app) as url:
-    client = remote.RemoteRetriever(url, remote.RemoteSpec(retries=0))
+    client = remote.RemoteRetriever(url, spec)
     with pytest.raises(types.SearchError, match="/retrieve: .*Error"):
       client.search(["a"], 1)
 
@@ -392,7 +396,7 @@ def test_a_password_in_the_address_is_used_but_never_shown(caplog):
   ])
   with serving(app) as url:
     secret = url.replace("http://", "http://me:pass-word@")
-    client = remote.RemoteRetriever(secret)
+    client = remote.RemoteRetriever(secret, remote.PATIENCE)
     with pytest.raises(types.SearchError, match="status 403") as error:
       client.search(["a"], 1)
   assert seen == ["Basic " + base64.b64encode(b"me:pass-word").decode()]

@@ -1,5 +1,6 @@
 """Writers against a naive greedy loop and a real little server."""
 
+import dataclasses
 import json
 import threading
 from http import server
@@ -80,7 +81,7 @@ def test_endpoint_writer_keeps_the_order_and_its_key(endpoint):
   assert seen["keys"] == {"Bearer secret-key"}
   assert "secret-key" not in writer.name
   seen["status"] = 401
-  patient = remote.RemoteSpec(retries=0)
+  patient = dataclasses.replace(remote.PATIENCE, retries=0)
   shown = r"status 401: bad Bearer \[secret\]$"
   with pytest.raises(types.SearchError, match=shown) as error:
     writers.EndpointWriter(url, "big", spec=patient).write(["x"])

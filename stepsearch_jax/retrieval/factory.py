@@ -1,0 +1,227 @@
+"""Chooses the retriever of a run, and builds its index where none is given.
+
+Owns `RetrievalSpec`, the checked form of `config.retrieval`. It knows neither
+the config nor where the passages come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.util
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+from etils import epath
+
+from stepsearch_jax import types
+from stepsearch_jax.parallel import distributed
+from stepsearch_jax.retrieval import (
+  bm25,
+  local,
+  online,
+  recording,
+  remote,
+  rerank,
+)
+from stepsearch_jax.retrieval.index import build as index_build
+from stepsearch_jax.retrieval.index import corpus as corpus_lib
+from stepsearch_jax.retrieval.index import encoder as encoder_lib
+from stepsearch_jax.retrieval.index import passages as passages_lib
+
+
+class SearchEngine(enum.StrEnum):
+  """What searches when no server is asked."""
+
+  INDEX = "index"
+  BM25 = "bm25"
+  ONLINE = "online"
+
+
+class ReplayMiss(enum.StrEnum):
+  """What happens to a query that the replayed record does not hold."""
+
+  ERROR = "error"
+  SEARCH = "search"
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSpec:
+  """How a run searches: the fields of `config.retrieval`.
+
+  Attributes:
+    engine: a `SearchEngine`; ignored when `remote` is set.
+    reranker: reference of a cross-encoder, empty for none.
+    candidates: passages that the cross-encoder scores per query.
+    encoder: "hashed_tfidf" or the reference of a BERT-family encoder.
+    index: folder of a ready index; empty builds one in the work directory.
+    remote: URL of a /retrieve server; empty searches in this process.
+    patience: limits of the client of a server or web search.
+    record: JSONL file that every search is written to; empty for none.
+    replay: record that answers the searches; empty for none.
+    replay_miss: a `ReplayMiss`.
+    topk: passages per search.
+    cache: queries that an index remembers.
+  """
+
+  engine: str
+  reranker: str
+  candidates: int
+  encoder: str
+  index: str
+  remote: str
+  patience: remote.RemoteSpec
+  record: str
+  replay: str
+  replay_miss: str
+  topk: int
+  cache: int
+
+  def __post_init__(self):
+    for field, kind in (("engine", SearchEngine), ("replay_miss", ReplayMiss)):
+      if getattr(self, field) not in list(kind):
+        raise types.UserError(
+          f"retrieval.{field} must be one of {', '.join(kind)}, got "
+          f"{getattr(self, field)!r}"
+        )
+    for field, least in (("topk", 1), ("candidates", 1), ("cache", 0)):
+      if getattr(self, field) < least:
+        raise types.UserError(
+          f"retrieval.{field} must be at least {least}, got "
+          f"{getattr(self, field)}"
+        )
+    if self.reranker and self.candidates < self.topk:
+      raise types.UserError(
+        f"retrieval.candidates = {self.candidates} must be at least "
+        f"retrieval.topk = {self.topk}"
+      )
+    for first, second in (
+      ("remote", "index"), ("record", "replay"),
+    ):
+      if getattr(self, first) and getattr(self, second):
+        raise types.UserError(
+          f"set retrieval.{first} or retrieval.{second}, not both: "
+          f"{getattr(self, first)!r} and {getattr(self, second)!r}"
+        )
+    if self.searches and not self.remote:
+      _check_available(self.engine)
+
+  @property
+  def searches(self) -> bool:
+    """Whether anything is searched: not when a record must hold it all."""
+    return not self.replay or self.replay_miss == ReplayMiss.SEARCH
+
+  @property
+  def uses_index(self) -> bool:
+    """Whether searches read an index on this machine."""
+    return not self.remote and self.engine == SearchEngine.INDEX
+
+
+def _check_available(engine: str) -> None:
+  """Raises UserError where an engine's package or key is missing."""
+  if engine == SearchEngine.ONLINE:
+    online.api_key()
+  if engine == SearchEngine.BM25 and importlib.util.find_spec("bm25s") is None:
+    raise types.UserError(bm25.MISSING)
+
+
+def open_passages(spec: RetrievalSpec) -> passages_lib.PassageStore:
+  """Opens the passages of a ready index, which stay on disk.
+
+  Raises:
+    UserError: `retrieval.index` names no index.
+  """
+  return passages_lib.PassageStore(_ready_index(spec))
+
+
+def load_retriever(
+  spec: RetrievalSpec,
+  workdir: epath.Path,
+  passages: Sequence[types.Passage],
+  corpus_path: str = "",
+) -> types.Retriever:
+  """Opens the retriever of a run; builds its index first if it must.
+
+  Args:
+    spec: how to search.
+    workdir: of the run; an index that has to be built goes there.
+    passages: the corpus.
+    corpus_path: file of the corpus where `passages` are those of a ready
+      index, to which the file is then compared.
+
+  Raises:
+    UserError: a record of several processes, or an index that is missing or of
+      another encoder or corpus.
+  """
+  if spec.record and jax.process_count() > 1:
+    raise types.UserError(
+      "retrieval.record needs a run of one process, this has "
+      f"{jax.process_count()}"
+    )
+  if not spec.searches:
+    return recording.ReplayRetriever(spec.replay)
+  retriever = _open_engine(spec, workdir, passages, corpus_path)
+  if spec.reranker and not isinstance(retriever, local.EmptyRetriever):
+    retriever = rerank.RerankingRetriever(
+      retriever, spec.reranker, spec.candidates
+    )
+  if spec.replay:
+    return recording.ReplayRetriever(spec.replay, retriever)
+  if spec.record:
+    return recording.RecordingRetriever(retriever, spec.record)
+  return retriever
+
+
+def _open_engine(spec, workdir, passages, corpus_path):
+  """A client, BM25, or an index: ready, or built in the work directory."""
+  if spec.uses_index:
+    encoder = encoder_lib.load_encoder(spec.encoder)
+    if spec.index:
+      return _open_ready(spec, encoder, passages, corpus_path)
+    return _open_built(spec, encoder, workdir, passages)
+  # One process asks; the others learn the answer when results are merged.
+  if not distributed.is_primary():
+    return local.EmptyRetriever()
+  if spec.remote:
+    return remote.RemoteRetriever(spec.remote, spec.patience)
+  if spec.engine == SearchEngine.ONLINE:
+    return online.OnlineRetriever(spec.patience)
+  return bm25.Bm25Retriever(passages)
+
+
+def _ready_index(spec: RetrievalSpec) -> epath.Path:
+  folder = epath.Path(spec.index)
+  if not (folder / "manifest.json").exists():
+    raise types.UserError(
+      f"retrieval.index = {spec.index!r} does not exist: build it with "
+      "python -m stepsearch_jax.tools.build_index"
+    )
+  return folder
+
+
+def _open_ready(spec, encoder, passages, corpus_path):
+  if corpus_path:
+    logging.info("comparing %s with the index", corpus_path)
+    passages = corpus_lib.stream_corpus(corpus_path)
+  return local.open_retriever(
+    _ready_index(spec), encoder, corpus_lib.corpus_hash(passages), spec.cache
+  )
+
+
+def _open_built(spec, encoder, workdir, passages):
+  """The index in the work directory: whole, or a shard per process."""
+  folder = workdir / "index"
+  if not folder.exists():
+    encoder.fit(passages)  # On all of it, so that shards' scores compare.
+    if jax.process_count() > 1:
+      passages = distributed.share(passages)
+      folder = workdir / (
+        f"index_{jax.process_index()}_of_{jax.process_count()}"
+      )
+  if not folder.exists():
+    logging.info("building an index of %d passages", len(passages))
+    index_build.build_index(folder, passages, encoder, fit=False)
+  return local.open_retriever(
+    folder, encoder, corpus_lib.corpus_hash(passages), spec.cache
+  )
