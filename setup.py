@@ -6,16 +6,30 @@ import setuptools
 
 _HERE = pathlib.Path(__file__).parent
 
+_OLD = "python_version < '3.12'"
+_NEW = "python_version >= '3.12'"
+_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+# jax 0.10.2 is the last that runs on Python 3.11.
+_JAX = {_OLD: "0.10.2", _NEW: "0.12.0.1"}
+
+
+def _jax(extra=""):
+  """Requirements of the jax that belongs to each Python."""
+  return [f"jax{extra}=={jax}; {python}" for python, jax in _JAX.items()]
+
+
 # One version of everything, so that two machines run the same numbers.
 _CORE = [
-  "jax==0.10.2",
-  "flax==0.12.8",
+  *_jax(),
+  f"flax==0.12.8; {_OLD}",
+  f"flax==0.12.12; {_NEW}",
   "optax==0.2.8",
   "orbax-checkpoint==0.12.8",
   "transformers==5.23.0",
   "tensorflow-datasets==4.9.10",
   # ScaNN ships wheels for Linux x86-64 only; elsewhere search is exact.
-  "scann==1.4.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  f"scann==1.4.2; {_LINUX}",
   "ml-collections==1.1.0",
   "absl-py==2.5.1",
   # TFDS needs this to run without TensorFlow.
@@ -23,6 +37,7 @@ _CORE = [
   "array_record==0.8.6",
   "numpy==2.4.6",
   "etils[epath]==1.15.0",
+  "gcsfs==2026.10.1",  # gs:// paths.
   "jinja2==3.1.6",  # Chat templates.
   "safetensors==0.8.0",
   "gguf==0.19.0",
@@ -52,8 +67,8 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["stepsearch_jax*", "configs*"]),
   install_requires=_CORE,
   extras_require={
-    "tpu": ["jax[tpu]==0.10.2"],
-    "gpu": ["jax[cuda12]==0.10.2"],
+    "tpu": _jax("[tpu]"),
+    "gpu": _jax("[cuda12]"),
     "wandb": ["wandb"],
     # retrieval.engine = bm25
     "bm25": _BM25,
@@ -67,9 +82,9 @@ setuptools.setup(
       "pytest==9.2.0",
       "pytest-xdist==3.8.0",
       "ruff==0.17.6",
-      # The TPU compiler; needs no TPU.
-      "libtpu==0.0.42.1; sys_platform == 'linux' and "
-      "platform_machine == 'x86_64'",
+      # The TPU compiler; needs no TPU. What jax[tpu] asks for.
+      f"libtpu==0.0.42.1; {_LINUX} and {_OLD}",
+      f"libtpu==0.0.50.1; {_LINUX} and {_NEW}",
       "scikit-learn==1.9.1",
     ],
   },

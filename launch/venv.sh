@@ -3,18 +3,31 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Prints the Python to use: $PYTHON, or 3.12, or the newest from 3.11 on, of
+# those on the path and those of pyenv (whose shims may be switched off).
 find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3.12 python3.11 python3.13 python3; do
-    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
-      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-        2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
+  local version candidate pyenv="${PYENV_ROOT:-$HOME/.pyenv}/versions"
+  if [ -n "${PYTHON:-}" ]; then
+    _is_python "$PYTHON" 3 && { echo "$PYTHON"; return; }
+    echo "error: PYTHON=$PYTHON is no Python >= 3.11" >&2
+    return 1
+  fi
+  for version in 3.12 3.14 3.13 3.11; do
+    for candidate in "python$version" python3 "$pyenv/$version".*/bin/python; do
+      _is_python "$candidate" "$version" && { echo "$candidate"; return; }
+    done
   done
-  echo "error: Python >= 3.11 is needed; set PYTHON=/path/to/python3.11" >&2
+  echo "error: Python >= 3.11 is needed; set PYTHON=/path/to/python3.12" >&2
   return 1
+}
+
+# Whether $1 runs, is of version $2 (3 = any) and at least 3.11.
+_is_python() {
+  command -v "$1" >/dev/null 2>&1 && "$1" -c '
+import sys
+version = "%d.%d" % sys.version_info[:2]
+sys.exit(sys.version_info < (3, 11) or sys.argv[1] not in ("3", version))
+' "$2" 2>/dev/null
 }
 
 ensure_venv() {
