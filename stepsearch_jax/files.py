@@ -1,16 +1,19 @@
-"""Rows of local question and corpus files, and text written whole.
+"""Rows read from data files, and files written whole.
 
-JSONL, JSON lists and parquet, gzipped or not, and TFDS datasets. Every problem
-is reported as `file:line: what was expected, what was found`.
+Reads JSONL, JSON lists and parquet, gzipped or not, and TFDS datasets. Every
+problem is reported as `file:line: what was expected, what was given`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -24,8 +27,8 @@ class DataError(types.UserError):
   """A data file is missing or malformed; the message names file and line."""
 
 
-def encodable(value):
-  """A JSON value whose strings hold no half of a surrogate pair.
+def encodable(value: Any) -> Any:
+  """Returns a JSON value whose strings hold no half of a surrogate pair.
 
   JSON can spell such a half as an escape, but no encoder or file takes it.
   """
@@ -40,10 +43,30 @@ def encodable(value):
 
 def write_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all; makes its folder."""
+  with writing(path) as file:
+    file.write(text.encode())
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[BinaryIO]:
+  """Opens a file for writing that appears whole, or not at all on an error.
+
+  Makes the file's folder. An earlier file stands until the new one is complete.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
+  try:
+    with temporary.open("wb") as file:
+      yield file
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
   temporary.replace(path)
+
+
+def to_jsonl(rows: Iterable[dict]) -> str:
+  """Returns rows as JSONL text, one JSON object per line."""
+  return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
@@ -55,7 +78,20 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
       fields of a row (stored as array_record, which needs no TensorFlow).
 
   Raises:
-    DataError: the file is missing, of an unknown type, or a row is no object.
+    DataError: the file is missing, of an unknown type or damaged, or a row is
+      no JSON object.
+  """
+  for where, row in try_rows(path):
+    if isinstance(row, DataError):
+      raise row
+    yield where, row
+
+
+def try_rows(path: epath.PathLike) -> Iterator[tuple[str, dict | DataError]]:
+  """Yields rows like `read_rows`, and the error in place of a bad row.
+
+  Raises:
+    DataError: nothing (more) of the file can be read.
   """
   if str(path).startswith("tfds:"):
     yield from _tfds(str(path))
@@ -64,17 +100,25 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
   if not path.exists() or path.is_dir():
     raise DataError(f"{path}: no such file")
   name = path.name.removesuffix(".gz")
-  if name.endswith(".parquet"):
-    yield from _parquet(path)
-  elif name.endswith((".jsonl", ".json")):
-    yield from _json(path, name)
-  else:
+  if not name.endswith((".parquet", ".jsonl", ".json")):
     raise DataError(
       f"{path}: unknown file type, expected .jsonl, .json, .parquet (or .gz)"
     )
+  try:
+    with path.open("rb") as raw:
+      file = gzip.open(raw) if path.name.endswith(".gz") else raw
+      if name.endswith(".parquet"):
+        yield from _parquet(path, io.BytesIO(file.read()) if file is not raw
+                            else raw)
+      else:
+        yield from _json(path, file, one=name.endswith(".json"))
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise DataError(
+      f"{path}: damaged or cut gzip file ({error}); fetch it again"
+    ) from error
 
 
-def _tfds(reference: str) -> Iterator[tuple[str, dict]]:
+def _tfds(reference: str) -> Iterator[tuple[str, dict | DataError]]:
   import tensorflow_datasets as tfds
 
   folder, _, split = reference.removeprefix("tfds:").rpartition(":")
@@ -90,77 +134,130 @@ def _tfds(reference: str) -> Iterator[tuple[str, dict]]:
       f"{sorted(builder.info.splits)}"
     )
   for number, example in enumerate(builder.as_data_source(split), 1):
-    where = f"{reference}:{number}"
-    if "record" in example:
-      yield where, _parse(where, example["record"].decode())
+    where, row = f"{reference}:{number}", _plain(example)
+    if isinstance(row.get("record"), str):
+      yield where, _row(where, row["record"])
     else:
-      yield where, _plain(example)
+      yield where, row
 
 
-def _plain(value):
-  """A TFDS example as the JSON value that it stands for."""
+def _plain(value, errors: str = "replace"):
+  """Returns a TFDS example as the JSON value that it stands for."""
   if isinstance(value, dict):
-    return {key: _plain(item) for key, item in value.items()}
+    return {key: _plain(item, errors) for key, item in value.items()}
   if isinstance(value, bytes):
-    return value.decode(errors="replace")
+    return value.decode(errors=errors)
   if isinstance(value, np.ndarray):
-    return [_plain(item) for item in value.tolist()]
+    value = value.tolist()
+  if isinstance(value, (list, tuple)):
+    return [_plain(item, errors) for item in value]
   return value.item() if isinstance(value, np.generic) else value
 
 
-def _parquet(path: epath.Path) -> Iterator[tuple[str, dict]]:
+def _parquet(path: epath.Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
   import pyarrow
   from pyarrow import parquet
 
-  try:
-    file = parquet.ParquetFile(path.open("rb"))
-  except pyarrow.ArrowInvalid as error:
-    raise DataError(f"{path}: not a parquet file: {error}") from error
   number = 0
-  for batch in file.iter_batches():
-    for row in batch.to_pylist():
-      number += 1
-      yield f"{path}:{number}", row
-
-
-def _json(path: epath.Path, name: str) -> Iterator[tuple[str, dict]]:
-  raw = path.open("rb")
-  binary = gzip.open(raw) if path.name.endswith(".gz") else raw
-  with raw, io.TextIOWrapper(binary, encoding="utf-8") as file:
-    if name.endswith(".json"):
-      head = file.read(1)
-      if head == "[":
-        try:
-          rows = json.loads(head + file.read())
-        except json.JSONDecodeError as error:
-          raise DataError(
-            f"{path}:{error.lineno}: malformed JSON ({error.msg})"
-          ) from error
-        for number, row in enumerate(rows, 1):
-          yield _object(f"{path}:{number}", encodable(row))
-        return
-      file = io.StringIO(head + file.read())
-    try:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield _object(f"{path}:{number}", _parse(f"{path}:{number}", line))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-      raise DataError(f"{path}: cannot be read as text: {error}") from error
-
-
-def _parse(where: str, line: str):
   try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
+    for batch in parquet.ParquetFile(file).iter_batches():
+      # Columns of bytes are text that its writer did not mark as such.
+      marked = any("binary" in str(column.type) for column in batch.schema)
+      for row in batch.to_pylist():
+        number += 1
+        yield f"{path}:{number}", _plain(row, "strict") if marked else row
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise DataError(
-      f"{where}: malformed JSON ({error.msg} at column {error.colno})"
+      f"{path}: not a parquet file, or damaged behind row {number}: "
+      f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
     ) from error
-  # Most lines have no such escape, and their walk is saved.
-  return encodable(row) if "\\ud" in line or "\\uD" in line else row
 
 
-def _object(where: str, row) -> tuple[str, dict]:
-  if not isinstance(row, dict):
-    raise DataError(f"{where}: expected a JSON object, got "
-                    f"{type(row).__name__}")
-  return where, row
+def _json(
+  path: epath.Path, file: BinaryIO, one: bool
+) -> Iterator[tuple[str, dict | DataError]]:
+  """Yields the rows of JSONL, or of a file that is one JSON value.
+
+  Args:
+    path: for messages.
+    file: bytes, unpacked.
+    one: whether the file's name says that it holds one value.
+  """
+  first = True
+  for number, line in enumerate(file, 1):
+    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    if not line.strip():
+      continue
+    where = f"{path}:{number}"
+    if not first:
+      whole = False
+    elif line.lstrip().startswith(b"["):
+      whole = one or _broken(line)
+    else:
+      whole = one and _broken(line)
+    first = False
+    if whole:  # One value over all lines; blank ones keep their numbers.
+      yield from _value(path, b"\n" * (number - 1) + line + file.read())
+      return
+    try:
+      yield where, _row(where, _text(where, line))
+    except DataError as error:
+      yield where, error
+
+
+def _broken(line: bytes) -> bool:
+  """Returns whether a line is no JSON value by itself."""
+  try:
+    json.loads(line)
+  except (ValueError, RecursionError):
+    return True
+  return False
+
+
+def _value(
+  path: epath.Path, data: bytes
+) -> Iterator[tuple[str, dict | DataError]]:
+  value = _parse(str(path), _text(str(path), data), lines=True)
+  for number, row in enumerate(
+    value if isinstance(value, list) else [value], 1
+  ):
+    where = f"{path}:{number}"
+    yield where, row if isinstance(row, dict) else _no_object(where, row)
+
+
+def _text(where: str, data: bytes) -> str:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    raise DataError(
+      f"{where}: cannot be read as text, expected UTF-8: {error}"
+    ) from error
+
+
+def _row(where: str, line: str) -> dict | DataError:
+  try:
+    row = _parse(where, line)
+  except DataError as error:
+    return error
+  return row if isinstance(row, dict) else _no_object(where, row)
+
+
+def _no_object(where: str, row) -> DataError:
+  return DataError(
+    f"{where}: expected a JSON object, got {type(row).__name__}"
+  )
+
+
+def _parse(where: str, text: str, lines: bool = False):
+  """Parses JSON; `lines` adds the line of an error to `where`."""
+  try:
+    row = json.loads(text)
+    # Most texts have no such escape, and their walk is saved.
+    return encodable(row) if "\\ud" in text or "\\uD" in text else row
+  except json.JSONDecodeError as error:
+    place = f"{where}:{error.lineno}" if lines else where
+    raise DataError(
+      f"{place}: malformed JSON ({error.msg} at column {error.colno})"
+    ) from error
+  except (ValueError, RecursionError) as error:
+    raise DataError(f"{where}: malformed JSON ({str(error)[:80]})") from error

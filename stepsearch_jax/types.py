@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,11 @@ class Passage:
   title: str
   text: str
   score: float = 0.0
+
+  @classmethod
+  def of(cls, title: str, text: str) -> Passage:
+    """Returns a passage that comes without an id: its content is its id."""
+    return cls(f"{title}\n{text}", title, text)
 
 
 class UserError(ValueError):
@@ -71,6 +77,20 @@ class SubQuestion:
   question: str
   answer: str
   support: int = -1
+
+
+def resolved(hops: Sequence[SubQuestion]) -> list[str]:
+  """Returns the sub-questions with #1, #2, ... replaced by earlier answers.
+
+  A number that belongs to no hop, #0 among them, stays as it is.
+  """
+  answers = [hop.answer for hop in hops]
+
+  def fill(match: re.Match) -> str:
+    place = int(match[1]) - 1
+    return answers[place] if 0 <= place < len(answers) else match[0]
+
+  return [re.sub(r"#(\d+)", fill, hop.question) for hop in hops]
 
 
 @dataclasses.dataclass(frozen=True)

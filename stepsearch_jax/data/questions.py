@@ -1,35 +1,117 @@
 """Question files of every accepted schema to `types.Question`.
 
-The schema is recognised row by row from the fields that are there:
+What a field means does not depend on the others, so files that mix schemas and
+rows whose other fields are null are read like any:
 
-  support                  this project's own (`to_row`)
-  question_decomposition   MuSiQue (and the embedded world)
-  sub_searchs              StepSearch's released jsonl
-  reward_model             verl parquet / jsonl, with or without search keys
-  supporting_facts         HotpotQA and 2WikiMultihopQA, official
-  golden_answers           FlashRAG, Bamboogle, NQ
-  answer, answers          any other: question and a string or list of strings
+  question      question, text, query, extra_info.question, or what follows
+                "Question:" in prompt (verl)
+  answers       final_answer, reward_model.ground_truth, golden_answers,
+                answers or answer; with answer_aliases or aliases
+  id            id, _id, qid; unique after loading
+  source        data_source, source or dataset
+  search keys   search_keys, sub_searchs, reward_model.ground_truth.search_keys,
+                or written from question_decomposition
+  support       see `paragraphs`
+  hops          question_decomposition (MuSiQue) or decomposition (this
+                project's own files, see `to_row`)
+
+Fields inside `metadata` (FlashRAG) count as fields of the row.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
 
 from stepsearch_jax import files, types
+from stepsearch_jax.data import fields, paragraphs
 
 _SOURCES = {
   "bdsaglam/musique": "musique",
   "hotpotqa/hotpot_qa": "hotpotqa",
   "voidful/2wikimultihopqa": "2wikimultihopqa",
 }
+_TEXT = ("question", "text", "query")
+_ID = ("id", "_id", "qid")
+_SOURCE = ("data_source", "source", "dataset")
+_ANSWERS = ("golden_answers", "answers", "answer")
+_ALIASES = ("answer_aliases", "aliases")
+_HOPS = ("question_decomposition", "decomposition")
+# All that is read in a row, for messages.
+ACCEPTED = (
+  *_TEXT, "prompt", *_ID, *_SOURCE, "final_answer", "reward_model", *_ANSWERS,
+  *_ALIASES, "search_keys", "sub_searchs", *_HOPS, *paragraphs.SUPPORTING,
+  "paragraphs", "supporting_facts", "context", "extra_info", "metadata",
+  "answerable", "pseudo_support", "extra",
+)
+
+
+@dataclasses.dataclass
+class Report:
+  """What was met while reading a question file.
+
+  Attributes:
+    rows: rows read, skipped ones included.
+    unanswerable: rows left out because they are marked answerable: false.
+    renamed: ids that had come before and were made unique.
+    lacking: gold paragraphs that are named but not among a row's paragraphs.
+    cut: prompts with text behind the question, which was left out.
+    used: per field, in how many rows it was read.
+    ignored: per field, in how many rows it stood unread.
+    reasons: why questions have no supporting paragraphs, with counts.
+  """
+
+  rows: int = 0
+  unanswerable: int = 0
+  renamed: int = 0
+  lacking: int = 0
+  cut: int = 0
+  used: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter)
+  ignored: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter)
+  reasons: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter)
+
+  def notes(self) -> list[str]:
+    """Returns a line per thing that a user should know."""
+    return [text for count, text in (
+      (self.unanswerable, f"{self.unanswerable} of {self.rows} rows are marked "
+       "answerable: false and left out"),
+      (self.renamed, f"{self.renamed} rows repeat an id; source and row number "
+       "were added to theirs"),
+      (self.lacking, f"{self.lacking} gold paragraphs are named but not among "
+       "the paragraphs of their rows"),
+      (self.cut, f"{self.cut} prompts have text behind the question, which is "
+       "left out; a field question would say where it ends"),
+    ) if count]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionFile:
+  """Questions in file order, and what was met while reading them."""
+
+  questions: list[types.Question]
+  report: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parsed:
+  question: types.Question | None  # None if it is marked unanswerable.
+  support: paragraphs.Support
+  cut: bool
+  used: set[str]
+  ignored: set[str]
 
 
 def load_questions(
   path: str, limit: int | None = None, require_support: bool = False
 ) -> list[types.Question]:
-  """Reads a question file.
+  """Reads a question file and logs what is remarkable about it.
 
   Args:
     path: .jsonl, .json or .parquet, gzipped or not, or a TFDS dataset
@@ -39,261 +121,275 @@ def load_questions(
       it could earn no step reward.
 
   Returns:
-    Questions in file order, at least one.
+    Questions in file order, at least one, each id once.
 
   Raises:
     files.DataError: naming file, line and field.
   """
-  questions = []
+  found = read_questions(path, limit, require_support)
+  for note in found.report.notes():
+    logging.warning("%s: %s", path, note)
+  return found.questions
+
+
+def read_questions(
+  path: str, limit: int | None = None, require_support: bool = False
+) -> QuestionFile:
+  """Reads a question file like `load_questions`; returns a report with it."""
+  report, questions, seen = Report(), [], set()
   for number, (where, row) in enumerate(files.read_rows(path)):
-    question = parse_question(where, row, number)
+    parsed = _parse(where, row, number)
+    report.rows += 1
+    report.used.update(parsed.used)
+    report.ignored.update(parsed.ignored)
+    if parsed.question is None:
+      report.unanswerable += 1
+      continue
+    question = parsed.question
+    if not question.support:
+      report.reasons[parsed.support.reason] += 1
     if require_support and not question.support:
       raise files.DataError(
         f"{where}: question {question.id!r} has no supporting paragraphs, "
-        "which step rewards need"
+        f"which step rewards need: {parsed.support.reason}"
       )
+    report.lacking += parsed.support.lacking
+    report.cut += parsed.cut
+    identity = question.id
+    while identity in seen:
+      identity += f"@{question.source}:{number}"
+    if identity != question.id:
+      report.renamed += 1
+      question = dataclasses.replace(question, id=identity)
+    seen.add(identity)
     questions.append(question)
     if limit and len(questions) >= limit:
       break
   if not questions:
-    raise files.DataError(f"{path}: no questions in the file")
-  return questions
+    raise files.DataError("; ".join(
+      [f"{path}: no questions in the file", *report.notes()]
+    ))
+  return QuestionFile(questions, report)
 
 
-def parse_question(where: str, row: dict, number: int = 0) -> types.Question:
-  """One row of any accepted schema.
+def parse_question(
+  where: str, row: Mapping[str, Any], number: int = 0
+) -> types.Question:
+  """Returns the question of one row; `number` is its id where it has none.
 
   Raises:
-    files.DataError: an unknown schema, or a field is missing or empty.
+    files.DataError: it is no question, or a field is missing or malformed.
   """
-  for field, parse in _SCHEMAS.items():
-    if field in row:
-      try:
-        question = parse(where, row, number)
-      except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise files.DataError(
-          f"{where}: a malformed row, recognised by its field {field} "
-          f"({type(error).__name__}: {error})"
-        ) from error
-      break
+  parsed = _parse(where, row, number)
+  if parsed.question is None:
+    raise files.DataError(f"{where}: the row is marked answerable: false")
+  return parsed.question
+
+
+def row_of(where: str, row: Mapping[str, Any]) -> fields.Row:
+  """Returns the fields of a row, with those inside `metadata` among them."""
+  inner = fields.parsed(row.get("metadata"))
+  if isinstance(inner, Mapping):
+    own = {k: v for k, v in row.items() if not fields.missing(v)}
+    row = {**inner, **own}
+    row.pop("metadata", None)
+  return fields.Row(where, row)
+
+
+def _parse(where: str, values: Mapping[str, Any], number: int) -> _Parsed:
+  row = row_of(where, values)
+  info, model = row.part("extra_info"), row.part("reward_model")
+  if row.flag("answerable") is False:
+    return _Parsed(None, paragraphs.Support(), False, row.used, set())
+  _recognize(row, info)
+  cut, text = _text(row, info)
+  answers = _answers(row, model)
+  support = paragraphs.supporting(row, info)
+  hops = _hops(row, support)
+  question = types.Question(
+    id=_identity(row, info, number),
+    text=text,
+    answers=answers,
+    source=_source(row),
+    search_keys=_keys(row, model, hops),
+    support=support.passages,
+    decomposition=hops,
+    extra=_extra(row),
+  )
+  return _Parsed(question, support, cut, row.used, set(row.names()) - row.used)
+
+
+def _recognize(row: fields.Row, info: fields.Row) -> None:
+  if row.first(*_TEXT, "prompt") is None and "question" not in info:
+    raise files.DataError(
+      f"{row.where}: unknown question schema, expected one of the fields "
+      f"{[*_TEXT, 'prompt']}, found {row.names()}"
+    )
+  if row.first("final_answer", "reward_model", *_ANSWERS) is None:
+    known = "question" in row or row.first(*_HOPS, *paragraphs.SUPPORTING)
+    raise files.DataError(
+      f"{row.where}: "
+      + ("field answer is missing" if known else "unknown question schema")
+      + f", expected one of the fields "
+      f"{['final_answer', 'reward_model', *_ANSWERS]}, found {row.names()}"
+    )
+
+
+def _text(row: fields.Row, info: fields.Row) -> tuple[bool, str]:
+  """Returns (whether the prompt goes on behind it, the question)."""
+  name = row.first("question")
+  if name is None and "question" in info:
+    row, name = info, "question"
+  name = name or row.first(*_TEXT)
+  if name is None:
+    return _of_prompt(row)
+  text = row[name]
+  if not isinstance(text, str) or not text.strip():
+    raise files.DataError(
+      f"{row.where}: field {name} is empty or no text, got {text!r}"
+    )
+  return False, text
+
+
+def _of_prompt(row: fields.Row) -> tuple[bool, str]:
+  """Returns (whether text follows it, the question) of a verl prompt.
+
+  Prompts of trained models carry the question behind a long instruction, maybe
+  with solved examples: the last line with "Question:" counts, from its first.
+  """
+  given = fields.parsed(row["prompt"])
+  if isinstance(given, str):
+    text = given
   else:
-    raise files.DataError(
-      f"{where}: unknown question schema, expected one of the fields "
-      f"{sorted(_SCHEMAS)}, found {sorted(row)}"
+    messages = row.rows("prompt")
+    users = [m for m in messages if m["role"] == "user"] or messages[-1:]
+    text = users[-1].text("content") if users else None
+  if text is None or not text.strip():
+    raise row.error("prompt", "text or messages with content", given)
+  if "Question:" not in text:
+    return False, text
+  lines = text.splitlines()
+  place = max(i for i, line in enumerate(lines) if "Question:" in line)
+  rest = [lines[place].split("Question:", 1)[1], *lines[place + 1 :]]
+  rest = [line.strip() for line in rest if line.strip()]
+  if not rest:
+    raise row.error("prompt", "a question behind \"Question:\"", text)
+  return len(rest) > 1, rest[0]
+
+
+def _answers(row: fields.Row, model: fields.Row) -> tuple[str, ...]:
+  answers = row.texts("final_answer", plain=True)
+  if not answers and "ground_truth" in model:
+    truth = fields.parsed(model["ground_truth"])
+    if isinstance(truth, Mapping):
+      answers = model.part("ground_truth").texts("target")
+    else:
+      answers = model.texts("ground_truth")
+  for name in _ANSWERS:
+    answers = answers or row.texts(name, plain=name == "answer")
+  if not answers:
+    raise files.DataError(f"{row.where}: question without an answer")
+  aliases = row.first(*_ALIASES)
+  aliases = row.texts(aliases) if aliases else ()
+  return tuple(dict.fromkeys(answers + aliases))
+
+
+def _identity(row: fields.Row, info: fields.Row, number: int) -> str:
+  for name in _ID:
+    identity = row.label(name)
+    if identity is not None:
+      return identity
+  if "reward_model" in row:
+    split, index = info.label("split"), info.label("index")
+    return f"{split or 'row'}_{number if index is None else index}"
+  return str(number)
+
+
+def _source(row: fields.Row) -> str:
+  for name in _SOURCE:
+    source = row.label(name)
+    if source is not None:
+      return _SOURCES.get(source.lower(), source)
+  if "question_decomposition" in row or "sub_searchs" in row:
+    return "musique"
+  if "supporting_facts" in row:
+    return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
+  return ""
+
+
+def _hops(
+  row: fields.Row, support: paragraphs.Support
+) -> tuple[types.SubQuestion, ...]:
+  name = row.first(*_HOPS)
+  if name is None:
+    return ()
+  hops = []
+  for i, hop in enumerate(row.rows(name)):
+    question, answer = hop.text("question"), hop.texts("answer", plain=True)
+    if not question or not question.strip():
+      raise hop.error("question", "text", question)
+    if not answer:
+      raise hop.error("answer", "text", hop["answer"])
+    place = -1
+    if name == "question_decomposition" and i < len(support.places):
+      place = support.places[i]
+    elif name == "decomposition":
+      place = _place(hop, support)
+    hops.append(types.SubQuestion(question, answer[0], place))
+  return tuple(hops)
+
+
+def _place(hop: fields.Row, support: paragraphs.Support) -> int:
+  place = hop.number("support")
+  if place in (None, -1):
+    return -1
+  if not 0 <= place < len(support.listed):
+    raise hop.error(
+      "support", f"a place in a list of {len(support.listed)} passages", place
     )
-  if not isinstance(question.text, str) or not question.text.strip():
-    raise files.DataError(f"{where}: field question is empty or no text")
-  if not question.answers or not all(a.strip() for a in question.answers[:1]):
-    raise files.DataError(f"{where}: question without an answer")
-  return question
+  return support.listed[place]
 
 
-def _field(where: str, row: dict, name: str):
-  if row.get(name) is None:
-    raise files.DataError(
-      f"{where}: field {name} is missing, found {sorted(row)}"
-    )
-  return row[name]
+def _keys(
+  row: fields.Row, model: fields.Row, hops: Sequence[types.SubQuestion]
+) -> tuple[tuple[str, ...], ...]:
+  for name in ("search_keys", "sub_searchs"):
+    keys = row.groups(name)
+    if keys:
+      return keys
+  if isinstance(fields.parsed(model["ground_truth"]), Mapping):
+    keys = model.part("ground_truth").groups("search_keys")
+    if keys:
+      return keys
+  return default_keys(hops) if "question_decomposition" in row else ()
 
 
-def _texts(where: str, name: str, value) -> tuple[str, ...]:
-  """A string or list of strings as a tuple without repeats."""
-  values = [value] if isinstance(value, str) else value
-  if not isinstance(values, (list, tuple)) or not all(
-    isinstance(v, str) for v in values
-  ):
-    raise files.DataError(f"{where}: field {name} must hold strings, got "
-                          f"{value!r}")
-  return tuple(dict.fromkeys(values))
-
-
-def paragraph_id(title: str, text: str) -> str:
-  """Identity of a paragraph that comes without an id."""
-  return f"{title}\n{text}"
-
-
-def _passage(title: str, text: str) -> types.Passage:
-  return types.Passage(paragraph_id(title, text), title, text)
+def _extra(row: fields.Row) -> dict[str, Any]:
+  extra = row["extra"]
+  if extra is not None and not isinstance(extra, Mapping):
+    raise row.error("extra", "an object", extra)
+  pseudo = {"pseudo_support": True} if row.flag("pseudo_support") else {}
+  return {**(extra or {}), **pseudo}
 
 
 def default_keys(
   decomposition: Sequence[types.SubQuestion],
 ) -> tuple[tuple[str, ...], ...]:
-  """Search phrases from a decomposition, where a dataset ships none.
+  """Returns search phrases from a decomposition, where a dataset ships none.
 
   Per hop: the sub-question with `#n` replaced by the n-th answer; MuSiQue's
   relation form "A >> relation" also as "A relation" and "relation A".
   """
-  answers = [sub.answer for sub in decomposition]
-
-  def fill(match):
-    index = int(match[1]) - 1
-    return answers[index] if 0 <= index < len(answers) else match[0]
-
   groups = []
-  for sub in decomposition:
-    text = re.sub(r"#(\d+)", fill, sub.question).strip()
+  for text in types.resolved(decomposition):
     if ">>" in text:
       entity, relation = (part.strip() for part in text.split(">>", 1))
       groups.append((f"{entity} {relation}", f"{relation} {entity}"))
     else:
-      groups.append((text,))
+      groups.append((text.strip(),))
   return tuple(groups)
 
 
-def _musique(where: str, row: dict, number: int) -> types.Question:
-  paragraphs = {
-    p["idx"]: p for p in row.get("paragraphs") or [] if "idx" in p
-  }
-  hops, support = [], []
-  for hop in row["question_decomposition"]:
-    index = hop.get("paragraph_support_idx")
-    place = -1
-    if index in paragraphs:
-      place = len(support)
-      paragraph = paragraphs[index]
-      support.append(
-        _passage(paragraph["title"], paragraph["paragraph_text"])
-      )
-    hops.append(types.SubQuestion(hop["question"], str(hop["answer"]), place))
-  answers = (_field(where, row, "answer"), *(row.get("answer_aliases") or ()))
-  keys = row.get("search_keys")
-  return types.Question(
-    id=str(row.get("id", number)),
-    text=_field(where, row, "question"),
-    answers=_texts(where, "answer", answers),
-    source=row.get("data_source", "musique"),
-    search_keys=tuple(tuple(group) for group in keys)
-    if keys else default_keys(hops),
-    support=tuple(support),
-    decomposition=tuple(hops),
-  )
-
-
-def _stepsearch(where: str, row: dict, number: int) -> types.Question:
-  answers = (
-    _field(where, row, "final_answer"), *(row.get("answer_aliases") or ())
-  )
-  documents = row.get("sub_support_docs") or []
-  return types.Question(
-    id=str(row.get("id", number)),
-    text=_field(where, row, "question"),
-    answers=_texts(where, "final_answer", answers),
-    source=row.get("data_source", "musique"),
-    search_keys=tuple(tuple(group) for group in row["sub_searchs"] or ()),
-    support=tuple(_passage(d["title"], d["paragraph_text"]) for d in documents),
-    extra={"pseudo_support": True} if row.get("pseudo_support") else {},
-  )
-
-
-def _verl(where: str, row: dict, number: int) -> types.Question:
-  truth = _field(where, row["reward_model"], "ground_truth")
-  target = truth["target"] if isinstance(truth, dict) else truth
-  keys = truth.get("search_keys") if isinstance(truth, dict) else None
-  extra = row.get("extra_info") or {}
-  documents = extra.get("support_docs")
-  text = extra.get("question") or row["prompt"][-1]["content"]
-  # Prompts of trained models carry the question behind a long instruction.
-  if not extra.get("question") and "Question:" in text:
-    text = text.rsplit("Question:", 1)[1].strip()
-  source = str(row.get("data_source", ""))
-  return types.Question(
-    id=f"{extra.get('split', 'row')}_{extra.get('index', number)}",
-    text=text,
-    answers=_texts(where, "reward_model.ground_truth", target),
-    source=_SOURCES.get(source.lower(), source),
-    search_keys=tuple(tuple(group) for group in (() if keys is None else keys)),
-    support=tuple(
-      _passage(d["title"], d["paragraph_text"])
-      for d in (() if documents is None else documents)
-    ),
-  )
-
-
-def context_paragraphs(where: str, context) -> list[tuple[str, str]]:
-  """(title, text) of HotpotQA's context, as in its files or as on the hub.
-
-  Raises:
-    files.DataError: it is neither.
-  """
-  try:
-    if isinstance(context, dict):
-      pairs = list(zip(context["title"], context["sentences"], strict=True))
-    else:
-      pairs = [(title, lines) for title, lines in context]
-    if any(isinstance(part, str) for _, part in pairs):
-      raise types.UserError("sentences must be lists")
-    return [(title, "".join(lines).strip()) for title, lines in pairs]
-  except (ValueError, TypeError, KeyError) as error:
-    raise files.DataError(
-      f"{where}: field context must hold [title, [sentence, ..]] pairs "
-      f"({error})"
-    ) from error
-
-
-def _hotpot(where: str, row: dict, number: int) -> types.Question:
-  facts = row["supporting_facts"]
-  titles = facts["title"] if isinstance(facts, dict) else [f[0] for f in facts]
-  text = dict(context_paragraphs(where, _field(where, row, "context")))
-  wanted = [title for title in dict.fromkeys(titles) if title in text]
-  source = "2wikimultihopqa" if "evidences" in row else "hotpotqa"
-  return types.Question(
-    id=str(row.get("_id", row.get("id", number))),
-    text=_field(where, row, "question"),
-    answers=_texts(where, "answer", _field(where, row, "answer")),
-    source=row.get("data_source", source),
-    support=tuple(_passage(title, text[title]) for title in wanted),
-  )
-
-
-def _flashrag(where: str, row: dict, number: int) -> types.Question:
-  return types.Question(
-    id=str(row.get("id", number)),
-    text=_field(where, row, "question"),
-    answers=_texts(where, "golden_answers", row["golden_answers"]),
-    source=str(row.get("data_source", "")),
-  )
-
-
-def _any(where: str, row: dict, number: int) -> types.Question:
-  answers = row.get("answers", row.get("answer"))
-  given = _texts(where, "answer", answers)
-  aliases = _texts(where, "answer_aliases", row.get("answer_aliases") or ())
-  return types.Question(
-    id=str(row.get("id", number)),
-    text=_field(where, row, "question"),
-    answers=tuple(dict.fromkeys(given + aliases)),
-    source=str(row.get("data_source", "")),
-  )
-
-
 def to_row(question: types.Question) -> dict:
-  """A question as a JSON-able row that `parse_question` reads back."""
+  """Returns a question as a JSON-able row that `parse_question` reads back."""
   return dataclasses.asdict(question)
-
-
-def _own(where: str, row: dict, number: int) -> types.Question:
-  return types.Question(
-    id=str(row.get("id", number)),
-    text=_field(where, row, "text"),
-    answers=_texts(where, "answers", _field(where, row, "answers")),
-    source=row.get("source", ""),
-    search_keys=tuple(map(tuple, row.get("search_keys", ()))),
-    support=tuple(types.Passage(**passage) for passage in row["support"]),
-    decomposition=tuple(
-      types.SubQuestion(**hop) for hop in row.get("decomposition", ())
-    ),
-    extra=row.get("extra", {}),
-  )
-
-
-_SCHEMAS: dict[str, Callable[[str, dict, int], types.Question]] = {
-  "support": _own,
-  "question_decomposition": _musique,
-  "sub_searchs": _stepsearch,
-  "reward_model": _verl,
-  "supporting_facts": _hotpot,
-  "golden_answers": _flashrag,
-  "answers": _any,
-  "answer": _any,
-}

@@ -1,6 +1,7 @@
 """Checks, supervises, audits and converts question files before a run.
 
   python -m stepsearch_jax.tools.prepare_data --check --input=train.jsonl
+  python -m stepsearch_jax.tools.prepare_data --check --json --input=train.jsonl
   python -m stepsearch_jax.tools.prepare_data --input=musique.jsonl \\
     --supervise --writers=rules,Qwen/Qwen2.5-7B-Instruct \\
     --retrievers=intfloat/e5-base-v2,bm25,hashed_tfidf --output=train.jsonl
@@ -11,7 +12,9 @@
 
 `--check` prints the first questions as the policy will see them, with the
 rewards of a perfect, an empty and a wrong answer, so that a wrong schema shows
-before a run and not after a day. `--supervise` writes search keys for every
+before a run and not after a day; it says which fields were read, which were
+ignored and which would be accepted. `--check --json` prints every question that
+was read, as a JSON list. `--supervise` writes search keys for every
 sub-question and keeps those that most retrievers answer; it goes on where it
 was killed. `--audit` counts the gold passages that a corpus lacks.
 """
@@ -19,9 +22,10 @@ was killed. `--audit` counts the gold passages that a corpus lacks.
 from __future__ import annotations
 
 import itertools
+import json
 
 import tqdm
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from stepsearch_jax import cli, types
@@ -34,6 +38,9 @@ _INPUT = flags.DEFINE_string(
   "input", None, "Question file (.jsonl, .json, .parquet, or .gz)."
 )
 _CHECK = flags.DEFINE_bool("check", False, "Print rows, prompts and rewards.")
+_AS_JSON = flags.DEFINE_bool(
+  "json", False, "With --check: print every question as JSON, nothing else."
+)
 _ROWS = flags.DEFINE_integer("rows", 3, "How many questions --check prints.")
 _TEMPLATE = flags.DEFINE_enum(
   "template", "stepsearch", sorted(prompts.TEMPLATES), "Prompt of --check."
@@ -102,8 +109,41 @@ def trial_rewards(
   }
 
 
-def check(questions: list[types.Question]) -> None:
+def print_json(questions: list[types.Question]) -> None:
+  """Prints questions as a JSON list, one line per question."""
+  lines = [
+    json.dumps({
+      "id": question.id,
+      "source": question.source,
+      "question": question.text,
+      "answers": list(question.answers),
+      "search_keys": [list(group) for group in question.search_keys],
+      "support": [
+        {"title": p.title, "text": p.text} for p in question.support
+      ],
+    }, ensure_ascii=False)
+    for question in questions
+  ]
+  print("[\n" + ",\n".join(lines) + "\n]")
+
+
+def print_fields(report: questions_lib.Report) -> None:
+  """Prints which fields of the rows were read, ignored and would be read."""
+  for what, counts in (("read", report.used), ("ignored", report.ignored)):
+    shown = (
+      name if count == report.rows else f"{name} ({count} of {report.rows})"
+      for name, count in sorted(counts.items())
+    )
+    print(f"fields {what:9} {', '.join(shown) or 'none'}")
+  would = [name for name in questions_lib.ACCEPTED if name not in report.used]
+  print(f"fields accepted  {', '.join(would)}")
+  for note in report.notes():
+    print(note)
+
+
+def check(found: questions_lib.QuestionFile) -> None:
   """Prints what a run would make of the first questions."""
+  questions = found.questions
   spec = step_rewards.PRESETS[_PRESET.value]()
   env = search_env.SearchEnv(prompts.TEMPLATES[_TEMPLATE.value])
   tokenizer = _TOKENIZER.value and tokenizer_lib.load(_TOKENIZER.value)
@@ -123,11 +163,12 @@ def check(questions: list[types.Question]) -> None:
             f"{scores.answer_correct:.3f}, keys {scores.search_key_score:.3f})"
             f", steps [{steps}]")
   print(f"\n{len(questions)} questions")
+  print_fields(found.report)
   for what, lacking, loss in (
     ("search keys", [q for q in questions if not q.search_keys],
      "their search-key reward is 0"),
     ("supporting paragraphs", [q for q in questions if not q.support],
-     "they cannot be trained on: no step reward"),
+     "they can be evaluated, not trained on with step rewards"),
     ("a decomposition", [q for q in questions if not q.decomposition],
      "they cannot be scripted for a warm start"),
     ("labels of their own", [
@@ -136,6 +177,8 @@ def check(questions: list[types.Question]) -> None:
   ):
     if lacking:
       print(f"{len(lacking)} without {what}: {loss}")
+  for reason, count in found.report.reasons.most_common():
+    print(f"{count} without supporting paragraphs: {reason}")
 
 
 def audit(questions: list[types.Question]) -> None:
@@ -187,9 +230,15 @@ def main() -> None:
     raise types.UserError(
       "nothing to do: give --check, --supervise, --audit or --tfds_dir"
     )
-  questions = questions_lib.load_questions(_INPUT.value, limit=_LIMIT.value)
-  if _CHECK.value:
-    check(questions)
+  found = questions_lib.read_questions(_INPUT.value, limit=_LIMIT.value)
+  questions = found.questions
+  if _CHECK.value and _AS_JSON.value:
+    print_json(questions)
+  elif _CHECK.value:
+    check(found)
+  if _AS_JSON.value or not _CHECK.value:
+    for note in found.report.notes():
+      logging.warning("%s", note)
   if _AUDIT.value:
     audit(questions)
   if _SUPERVISE.value:

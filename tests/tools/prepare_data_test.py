@@ -1,5 +1,9 @@
 """Trial rewards of a question file, worked out by hand."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from stepsearch_jax import types
@@ -34,3 +38,30 @@ def test_questions_without_keys_or_support_still_score():
   bare = types.Question("q", "Who?", ("Ada",))
   trials = prepare_data.trial_rewards(step_rewards.RewardSpec.paper(), bare)
   assert trials["perfect"].score == 1 and not trials["perfect"].step_scores
+
+
+def test_check_as_json_prints_all_questions_and_nothing_else(tmp_path):
+  def command(text):
+    path = tmp_path / "q.jsonl"
+    path.write_text(text)
+    return subprocess.run(
+      [sys.executable, "-m", "stepsearch_jax.tools.prepare_data", "--check",
+       "--json", f"--input={path}"], capture_output=True, text=True,
+    )
+
+  rows = [{"id": "1", "question": "é?", "answer": i, "level": None,
+           "supporting_paragraphs": [{"title": "T", "text": "P"}]}
+          for i in range(5)]
+  done = command("".join(json.dumps(row) + "\n" for row in rows))
+  assert done.returncode == 0, done.stderr
+  printed = json.loads(done.stdout)
+  assert [row["answers"] for row in printed] == [[str(i)] for i in range(5)]
+  assert printed[0] == {
+    "id": "1", "source": "", "question": "é?", "answers": ["0"],
+    "search_keys": [], "support": [{"title": "T", "text": "P"}],
+  }
+  assert "4 rows repeat an id" in done.stderr
+  done = command('{"question": "q", "answer": ["a", null]}')
+  assert done.returncode == 1 and done.stdout == ""
+  (line,) = done.stderr.splitlines()[-1:]
+  assert line.startswith("error: ") and "q.jsonl:1: field answer" in line

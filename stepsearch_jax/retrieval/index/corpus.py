@@ -3,121 +3,126 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 from absl import logging
 from etils import epath
 
 from stepsearch_jax import files, types
-from stepsearch_jax.data import questions
+from stepsearch_jax.data import fields, paragraphs, questions
 
 # Fields by which a row is a question that brings its paragraphs.
-_OF_QUESTIONS = frozenset(
-  ("paragraphs", "context", "support", "sub_support_docs", "reward_model")
-)
+_OF_QUESTIONS = frozenset((
+  *paragraphs.SUPPORTING, "paragraphs", "context", "supporting_facts",
+  "reward_model", "extra_info",
+))
+_TEXTS = ("contents", "content", "text")
+_RECENT = 1 << 22  # Entries between two sorts.
 
 
 def load_corpus(path: str) -> list[types.Passage]:
-  """Reads a passage file.
-
-  Args:
-    path: rows `{"id", "contents": "title\\ntext"}` or `{"id", "title",
-      "content" | "text"}`; rows of questions give all their paragraphs, each
-      once: `paragraphs` (MuSiQue), `context` (HotpotQA) or, where there are no
-      others, the supporting ones (StepSearch, verl, this project).
-
-  Returns:
-    Passages in file order.
-
-  Raises:
-    files.DataError: naming file, line and field.
-  """
-  passages: dict[str, types.Passage] = {}
-  for where, row in files.read_rows(path):
-    for passage in _passages(where, row):
-      known = passages.setdefault(passage.id, passage)
-      if known != passage:
-        raise files.DataError(
-          f"{where}: passage id {passage.id!r} is used twice with other text"
-        )
-  if not passages:
-    raise files.DataError(f"{path}: no passages in the file")
-  return list(passages.values())
+  """Reads a passage file into memory; see `stream_corpus`."""
+  return list(stream_corpus(path))
 
 
 def stream_corpus(path: str) -> Iterator[types.Passage]:
-  """The passages of a file one by one, for corpora larger than memory.
+  """Yields the passages of a file, which may be larger than memory.
 
-  Unlike `load_corpus`, paragraphs that repeat are not recognised, except in
-  files of questions, which are read whole.
+  A passage that repeats is given once. One without an id has its content as
+  identity, so the same file is the same corpus wherever it lies.
+
+  Args:
+    path: rows `{"id", "contents": "title\\ntext"}` or `{"id", "title",
+      "content" | "text"}`; rows of questions give all their paragraphs:
+      `paragraphs` (MuSiQue), `context` (HotpotQA) or, where there are no
+      others, the supporting ones (StepSearch, verl, this project).
 
   Raises:
-    files.DataError: naming file, line and field.
+    files.DataError: naming file, line and field; also for an id that comes
+      twice with different texts.
   """
-  rows = files.read_rows(path)
-  where, first = next(rows, (path, None))
-  if first is None:
-    raise files.DataError(f"{path}: no passages in the file")
-  if _OF_QUESTIONS & first.keys():
-    yield from load_corpus(path)
-    return
-  yield from _passages(where, first)
-  for where, row in rows:
-    yield from _passages(where, row)
-
-
-def _passages(where: str, row: dict) -> Iterable[types.Passage]:
-  if "paragraphs" in row:
-    for p in row["paragraphs"]:
-      if not isinstance(p, dict) or "paragraph_text" not in p:
+  known, count = _Known(), 0
+  for where, row in files.read_rows(path):
+    for passage in _passages(where, row):
+      count += 1
+      content = _hash(f"{passage.title}\0{passage.text}")
+      earlier = known.add(_hash(passage.id), content)
+      if earlier is None:
+        yield passage
+      elif earlier != content:
         raise files.DataError(
-          f"{where}: paragraphs must hold title and paragraph_text, got {p!r}"
+          f"{where}: passage id {passage.id!r} is used twice with other text"
         )
-      title = _text(where, "title", p.get("title", ""))
-      yield _identified(
-        title, _text(where, "paragraph_text", p["paragraph_text"])
-      )
-  elif "context" in row:
-    for title, text in questions.context_paragraphs(where, row["context"]):
-      yield _identified(title, text)
-  elif _OF_QUESTIONS & row.keys():
+  if not count:
+    raise files.DataError(f"{path}: no passages in the file")
+
+
+def _hash(text: str) -> int:
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, "little")
+
+
+class _Known:
+  """A table of integers that needs 16 bytes per entry.
+
+  The newest entries are in a dict, the others in sorted arrays. Two of 21
+  million ids share their hash with a probability of 1e-5.
+  """
+
+  def __init__(self):
+    self._recent: dict[int, int] = {}
+    self._keys = self._values = np.zeros(0, np.uint64)
+
+  def add(self, key: int, value: int) -> int | None:
+    """Enters a value; returns the one that was entered before, if any."""
+    earlier = self._recent.get(key)
+    if earlier is None and len(self._keys):
+      place = int(np.searchsorted(self._keys, np.uint64(key)))
+      if place < len(self._keys) and int(self._keys[place]) == key:
+        earlier = int(self._values[place])
+    if earlier is None:
+      self._recent[key] = value
+      if len(self._recent) >= _RECENT:
+        self._merge()
+    return earlier
+
+  def _merge(self) -> None:
+    keys = np.concatenate(
+      [self._keys, np.fromiter(self._recent, np.uint64)])
+    values = np.concatenate(
+      [self._values, np.fromiter(self._recent.values(), np.uint64)])
+    order = np.argsort(keys)
+    self._keys, self._values = keys[order], values[order]
+    self._recent.clear()
+
+
+def _passages(where: str, values: dict) -> Iterable[types.Passage]:
+  row = fields.Row(where, values)
+  if row.first(*_TEXTS) is None or "question" in row:
+    row = questions.row_of(where, values)
+  if row.first("paragraphs", "context"):
+    return paragraphs.everything(row)
+  if _OF_QUESTIONS & set(row.names()):
     logging.log_first_n(
       logging.WARNING, "%s: questions with their supporting paragraphs only; "
       "where nothing else can be found, searching is easy", 1, where,
     )
-    yield from questions.parse_question(where, row).support
-  elif "contents" in row:
-    contents = _text(where, "contents", row["contents"])
-    title, _, text = contents.partition("\n")
-    yield types.Passage(str(row.get("id", where)), title, text)
-  elif "content" in row or "text" in row:
-    name = "content" if "content" in row else "text"
-    yield types.Passage(
-      str(row.get("id", where)), _text(where, "title", row.get("title") or ""),
-      _text(where, name, row[name]),
-    )
-  else:
-    if "question" in row:
+    return paragraphs.everything(row)
+  if row.first(*_TEXTS) is None or "question" in row:
+    if row.first("question", "prompt"):
       raise files.DataError(
         f"{where}: a question without paragraphs is no corpus: name one "
         "(data.corpus or --corpus)"
       )
+    name = next((name for name in _TEXTS if name in values), None)
+    if name is not None:
+      raise row.error(name, "text", None)
     raise files.DataError(
       f"{where}: unknown corpus schema, expected contents, content, text, "
-      f"paragraphs or context, found {sorted(row)}"
+      f"paragraphs or context, found {row.names()}"
     )
-
-
-def _text(where: str, name: str, value) -> str:
-  if not isinstance(value, str):
-    raise files.DataError(f"{where}: field {name} must be a string, got "
-                          f"{value!r}")
-  return value
-
-
-def _identified(title: str, text: str) -> types.Passage:
-  return types.Passage(questions.paragraph_id(title, text), title, text)
+  return [fields.passage(row, ids=True)]
 
 
 def write_corpus(path: epath.Path, passages: Iterable[types.Passage]) -> int:
@@ -128,31 +133,45 @@ def write_corpus(path: epath.Path, passages: Iterable[types.Passage]) -> int:
   """
   if not path.name.endswith(".jsonl"):
     raise files.DataError(f"{path}: a corpus is written as .jsonl")
-  temporary = path.with_name(path.name + ".tmp")
   count = 0
-  with temporary.open("w") as file:
+  with files.writing(path) as file:
     for p in passages:
       row = {"id": p.id, "title": p.title, "text": p.text}
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      file.write(files.to_jsonl([row]).encode())
       count += 1
-  temporary.replace(path)
   return count
 
 
 def corpus_from_questions(paths: Sequence[str]) -> list[types.Passage]:
-  """All paragraphs of question files, each once."""
+  """Returns all paragraphs of question files, each once."""
   passages: dict[str, types.Passage] = {}
   for path in paths:
-    for passage in load_corpus(path):
+    for passage in stream_corpus(path):
       passages.setdefault(passage.id, passage)
   return list(passages.values())
 
 
 def corpus_hash(passages: Iterable[types.Passage]) -> str:
-  """Identity of a corpus: ids, titles, texts and their order."""
-  digest = hashlib.sha256()
+  """Returns the identity of a corpus: ids, titles, texts and their order."""
+  digest = CorpusDigest()
   for passage in passages:
+    digest.add(passage)
+  return digest.value()
+
+
+class CorpusDigest:
+  """The hash of a corpus while its passages go by."""
+
+  def __init__(self):
+    """Starts with no passage."""
+    self._digest = hashlib.sha256()
+
+  def add(self, passage: types.Passage) -> None:
+    """Takes in the next passage."""
     for part in (passage.id, passage.title, passage.text):
-      digest.update(part.encode())
-      digest.update(b"\x00")
-  return digest.hexdigest()[:16]
+      self._digest.update(part.encode())
+      self._digest.update(b"\x00")
+
+  def value(self) -> str:
+    """Returns the hash of the passages so far."""
+    return self._digest.hexdigest()[:16]

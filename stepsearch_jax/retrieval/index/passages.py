@@ -7,7 +7,6 @@ finds them.
 from __future__ import annotations
 
 import array
-import hashlib
 import json
 import mmap
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.retrieval.index import corpus
 
 _TEXTS = "passages.jsonl"
 _OFFSETS = "offsets.npy"
@@ -33,7 +33,7 @@ def write_passages(
   Returns:
     (number of passages, corpus hash as in `corpus.corpus_hash`).
   """
-  digest, offsets, at = hashlib.sha256(), array.array("q"), 0
+  digest, offsets, at = corpus.CorpusDigest(), array.array("q"), 0
   with (folder / _TEXTS).open("wb") as file:
     for p in passages:
       row = {"id": p.id, "title": p.title, "text": p.text}
@@ -41,12 +41,10 @@ def write_passages(
       file.write(line)
       offsets.append(at)
       at += len(line)
-      for part in (p.id, p.title, p.text):
-        digest.update(part.encode())
-        digest.update(b"\x00")
+      digest.add(p)
   with (folder / _OFFSETS).open("wb") as file:
     np.save(file, np.array([*offsets, at], np.int64), allow_pickle=False)
-  return len(offsets), digest.hexdigest()[:16]
+  return len(offsets), digest.value()
 
 
 class PassageStore:
@@ -61,11 +59,11 @@ class PassageStore:
         self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def __len__(self) -> int:
-    """How many there are."""
+    """Returns the number of passages."""
     return len(self._offsets) - 1
 
   def __getitem__(self, i):
-    """Passage in row `i`, or a list of those in a slice."""
+    """Returns the passage in row `i`, or a list of those in a slice."""
     if isinstance(i, slice):
       return [self[row] for row in range(*i.indices(len(self)))]
     start, stop = self._offsets[i], self._offsets[i + 1]
@@ -73,5 +71,5 @@ class PassageStore:
     return types.Passage(row["id"], row["title"], row["text"])
 
   def __iter__(self) -> Iterator[types.Passage]:
-    """All passages in order."""
+    """Iterates over all passages in order."""
     return (self[i] for i in range(len(self)))

@@ -124,14 +124,15 @@ def test_questions_bring_their_paragraphs(tmp_path, row):
 
 
 @pytest.mark.parametrize("row, message", [
-  ({"id": "1", "title": 3, "text": "x"}, "field title must be a string"),
-  ({"id": "1", "text": None}, "field text must be a string, got None"),
-  ({"id": "1", "contents": ["x"]}, "field contents must be a string"),
+  ({"id": "1", "title": 3, "text": "x"}, "field title must hold text, got 3"),
+  ({"id": "1", "text": None}, "field text must hold text, got None"),
+  ({"id": "1", "contents": ["x"]}, "field contents must hold text"),
   ({"id": "1", "body": "x"}, "unknown corpus schema.*body"),
   ({"context": "some text"}, "field context must hold"),
   ({"context": [["Ada", "one string"]]}, "field context must hold"),
-  ({"paragraphs": [{"title": "x"}]}, "paragraphs must hold title"),
-  ({"paragraphs": ["x"]}, "paragraphs must hold title"),
+  ({"paragraphs": [{"title": "x"}]},
+   "field paragraphs.paragraph_text must hold text"),
+  ({"paragraphs": [3]}, "field paragraphs must hold a list of objects"),
   (QUESTION, "a question without paragraphs is no corpus.*data.corpus"),
 ])
 def test_bad_rows_name_file_line_and_field(tmp_path, row, message):
@@ -147,3 +148,60 @@ def test_written_corpora_are_jsonl_and_read_back(tmp_path):
   assert corpus.load_corpus(str(path)) == WANT
   with pytest.raises(files.DataError, match="written as .jsonl"):
     corpus.write_corpus(epath.Path(tmp_path) / "c.jsonl.gz", WANT)
+
+
+def test_a_corpus_without_ids_is_the_same_by_every_path(tmp_path):
+  hashes, ids = set(), set()
+  for i, rows in enumerate((
+    [{"title": p.title, "text": p.text} for p in WANT],
+    [{"id": None, "title": p.title, "text": p.text} for p in WANT],
+    [{"id": None, "contents": f"{p.title}\n{p.text}"} for p in WANT],
+    [{"id": " ", "title": p.title, "content": p.text} for p in WANT],
+  )):
+    path = tmp_path / f"folder{i}" / "c.jsonl"
+    path.parent.mkdir()
+    write(path, rows)
+    found = corpus.load_corpus(str(path))
+    hashes.add(corpus.corpus_hash(found))
+    ids.add(tuple(p.id for p in found))
+  assert len(hashes) == 1
+  assert ids == {tuple(f"{p.title}\n{p.text}" for p in WANT)}
+
+
+@pytest.mark.parametrize("recent", [1, 2, 1 << 22])
+def test_both_readers_agree_on_passages_that_repeat(
+  tmp_path, monkeypatch, recent
+):
+  monkeypatch.setattr(corpus, "_RECENT", recent)
+  path = tmp_path / "c.jsonl"
+  for rows in (TITLED, [{k: v for k, v in row.items() if k != "id"}
+                        for row in TITLED]):
+    write(path, [*rows, rows[0], *rows, rows[1]])
+    found = corpus.load_corpus(str(path))
+    assert [p.text for p in found] == [p.text for p in WANT]
+    assert list(corpus.stream_corpus(str(path))) == found
+  write(path, [*TITLED, *CONTENTS, {**TITLED[0], "text": "other"}])
+  for read in (corpus.load_corpus, lambda path: list(
+      corpus.stream_corpus(path))):
+    with pytest.raises(files.DataError, match="c.jsonl:5: .*'7' is used twice"):
+      read(str(path))
+
+
+def test_numbers_are_ids_and_other_things_are_refused(tmp_path):
+  path = tmp_path / "c.jsonl"
+  write(path, [{"id": 0, "text": "x"}, {"id": 1.0, "title": None, "text": "y"}])
+  assert [p.id for p in corpus.load_corpus(str(path))] == ["0", "1"]
+  for wrong in (True, ["a"], {"a": 1}):
+    write(path, [{"id": wrong, "text": "x"}])
+    with pytest.raises(files.DataError, match="c.jsonl:1: field id must"):
+      corpus.load_corpus(str(path))
+
+
+def test_questions_of_flashrag_bring_their_paragraphs_too(tmp_path):
+  path = tmp_path / "q.jsonl"
+  write(path, [{**QUESTION, "metadata": {"context": {
+    "title": ["Ada"], "content": [["S one.", "S two."]]}}}])
+  assert [p.text for p in corpus.load_corpus(str(path))] == ["S one. S two."]
+  # The metadata of a passage is not its text.
+  write(path, [{"id": "7", "contents": "A\nb", "metadata": {"context": 5}}])
+  assert [p.text for p in corpus.load_corpus(str(path))] == ["b"]
