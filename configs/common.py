@@ -5,6 +5,7 @@ fields can be overridden on the command line: `--config.ppo.policy_lr=1e-6`.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def parse_arg(arg, **defaults):
@@ -94,6 +95,14 @@ def _retrieval():
   retrieval.candidates = 20  # Passages that it scores per query.
   # hashed_tfidf, or a BERT-family encoder: folder, HF id, package:<name>.
   retrieval.encoder = "hashed_tfidf"
+  # What the files of a BERT encoder leave open or should not decide: pooling
+  # mean | cls, text before queries and passages, tokens kept. None = theirs.
+  retrieval.encoding = ml_collections.ConfigDict(dict(
+    pooling=config_dict.placeholder(str),
+    query_prefix=config_dict.placeholder(str),
+    passage_prefix=config_dict.placeholder(str),
+    max_length=config_dict.placeholder(int),
+  ))
   retrieval.index = ""  # Folder of a ready index; empty = build in workdir.
   # URL of a /retrieve server to ask instead of searching here.
   retrieval.remote = ""

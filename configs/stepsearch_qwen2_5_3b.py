@@ -40,6 +40,7 @@ def released_training(config):
   config.data.eval = "musi_answerable_dev.jsonl"
   config.data.corpus = "wiki-18.jsonl"
   config.retrieval.encoder = "intfloat/e5-base-v2"
+  config.retrieval.encoding.max_length = 256  # As the released server.
   config.retrieval.index = "wiki18_index"
   config.batch.questions = 128
   config.ppo.mini_batch = 32

@@ -32,18 +32,23 @@ class Bm25Retriever:
       texts, stopwords="en", show_progress=False
     )
     self._passages = list(passages)
-    self._bm25 = bm25s.BM25()
-    self._bm25.index(
-      self._tokenize([encoder_lib.passage_text(p) for p in self._passages]),
-      show_progress=False,
+    self._bm25 = None
+    tokens = self._tokenize(
+      [encoder_lib.passage_text(p) for p in self._passages]
     )
+    if any(len(row) for row in tokens.ids):  # Else nothing can be found.
+      self._bm25 = bm25s.BM25()
+      self._bm25.index(tokens, show_progress=False)
 
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """The k best passages of each query, best first, with scores."""
-    if not queries:
-      return []
+    """Returns up to k passages of each query, best first, with scores.
+
+    A passage that shares no word with the query is not found.
+    """
+    if not queries or self._bm25 is None:
+      return [[] for _ in queries]
     rows, scores = self._bm25.retrieve(
       self._tokenize(list(queries)), k=min(k, len(self._passages)),
       show_progress=False,
@@ -51,7 +56,7 @@ class Bm25Retriever:
     return [
       [
         dataclasses.replace(self._passages[i], score=float(s))
-        for i, s in zip(row, score, strict=True)
+        for i, s in zip(row, score, strict=True) if s > 0
       ]
       for row, score in zip(rows, scores, strict=True)
     ]

@@ -28,6 +28,7 @@ from stepsearch_jax.retrieval import (
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
+from stepsearch_jax.retrieval.index import encoding as encoding_lib
 from stepsearch_jax.retrieval.index import passages as passages_lib
 
 
@@ -55,6 +56,7 @@ class RetrievalSpec:
     reranker: reference of a cross-encoder, empty for none.
     candidates: passages that the cross-encoder scores per query.
     encoder: "hashed_tfidf" or the reference of a BERT-family encoder.
+    encoding: what is said about the encoder's texts.
     index: folder of a ready index; empty builds one in the work directory.
     remote: URL of a /retrieve server; empty searches in this process.
     patience: limits of the client of a server or web search.
@@ -69,6 +71,7 @@ class RetrievalSpec:
   reranker: str
   candidates: int
   encoder: str
+  encoding: encoding_lib.EncodingSpec
   index: str
   remote: str
   patience: remote.RemoteSpec
@@ -176,7 +179,7 @@ def load_retriever(
 def _open_engine(spec, workdir, passages, corpus_path):
   """A client, BM25, or an index: ready, or built in the work directory."""
   if spec.uses_index:
-    encoder = encoder_lib.load_encoder(spec.encoder)
+    encoder = encoder_lib.load_encoder(spec.encoder, spec.encoding)
     if spec.index:
       return _open_ready(spec, encoder, passages, corpus_path)
     return _open_built(spec, encoder, workdir, passages)

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 
 from stepsearch_jax import types
@@ -39,7 +40,10 @@ class LocalRetriever:
   def search(
     self, queries: Sequence[str], k: int
   ) -> list[list[types.Passage]]:
-    """The k best passages of each query, best first, with scores."""
+    """Returns up to k passages of each query, best first, with scores.
+
+    Passages that share nothing with the query count as not found.
+    """
     with self._lock:
       known = {
         query: self._cache[k, query]
@@ -52,8 +56,9 @@ class LocalRetriever:
       rows, scores = self.index.search(vectors, k)
       for query, row, score in zip(missing, rows, scores, strict=True):
         known[query] = [
-          dataclasses.replace(self.index.passages[i], score=float(s))
+          dataclasses.replace(self.index.passages[int(i)], score=float(s))
           for i, s in zip(row, score, strict=True)
+          if self._is_hit(s)
         ]
     with self._lock:
       for query in dict.fromkeys(queries):
@@ -62,6 +67,11 @@ class LocalRetriever:
       while len(self._cache) > self._cache_size:
         self._cache.popitem(last=False)
     return [list(known[query]) for query in queries]
+
+  def _is_hit(self, score: float) -> bool:
+    if np.isnan(score):  # The search found fewer than it was asked for.
+      return False
+    return score > 0 if self._encoder.counts_words else score != 0
 
   def describe(self) -> dict[str, str | int]:
     """What evaluation cards say about the retrieval."""

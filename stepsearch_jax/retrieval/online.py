@@ -12,6 +12,8 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+from absl import logging
+
 from stepsearch_jax import types
 from stepsearch_jax.retrieval import remote
 
@@ -55,20 +57,34 @@ class OnlineRetriever:
 
   def search(
     self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
-    """The k first results of each query, title and snippet.
+  ) -> list[list[types.Passage] | None]:
+    """Returns the first k results of each query, title and snippet.
+
+    None where the engine refused the query or failed.
 
     Raises:
-      SearchError: the engine failed for good.
+      SearchError: it did so for every query.
     """
     ask = functools.partial(self._ask, k=k)
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-      return list(pool.map(ask, queries))
+      found = list(pool.map(ask, queries))
+    errors = [row for row in found if isinstance(row, types.SearchError)]
+    if errors and len(errors) == len(found):
+      raise errors[0]
+    for error in errors:
+      logging.warning("one of %d searches failed: %s", len(found), error)
+    return [None if isinstance(row, types.SearchError) else row
+            for row in found]
 
-  def _ask(self, query: str, k: int) -> list[types.Passage]:
-    return self._client.post(
-      {"q": query, "num": k}, functools.partial(_parse, k=k)
-    )
+  def _ask(self, query: str, k: int) -> list[types.Passage] | types.SearchError:
+    if not query.strip():
+      return []  # Engines refuse it.
+    try:
+      return self._client.post(
+        {"q": query, "num": k}, functools.partial(_parse, k=k)
+      )
+    except types.SearchError as error:
+      return error
 
   def describe(self) -> dict[str, str]:
     """What evaluation cards say about the retrieval."""
@@ -78,8 +94,10 @@ class OnlineRetriever:
 
 def _parse(body: dict, k: int) -> list[types.Passage]:
   passages = []
-  for rank, item in enumerate(body["organic"][:k]):
-    title, text = str(item["title"]), str(item.get("snippet", ""))
+  # Without a hit there is no such field.
+  for rank, item in enumerate((body.get("organic") or [])[:k]):
+    title = str(item.get("title") or "")
+    text = str(item.get("snippet") or "")
     link = item.get("link") or f"{title}\n{text}"
     digest = hashlib.sha256(link.encode()).hexdigest()[:16]
     # Engines rank without scores; falling ones keep the order when merged.

@@ -3,6 +3,10 @@
 Every request has a timeout and a few retries with growing pauses. After
 several searches in a row have failed for good the circuit opens: for a while
 searches fail at once instead of stalling every rollout on a dead server.
+
+A refused request (status 4xx) says nothing about the server's health. A request
+of many queries that is refused is asked again in halves, so that a query which
+the server does not take fails alone.
 """
 
 from __future__ import annotations
@@ -18,10 +22,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import httpx2
+from absl import logging
 
 from stepsearch_jax import files, types
 
 _BATCH = 256  # Queries per request.
+# Statuses that can be the fault of one query among many.
+_OF_A_QUERY = (400, 413, 414, 422, 500)
+_REFUSALS = 16  # Single queries refused before the rest is given up.
 # What reading an answer of unexpected shape can raise.
 _UNREADABLE = (
   ValueError, TypeError, AttributeError, LookupError, RecursionError
@@ -68,6 +76,19 @@ PATIENCE = RemoteSpec(
   timeout_seconds=30.0, retries=3, backoff_seconds=0.5, open_after=3,
   open_seconds=30.0,
 )
+
+
+class RefusedError(types.SearchError):
+  """The server answered, but not with a result.
+
+  Attributes:
+    status: HTTP status of the answer.
+  """
+
+  def __init__(self, message: str, status: int):
+    """Keeps the status beside the reason."""
+    super().__init__(message)
+    self.status = status
 
 
 def public_url(url: str) -> str:
@@ -124,10 +145,19 @@ class PatientClient:
     self._failures = 0
     self._open_until = float("-inf")
 
-  def post(self, payload: dict, parse: Callable[[dict], _T]) -> _T:
-    """Parsed answer to `payload`.
+  def post(
+    self, payload: dict, parse: Callable[[dict], _T], again: bool = False
+  ) -> _T:
+    """Returns the parsed answer to `payload`.
+
+    Args:
+      payload: what is posted, as JSON.
+      parse: reads the answer.
+      again: part of a request that failed: one attempt, and another failure
+        tells nothing new about the server.
 
     Raises:
+      RefusedError: the server answered with an error.
       SearchError: the server failed for good, or the circuit is open.
     """
     with self._lock:
@@ -136,8 +166,8 @@ class PatientClient:
           f"{self.url} failed {self._failures} times in a row; asking again "
           f"in {self._open_until - self._clock():.0f} s"
         )
-    spec, reason = self._spec, ""
-    for attempt in range(spec.retries + 1):
+    spec, reason, status = self._spec, "", 0
+    for attempt in range(1 if again else spec.retries + 1):
       if attempt:
         pause = spec.backoff_seconds * 2 ** (attempt - 1)
         self._sleep(pause * (1 + random.random()))
@@ -147,14 +177,21 @@ class PatientClient:
           parsed = parse(files.encodable(response.json()))
           self._note(failed=False)
           return parsed
+        status = response.status_code
         said = self._redacted(response.text)[:200]
-        reason = f"status {response.status_code}: {said}"
-        if 400 <= response.status_code < 500 and response.status_code != 429:
-          break  # The same request will not do better.
+        reason = f"{self.url}: status {status}: {said}"
+        if 400 <= status < 500 and status not in (408, 429):
+          # The same request will not do better, and the server is well.
+          self._note(failed=False)
+          raise RefusedError(reason, status)
       except (httpx2.HTTPError, *_UNREADABLE) as error:
-        reason = f"{type(error).__name__}: {self._redacted(str(error))}"
-    self._note(failed=True)
-    raise types.SearchError(f"{self.url}: {reason}")
+        status = 0
+        reason = f"{self.url}: {type(error).__name__}: " + self._redacted(
+          str(error)
+        )
+    if not again:
+      self._note(failed=True)
+    raise RefusedError(reason, status) if status else types.SearchError(reason)
 
   def _redacted(self, text: str) -> str:
     for secret in self._secrets:
@@ -189,20 +226,55 @@ class RemoteRetriever:
 
   def search(
     self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
-    """The k best passages of each query.
+  ) -> list[list[types.Passage] | None]:
+    """Returns the passages of each query, None where the server refused it.
 
     Raises:
-      SearchError: the server failed for good, or the circuit is open.
+      SearchError: every query failed, or the circuit is open.
     """
     found = []
     for start in range(0, len(queries), _BATCH):
       part = list(queries[start : start + _BATCH])
-      payload = {"queries": part, "topk": k, "return_scores": True}
-      found += self._client.post(
-        payload, functools.partial(_parse, count=len(part))
-      )
+      try:
+        found += self._ask(part, k)
+      except RefusedError as error:
+        if len(part) == 1 or error.status not in _OF_A_QUERY:
+          raise
+        found += self._one_by_one(part, k, error)
     return found
+
+  def _ask(self, queries: list[str], k: int, again: bool = False):
+    payload = {"queries": queries, "topk": k, "return_scores": True}
+    parse = functools.partial(_parse, count=len(queries))
+    return self._client.post(payload, parse, again)
+
+  def _one_by_one(self, queries: list[str], k: int, first: RefusedError):
+    """Asks the halves of a refused request, and their halves."""
+    found: dict[int, list[types.Passage]] = {}
+    spans, refused = [(0, len(queries))], []
+    while spans:
+      start, stop = spans.pop()
+      if stop - start > 1:
+        middle = (start + stop) // 2
+        halves = [(start, middle), (middle, stop)]
+      else:
+        refused.append(queries[start])
+        if not found and len(refused) == _REFUSALS:
+          break  # Not the queries are at fault.
+        continue
+      for half in halves:
+        try:
+          answers = self._ask(queries[slice(*half)], k, again=True)
+          found |= zip(range(*half), answers, strict=True)
+        except RefusedError as error:
+          if error.status not in _OF_A_QUERY:
+            raise
+          spans.append(half)
+    if not found:
+      raise first
+    logging.warning("%d of %d queries refused, the first: %.80r",
+                    len(refused), len(queries), refused[0])
+    return [found.get(i) for i in range(len(queries))]
 
   def describe(self) -> dict[str, str]:
     """What evaluation cards say about the retrieval."""
@@ -222,7 +294,7 @@ def _parse(body: dict, count: int) -> list[list[types.Passage]]:
   out = []
   for found in results:
     passages = []
-    for item in found:
+    for item in found or ():  # Some servers say null for no hits.
       document = item.get("document", item)
       if "contents" in document:
         title, _, text = document["contents"].partition("\n")

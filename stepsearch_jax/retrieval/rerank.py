@@ -72,7 +72,8 @@ class RerankingRetriever:
       return out
     encoded = self._hf(
       [query for query, _ in pairs], [text for _, text in pairs],
-      truncation="only_second", max_length=self._limit,
+      # A query that fills the model by itself is cut too.
+      truncation="longest_first", max_length=self._limit,
       return_token_type_ids=True,
     )
     ids, kinds = encoded["input_ids"], encoded["token_type_ids"]

@@ -4,7 +4,9 @@
       -> {"result": [[{"document": {..}, "score": 0.8}, ..], ..]}
 
 Without scores the inner lists hold bare documents; no queries, which a client
-sends when no trajectory searches, give no results. Requests wait in a bounded
+sends when no trajectory searches, give no results. Fields are read as leniently
+as typed servers read them ("topk": "3", "return_scores": null), gzipped bodies
+too. Requests wait in a bounded
 queue; a worker joins what is waiting into one search, because encoding many
 queries at once costs little more than encoding one.
 """
@@ -16,9 +18,11 @@ import contextlib
 import dataclasses
 import json
 import time
+import zlib
 from collections.abc import Sequence
 
 import prometheus_client
+from absl import logging
 from starlette import applications, requests, responses, routing
 
 from stepsearch_jax import files, types
@@ -133,8 +137,36 @@ class Batcher:
     results = iter(found)
     for item in items:
       mine = [next(results) for _ in item.queries]
-      if not item.future.done():
+      if item.future.done():
+        continue
+      if None in mine:
+        item.future.set_exception(types.SearchError("a query failed"))
+      else:
         item.future.set_result(mine)
+
+
+_TRUE = ("true", "1", "t", "y", "yes", "on")
+_FALSE = ("false", "0", "f", "n", "no", "off")
+
+
+def _boolean(value) -> bool | None:
+  """What a typed server reads as a boolean, None for anything else."""
+  text = str(value).strip().lower()
+  if isinstance(value, float):
+    text = text.removesuffix(".0")
+  if value is None or text in _FALSE:
+    return False
+  return True if text in _TRUE else None
+
+
+def _integer(value) -> int | None:
+  """What a typed server reads as an integer, None for anything else."""
+  if isinstance(value, str) and len(value) < 20:
+    with contextlib.suppress(ValueError):
+      value = float(value)
+  if isinstance(value, float):
+    return int(value) if value.is_integer() else None
+  return int(value) if isinstance(value, int) else None
 
 
 def parse_request(
@@ -166,16 +198,17 @@ def parse_request(
     raise BadRequestError(
       f"a query has {longest} characters, the limit is {limits.query_chars}"
     )
-  topk = row.get("topk") or limits.default_topk
-  if isinstance(topk, bool) or not isinstance(topk, int) or not (
-    0 < topk <= limits.topk
-  ):
+  given = row.get("topk")
+  topk = limits.default_topk if given is None else _integer(given)
+  if topk is None or not 0 < topk <= limits.topk:
     raise BadRequestError(
-      f"topk must be an integer from 1 to {limits.topk}, got {topk!r}"
+      f"topk must be an integer from 1 to {limits.topk}, got {given!r:.40}"
     )
-  scores = row.get("return_scores", False)
-  if not isinstance(scores, bool):
-    raise BadRequestError(f"return_scores must be a boolean, got {scores!r}")
+  scores = _boolean(row.get("return_scores"))
+  if scores is None:
+    raise BadRequestError(
+      f"return_scores must be a boolean, got {row['return_scores']!r:.40}"
+    )
   return files.encodable(queries), topk, scores
 
 
@@ -201,7 +234,26 @@ async def _body(request: requests.Request, limits: ServiceLimits) -> bytes:
     raise BadRequestError(
       f"the body took more than {limits.timeout_seconds} s", 408
     ) from error
-  return bytes(body)
+  coding = request.headers.get("content-encoding", "identity").lower()
+  if coding == "identity":
+    return bytes(body)
+  if coding not in ("gzip", "x-gzip"):
+    raise BadRequestError(f"content-encoding {coding!r} is not gzip", 415)
+  return _unzipped(bytes(body), limit)
+
+
+def _unzipped(body: bytes, limit: int) -> bytes:
+  """A gzipped body, never more than `limit` bytes of it."""
+  reader = zlib.decompressobj(wbits=31)
+  try:
+    plain = reader.decompress(body, limit + 1)
+  except zlib.error as error:
+    raise BadRequestError(f"the body is no gzip: {error}") from error
+  if len(plain) > limit:
+    raise BadRequestError(f"the body has more than {limit} bytes", 413)
+  if not reader.eof:
+    raise BadRequestError("the gzipped body ends early")
+  return plain
 
 
 class _Metrics:
@@ -224,29 +276,47 @@ class _Metrics:
     ).set_function(lambda: batcher.waiting)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+  """What a request to /retrieve gets: HTTP status, JSON, queries answered."""
+
+  status: int
+  body: bytes
+  queries: int = 0
+
+
+def _error(status: int, message: str) -> _Answer:
+  return _Answer(status, json.dumps({"error": message}).encode())
+
+
 async def _answer(
   request: requests.Request, batcher: Batcher, limits: ServiceLimits
-) -> tuple[int, dict]:
-  """(HTTP status, JSON content) of a request to /retrieve."""
+) -> _Answer:
   try:
     queries, topk, scores = parse_request(await _body(request, limits), limits)
     found = await batcher.search(queries, topk) if queries else []
+    content = {"result": [
+      [
+        {"document": to_document(p), "score": p.score} if scores
+        else to_document(p)
+        for p in passages
+      ]
+      for passages in found
+    ]}
+    # Here, because a score that is no number has no JSON.
+    body = json.dumps(
+      content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    ).encode()
   except BadRequestError as error:
-    return error.status, {"error": str(error)}
+    return _error(error.status, str(error))
   except QueueFullError as error:
-    return 429, {"error": str(error)}
+    return _error(429, str(error))
   except TimeoutError:
-    return 503, {"error": f"no result in {limits.timeout_seconds} s"}
+    return _error(503, f"no result in {limits.timeout_seconds} s")
   except Exception as error:
-    return 500, {"error": f"the search failed: {type(error).__name__}"}
-  return 200, {"result": [
-    [
-      {"document": to_document(p), "score": p.score} if scores
-      else to_document(p)
-      for p in passages
-    ]
-    for passages in found
-  ]}
+    logging.warning("a search failed", exc_info=True)
+    return _error(500, f"the search failed: {type(error).__name__}")
+  return _Answer(200, body, len(queries))
 
 
 def make_app(
@@ -259,12 +329,14 @@ def make_app(
 
   async def retrieve(request: requests.Request) -> responses.Response:
     began = time.perf_counter()
-    status, content = await _answer(request, batcher, limits)
-    counted.answered.labels(str(status)).inc()
-    counted.asked.inc(len(content.get("result", ())))
+    answer = await _answer(request, batcher, limits)
+    counted.answered.labels(str(answer.status)).inc()
+    counted.asked.inc(answer.queries)
     counted.seconds.observe(time.perf_counter() - began)
-    headers = {"retry-after": "1"} if status in (429, 503) else None
-    return responses.JSONResponse(content, status, headers)
+    headers = {"retry-after": "1"} if answer.status in (429, 503) else None
+    return responses.Response(
+      answer.body, answer.status, headers, "application/json"
+    )
 
   async def health(request: requests.Request) -> responses.Response:
     del request

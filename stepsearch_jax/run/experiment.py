@@ -27,6 +27,7 @@ from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, variants
 from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
+from stepsearch_jax.retrieval.index import encoding as encoding_lib
 from stepsearch_jax.rollout import automaton, engine, records
 from stepsearch_jax.rollout import programs as sampler
 from stepsearch_jax.run import checkpoints, settings
@@ -178,7 +179,8 @@ def retrieval_spec(config) -> factory.RetrievalSpec:
   """Checked `config.retrieval`."""
   given = config.retrieval.to_dict()
   patience = remote.RemoteSpec(**given.pop("patience"))
-  return factory.RetrievalSpec(**given, patience=patience)
+  encoding = encoding_lib.EncodingSpec(**given.pop("encoding"))
+  return factory.RetrievalSpec(**given, patience=patience, encoding=encoding)
 
 
 def load_retriever(config, workdir: epath.Path, data: Data):

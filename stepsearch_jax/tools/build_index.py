@@ -19,7 +19,7 @@ from etils import epath
 from stepsearch_jax import cli
 from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.retrieval.index import build as index_build
-from stepsearch_jax.retrieval.index import corpus, encoder, vectors
+from stepsearch_jax.retrieval.index import corpus, encoder, encoding, vectors
 
 _CORPUS = flags.DEFINE_string(
   "corpus", None,
@@ -34,6 +34,22 @@ _OUTPUT = flags.DEFINE_string("output", None, "Index folder; must not exist.")
 _VECTORS = flags.DEFINE_string(
   "vectors", None, "Embeddings of the passages by the same encoder (.npy, "
   ".memmap or FAISS flat index), instead of embedding them here.",
+)
+_NORMALIZE = flags.DEFINE_bool(
+  "normalize", False, "Make unit vectors of --vectors whose norms differ from "
+  "1; the search then ranks by cosine, not by their inner product.",
+)
+_POOLING = flags.DEFINE_enum(
+  "pooling", None, ["mean", "cls"], "Of a BERT encoder; default its own."
+)
+_QUERY_PREFIX = flags.DEFINE_string(
+  "query_prefix", None, "Text before queries; default the encoder's own."
+)
+_PASSAGE_PREFIX = flags.DEFINE_string(
+  "passage_prefix", None, "Text before passages; default the encoder's own."
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "Tokens kept of a text; default the encoder's own.", 1
 )
 _RECALL = flags.DEFINE_float(
   "recall", 0.98, "Share of the exact neighbours that the search must find.",
@@ -51,10 +67,15 @@ def main() -> None:
     recall=_RECALL.value, k=_K.value, topk=max(10, _K.value), soar=_SOAR.value
   )
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  embed = encoder.load_encoder(_ENCODER.value, mesh)
+  spoken = encoding.EncodingSpec(
+    pooling=_POOLING.value, query_prefix=_QUERY_PREFIX.value,
+    passage_prefix=_PASSAGE_PREFIX.value, max_length=_MAX_LENGTH.value,
+  )
+  embed = encoder.load_encoder(_ENCODER.value, spoken, mesh)
   ready = None
   if _VECTORS.value:
-    ready = vectors.open_vectors(_VECTORS.value, embed.dim)
+    table = vectors.open_vectors(_VECTORS.value, embed.dim)
+    ready = vectors.ReadyVectors(_VECTORS.value, table, _NORMALIZE.value)
   index_build.build_index(
     _OUTPUT.value,
     corpus.stream_corpus(_CORPUS.value),

@@ -1,8 +1,8 @@
 """Serves an index as the /retrieve of Search-R1 and StepSearch.
 
-  pip install "stepsearch_jax[serve]"
+  pip install -e ".[serve]"
   python -m stepsearch_jax.tools.serve_retrieval --index=wiki18_index \\
-    --encoder=intfloat/e5-base-v2 --port=8000
+    --port=8000
 
 Training here needs no server; this one is for other projects and for sharing
 one index between runs (`--config.retrieval.remote=http://host:8000`).
@@ -12,15 +12,19 @@ lets the requests that are being answered finish.
 
 from __future__ import annotations
 
-from absl import flags, logging
+import json
+import socket
 
-from stepsearch_jax import cli
+from absl import flags, logging
+from etils import epath
+
+from stepsearch_jax import cli, types
 from stepsearch_jax.retrieval import local as retriever
-from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.retrieval.index import encoder, encoding
 
 _INDEX = flags.DEFINE_string("index", None, "Folder from tools/build_index.")
 _ENCODER = flags.DEFINE_string(
-  "encoder", "hashed_tfidf", "The encoder that the index was built with."
+  "encoder", None, "Where the encoder of the index is now, if it has moved."
 )
 _HOST = flags.DEFINE_string(
   "host", "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the network."
@@ -42,9 +46,52 @@ _WAITING = flags.DEFINE_integer(
 _TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until status 503.", 0.1)
 
 
+def _load_encoder(index: epath.Path) -> encoder.Encoder:
+  """The encoder that the index names, with its prefixes and pooling."""
+  path = index / "manifest.json"
+  if not path.exists():
+    raise types.UserError(f"--index: {path} does not exist")
+  given = json.loads(path.read_text())["encoder"]
+  if given["name"] == "hashed_tfidf":
+    return encoder.load_encoder(f"hashed_tfidf:{given['dim']}")
+  loaded = encoder.load_encoder(
+    _ENCODER.value or given["name"], encoding.EncodingSpec(**{
+      field: given[field] for field in
+      ("pooling", "query_prefix", "passage_prefix", "max_length")
+    }),
+  )
+  loaded.settings["name"] = given["name"]
+  return loaded
+
+
+def _bind(host: str, port: int) -> socket.socket:
+  """A socket on the address, so that one in use is known at once.
+
+  Raises:
+    UserError: it is in use, or none of this machine's.
+  """
+  try:
+    family, kind, _, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM
+    )[0]
+    bound = socket.socket(family, kind)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+  except OSError as error:
+    raise types.UserError(
+      f"--host={host} --port={port}: cannot listen there: {error.strerror}"
+    ) from error
+  return bound
+
+
 def main() -> None:
   """Entry; see the module docstring."""
-  import uvicorn
+  try:
+    import uvicorn
+  except ImportError as error:
+    raise types.UserError(
+      'serve_retrieval needs the extra: pip install -e ".[serve]"'
+    ) from error
 
   from stepsearch_jax.retrieval import service
 
@@ -54,16 +101,16 @@ def main() -> None:
     default_topk=_TOPK.value, waiting=_WAITING.value, batch=_BATCH.value,
     timeout_seconds=_TIMEOUT.value,
   )
-  opened = retriever.open_retriever(
-    _INDEX.value, encoder.load_encoder(_ENCODER.value)
-  )
+  bound = _bind(_HOST.value, _PORT.value)
+  index = epath.Path(_INDEX.value)
+  opened = retriever.open_retriever(index, _load_encoder(index))
   opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
   logging.info("%d passages on http://%s:%d/retrieve",
                len(opened.index.passages), _HOST.value, _PORT.value)
-  uvicorn.run(
-    service.make_app(opened, limits), host=_HOST.value, port=_PORT.value,
-    log_level="warning", timeout_graceful_shutdown=10,
-  )
+  uvicorn.Server(uvicorn.Config(
+    service.make_app(opened, limits), log_level="warning",
+    timeout_graceful_shutdown=10,
+  )).run(sockets=[bound])
 
 
 if __name__ == "__main__":

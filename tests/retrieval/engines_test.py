@@ -91,19 +91,50 @@ def test_cross_encoder_equals_torch_and_reorders(tmp_path):
   assert ours.describe()["candidates"] == 3
 
 
+def test_queries_longer_than_the_cross_encoder_are_cut(tmp_path):
+  """As sentence-transformers does: the longer of the two gives way."""
+  import transformers
+
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "rook"]
+  (tmp_path / "vocab.txt").write_text("\n".join(words))
+  ours = rerank.RerankingRetriever.__new__(rerank.RerankingRetriever)
+  ours._hf = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+  ours._limit, ours._params = 64, None
+  seen = []
+
+  def score(params, tokens, kinds, mask):
+    seen.append(tokens[0][mask[0]].tolist())
+    return np.zeros(len(tokens), np.float32)
+
+  ours._score = score
+  ours._scores([("rook " * 600, "ada ada")])
+  assert seen == [[2, *[6] * 59, 3, 5, 5, 3]]
+  seen.clear()
+  ours._scores([("rook", "ada " * 600)])
+  assert seen == [[2, 6, 3, *[5] * 60, 3]]
+
+
 @pytest.fixture
 def engine():
   """A web search engine that wants a key and can be told to fail."""
-  seen = {"keys": [], "status": 200}
+  seen = {"keys": [], "status": 200, "asked": []}
 
   class Handler(server.BaseHTTPRequestHandler):
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
       seen["keys"].append(self.headers["X-API-KEY"])
+      seen["asked"].append(body["q"])
+      if body["q"] == "refused":
+        self.send_response(400)
+        self.end_headers()
+        return
       self.send_response(seen["status"])
       self.end_headers()
       if seen["status"] != 200:  # Some servers repeat the key.
         self.wfile.write(f"invalid key {self.headers['X-API-KEY']}".encode())
+        return
+      if body["q"] == "nothing":
+        self.wfile.write(b'{"searchParameters": {}}')
         return
       results = [
         {"title": f"{body['q']} {i}", "link": f"http://x/{i}", "snippet": "s"}
@@ -135,6 +166,20 @@ def test_web_search_returns_titles_and_snippets_in_rank_order(
   assert "secret-key" not in json.dumps(ours.describe())
 
 
+def test_web_searches_fail_alone_and_may_find_nothing(engine, monkeypatch):
+  url, seen = engine
+  monkeypatch.setenv(online.KEY_VARIABLE, "secret-key")
+  patient = dataclasses.replace(remote.PATIENCE, open_after=1)
+  ours = online.OnlineRetriever(patient, url)
+  for _ in range(3):
+    found = ours.search(["refused", "nothing", " ", "moon"], 1)
+    assert found[:3] == [None, [], []]
+    assert [p.title for p in found[3]] == ["moon 0"]
+    with pytest.raises(types.SearchError, match="status 400"):
+      ours.search(["refused"], 1)
+  assert " " not in seen["asked"]
+
+
 def test_web_search_never_shows_its_key(engine, monkeypatch, caplog):
   caplog.set_level(logging.DEBUG)
   url, seen = engine
@@ -163,8 +208,28 @@ def test_fakes_and_engines_speak_one_protocol(tmp_path):
     fakes.FakeRetriever(), bm25.Bm25Retriever(PASSAGES), recorder,
     retriever.open_retriever(tmp_path / "index", embed),
   ):
-    found = engine.search(["x", "y"], 2)
+    found = engine.search(["Lintel", "Rook"], 2)
     assert len(found) == 2 and all(len(row) == 2 for row in found)
-    # An empty query is a search like any other, no query gives no result.
-    assert len(engine.search([""], 2)[0]) == 2
     assert engine.search([], 2) == []
+
+
+@pytest.mark.parametrize("query", ["", "the of", "?!", "zeppelin", "\n"])
+def test_what_no_passage_shares_a_word_with_finds_nothing(tmp_path, query):
+  pytest.importorskip("bm25s")
+  embed = encoder.HashedTfidfEncoder(1 << 16)
+  passages = [types.Passage("1", "Ada", "Ada Rook was born in Lintel.")]
+  index_build.build_index(tmp_path / "index", passages, embed)
+  for engine in (
+    bm25.Bm25Retriever(passages),
+    retriever.open_retriever(tmp_path / "index", embed),
+  ):
+    assert engine.search([query], 3) == [[]]
+    # Nor does a hit bring others along.
+    hit, miss = engine.search([f"Rook {query}", query], 3)
+    assert [p.id for p in hit] == ["1"] and miss == []
+
+
+def test_a_corpus_without_words_is_searched_in_vain():
+  pytest.importorskip("bm25s")
+  ours = bm25.Bm25Retriever([types.Passage("1", "The", "of the and")])
+  assert ours.search(["the", "Ada"], 3) == [[], []]

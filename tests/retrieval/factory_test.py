@@ -10,6 +10,7 @@ from etils import epath
 from configs import common
 from stepsearch_jax import types
 from stepsearch_jax.retrieval import factory, local, online, recording, remote
+from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.retrieval.index import index as index_lib
 
 PASSAGES = [
@@ -23,6 +24,7 @@ def spec(**changes):
   """The config's defaults with changes."""
   given = common.base().retrieval.to_dict()
   given["patience"] = remote.RemoteSpec(**given["patience"])
+  given["encoding"] = encoding.EncodingSpec(**given["encoding"])
   return factory.RetrievalSpec(**given | changes)
 
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import gzip
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import fakes
 import httpx2
 import pytest
 import uvicorn
+from etils import epath
 from starlette import applications, responses, routing
 
 from stepsearch_jax import types
@@ -24,6 +26,7 @@ from stepsearch_jax.env import actions
 from stepsearch_jax.retrieval import remote, service
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.tools import serve_retrieval
 
 
 @contextlib.contextmanager
@@ -162,8 +165,12 @@ def test_without_scores_documents_are_bare(url):
   (json.dumps({"queries": ["x" * 101]}).encode(), 400, "101 characters"),
   (b'{"queries": ["a"], "topk": 6}', 400, "topk must be an integer from 1"),
   (b'{"queries": ["a"], "topk": -1}', 400, "topk must be an integer from 1"),
-  (b'{"queries": ["a"], "topk": true}', 400, "topk must be an integer"),
-  (b'{"queries": ["a"], "return_scores": 1}', 400, "must be a boolean"),
+  (b'{"queries": ["a"], "topk": 0}', 400, "topk must be an integer from 1"),
+  (b'{"queries": ["a"], "topk": "2.5"}', 400, "topk must be an integer"),
+  (b'{"queries": ["a"], "topk": "many"}', 400, "topk must be an integer"),
+  (b'{"queries": ["a"], "topk": [1]}', 400, "topk must be an integer"),
+  (b'{"queries": ["a"], "return_scores": 2}', 400, "must be a boolean"),
+  (b'{"queries": ["a"], "return_scores": "maybe"}', 400, "must be a boolean"),
   (b'{"queries": ["a"], "topk": 2.5}', 400, "topk must be an integer"),
   (b'{"queries": ["a"], "topk": 1e400}', 400, "topk must be an integer"),
   (b'{"topk": ' + b"9" * 1900 + b', "queries": ["a"]}', 400, "topk must be"),
@@ -175,6 +182,72 @@ def test_bad_requests_get_a_reason(url, body, status, reason):
   response = httpx2.post(f"{url}/retrieve", content=body)
   assert response.status_code == status
   assert reason in response.json()["error"]
+
+
+@pytest.mark.parametrize("fields, count, scored", [
+  ({"topk": "1", "return_scores": "true"}, 1, True),
+  ({"topk": 2.0, "return_scores": None}, 2, False),
+  ({"topk": " 2 ", "return_scores": 1}, 2, True),
+  ({"topk": True, "return_scores": "Off"}, 1, False),
+  ({"topk": None, "return_scores": 0}, 3, False),
+])
+def test_fields_are_read_as_typed_servers_read_them(
+  url, fields, count, scored
+):
+  response = httpx2.post(f"{url}/retrieve", json={"queries": ["a"], **fields})
+  (found,) = response.json()["result"]
+  assert len(found) == count and ("score" in found[0]) == scored
+
+
+def test_what_typed_servers_read_is_what_pydantic_reads():
+  pydantic = pytest.importorskip("pydantic")
+  values = ["1", "1.0", " 7 ", "", "x", "2.5", 3, 3.0, 2.5, True, False, [], {},
+            "true", "TRUE", "no", "off", "t", "n", 0, 1, 2, 1.0, "0", "yes"]
+
+  def theirs(kind, value):
+    try:
+      return pydantic.TypeAdapter(kind).validate_json(json.dumps(value))
+    except pydantic.ValidationError:
+      return None
+
+  for value in values:
+    assert service._integer(value) == theirs(int, value), value
+    assert service._boolean(value) == theirs(bool, value), value
+
+
+def test_gzipped_bodies_are_read_within_the_limit(url):
+  def send(body, coding="gzip"):
+    response = httpx2.post(
+      f"{url}/retrieve", content=body, headers={"content-encoding": coding}
+    )
+    return response.status_code, response.json()
+
+  plain = json.dumps({"queries": ["a"], "topk": 1}).encode()
+  status, answer = send(gzip.compress(plain))
+  assert status == 200
+  assert answer["result"][0][0]["contents"] == "T\nfound a here"
+  assert send(plain, "identity")[0] == 200
+  assert send(plain)[0] == 400
+  assert send(gzip.compress(plain)[:-9])[0] == 400
+  assert send(gzip.compress(b" " * 100_000_000))[0] == 413  # A bomb.
+  assert send(plain, "br")[0] == 415
+
+
+def test_a_score_without_json_is_an_error_that_is_counted():
+  class Lost(fakes.FakeRetriever):
+    def search(self, queries, k):
+      nan = types.Passage("1", "T", "x", float("nan"))
+      return [None if q == "bad" else [nan] for q in queries]
+
+  asked = {"queries": ["a"], "return_scores": True}
+  with serving(service.make_app(Lost())) as url:
+    assert httpx2.post(f"{url}/retrieve", json=asked).status_code == 500
+    failed = httpx2.post(f"{url}/retrieve", json={"queries": ["b", "bad"]})
+    assert failed.json() == {"error": "the search failed: SearchError"}
+    text = httpx2.get(f"{url}/metrics").text
+  assert 'retrieve_requests_total{status="500"} 2.0' in text
+  assert 'status="200"' not in text
+  assert "retrieve_queries_total 0.0" in text
 
 
 def test_half_a_surrogate_pair_is_searched_as_a_replacement_character(url):
@@ -201,12 +274,14 @@ def test_health_and_metrics_tell_what_happened(url):
 
 
 def test_concurrent_requests_share_searches_and_the_queue_is_bounded():
-  slow = fakes.FakeRetriever(delay=0.3)
-  searches = []
-  search = slow.search
-  slow.search = lambda queries, k: searches.append(len(queries)) or search(
-    queries, k
-  )
+  searches, full = [], threading.Event()
+
+  class Waits(fakes.FakeRetriever):
+    def search(self, queries, k):
+      searches.append(len(queries))
+      full.wait(30)
+      return super().search(queries, k)
+
   limits = service.ServiceLimits(waiting=10, batch=8)
   statuses = []
 
@@ -218,10 +293,13 @@ def test_concurrent_requests_share_searches_and_the_queue_is_bounded():
       first = response.json()["result"][0][0]
       assert first["contents"] == f"T\nfound q{i} here"
 
-  with serving(service.make_app(slow, limits)) as url:
+  with serving(service.make_app(Waits(), limits)) as url:
     threads = [threading.Thread(target=ask, args=(url, i)) for i in range(24)]
     for thread in threads:
       thread.start()
+    while len(statuses) < 24 - 8 - 10:  # A batch is searched, the queue full.
+      time.sleep(0.01)
+    full.set()
     for thread in threads:
       thread.join()
   assert len(statuses) == 24 and set(statuses) == {200, 429}
@@ -285,6 +363,26 @@ def test_requests_in_flight_are_answered_before_the_server_stops():
     httpx2.get(f"{url}/health")
 
 
+def test_a_port_in_use_is_said_before_the_index_is_opened(tmp_path):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(types.UserError, match=f"--port={port}: .*in use"):
+      serve_retrieval._bind("127.0.0.1", port)
+  with serve_retrieval._bind("127.0.0.1", port) as free:
+    assert free.getsockname()[1] == port
+
+
+def test_the_service_encodes_as_the_index_was_encoded(tmp_path):
+  embed = encoder.HashedTfidfEncoder(64)
+  index_build.build_index(
+    tmp_path / "i", [types.Passage("1", "Ada", "Ada wrote programs")], embed
+  )
+  loaded = serve_retrieval._load_encoder(epath.Path(tmp_path) / "i")
+  assert loaded.settings == embed.settings
+  with pytest.raises(types.UserError, match="--index: .*does not exist"):
+    serve_retrieval._load_encoder(epath.Path(tmp_path) / "j")
+
+
 @pytest.mark.slow
 def test_command_listens_on_this_machine_only_and_stops_when_told(tmp_path):
   index_build.build_index(
@@ -296,7 +394,7 @@ def test_command_listens_on_this_machine_only_and_stops_when_told(tmp_path):
     port = free.getsockname()[1]
   process = subprocess.Popen(
     [sys.executable, "-m", "stepsearch_jax.tools.serve_retrieval",
-     f"--index={tmp_path}/index", "--encoder=hashed_tfidf:64",
+     f"--index={tmp_path}/index",
      f"--port={port}", "--queries=2"],
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
@@ -366,8 +464,78 @@ def test_the_client_does_not_repeat_a_refused_request(url):
     client.search(["a"], 99)
 
 
+def test_a_refused_query_fails_alone_and_opens_no_circuit(url):
+  """The server's limits: 4 queries of up to 100 characters per request."""
+  spec = dataclasses.replace(remote.PATIENCE, open_after=1)
+  client = remote.RemoteRetriever(
+    url, spec, sleep=lambda seconds: pytest.fail()
+  )
+  long = "x" * 101
+  for _ in range(3):
+    found = client.search(["a", long, "b", "c", "d", "e"], 1)
+    assert [row and row[0].text for row in found] == [
+      "found a here", None, "found b here", "found c here", "found d here",
+      "found e here",
+    ]
+    with pytest.raises(types.SearchError, match="status 400: .*101 char"):
+      client.search([long, long], 1)
+    with pytest.raises(types.SearchError, match="status 400"):
+      client.search([str(i) for i in range(200)], 99)
+
+
+@contextlib.contextmanager
+def counting(answer):
+  """A server that answers by a function of the queries; lists what it got."""
+  asked = []
+
+  async def retrieve(request):
+    asked.append((await request.json())["queries"])
+    status, content = answer(asked[-1])
+    return responses.JSONResponse(content, status)
+
+  app = applications.Starlette(routes=[
+    routing.Route("/retrieve", retrieve, methods=["POST"])
+  ])
+  with serving(app) as url:
+    yield url, asked
+
+
+def test_requests_that_no_query_can_mend_are_not_repeated():
+  with counting(lambda queries: (404, {})) as (url, asked):
+    client = remote.RemoteRetriever(url, remote.PATIENCE)
+    with pytest.raises(types.SearchError, match="status 404"):
+      client.search([str(i) for i in range(200)], 1)
+    assert len(asked) == 1
+  with counting(lambda queries: (400, {})) as (url, asked):
+    client = remote.RemoteRetriever(url, remote.PATIENCE)
+    with pytest.raises(types.SearchError, match="status 400"):
+      client.search([str(i) for i in range(256)], 1)
+    assert len(asked) < 60  # It is not the queries' fault.
+
+
+def test_a_query_that_breaks_the_server_is_found_by_halves():
+  def answer(queries):
+    if "bad" in queries:
+      return 500, {}
+    return 200, {"result": [None if q == "none" else [
+      {"document": {"id": q, "contents": f"T\n{q}"}, "score": 1.0}
+    ] for q in queries]}
+
+  pauses = []
+  spec = dataclasses.replace(remote.PATIENCE, retries=2, open_after=2)
+  with counting(answer) as (url, asked):
+    client = remote.RemoteRetriever(url, spec, sleep=pauses.append)
+    names = [str(i) for i in range(30)] + ["bad", "none"]
+    for _ in range(3):  # The server is well: the circuit stays closed.
+      found = client.search(names, 1)
+      assert [row and row[0].id for row in found] == [
+        *names[:30], None, []  # null stands for no hits.
+      ]
+  assert len(pauses) == 2 * 3  # The halves are asked once each.
+
+
 @pytest.mark.parametrize("answer", [
-  [], {"result": "x"}, {"result": [["x"]]}, {"result": [None]},
+  [], {"result": "x"}, {"result": [["x"]]}, {"result": None},
   {"result": [[{"document": "x"}]]}, {"result": [[{"document": {}}]]},
   {"result": [[], []]}, {"result": [[{"text": 5}]]}, {}, None,
 ])

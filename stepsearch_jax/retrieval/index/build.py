@@ -54,7 +54,7 @@ def build_index(
   encoder: encoder_lib.Encoder,
   spec: IndexSpec = IndexSpec(),
   fit: bool = True,
-  vectors: np.ndarray | None = None,
+  vectors: vectors_lib.ReadyVectors | None = None,
   together: bool = False,
 ) -> None:
   """Embeds passages and writes an index folder.
@@ -69,7 +69,7 @@ def build_index(
     spec: how to search them.
     fit: whether the encoder learns its statistics from these passages; False
       if they are one shard of what it has been fitted to.
-    vectors: [n, d] ready embeddings in the order of the passages, instead of
+    vectors: ready embeddings in the order of the passages, instead of
       embedding them here.
     together: all processes of the run call this with the same arguments and
       split the embedding; else this process builds an index of its own.
@@ -81,6 +81,8 @@ def build_index(
   folder = epath.Path(folder)
   if folder.exists():
     raise types.UserError(f"index folder {folder} exists already")
+  if vectors is not None:
+    vectors.check_sample()
   partial = folder.with_name(folder.name + ".partial")
   part, parts = 0, 1
   if together:
@@ -119,11 +121,12 @@ def _prepare(partial, passages, encoder, vectors) -> dict:
   if not count:
     fresh.rmtree()
     raise types.UserError("an index needs at least one passage")
-  if vectors is not None and vectors.shape != (count, encoder.dim):
+  if vectors is not None and vectors.rows.shape != (count, encoder.dim):
     fresh.rmtree()
     raise types.UserError(
-      f"the vectors are {list(vectors.shape)}, {count} passages and encoder "
-      f"{encoder.settings['name']} need [{count}, {encoder.dim}]"
+      f"{vectors.path}: the vectors are {list(vectors.rows.shape)}, {count} "
+      f"passages and encoder {encoder.settings['name']} need "
+      f"[{count}, {encoder.dim}]"
     )
   about = {
     "format": index_lib.FORMAT, "encoder": encoder.settings, "corpus": digest,
@@ -189,17 +192,11 @@ def _embed(partial, store, encoder, table, part, parts) -> None:
 
 
 def _copy(vectors, table) -> None:
-  """Copies ready vectors, making every row a unit vector."""
+  """Copies ready vectors as unit vectors."""
   for start in tqdm.trange(0, len(table), _SHARD, desc="copy", unit="shard"):
-    rows = np.asarray(vectors[start : start + _SHARD], np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.isfinite(norms).all():
-      raise types.UserError(
-        f"vectors {start}..{start + len(rows) - 1} hold NaN or "
-        "infinity"
-      )
-    table[start : start + _SHARD] = rows / np.maximum(norms, 1e-12)
-    vectors_lib.release(vectors)
+    stop = min(start + _SHARD, len(table))
+    table[start:stop] = vectors.unit(np.arange(start, stop))
+    vectors_lib.release(vectors.rows)
 
 
 def _finish(folder, partial, about, encoder, spec) -> None:

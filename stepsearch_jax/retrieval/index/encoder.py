@@ -6,6 +6,7 @@ queries must be encoded exactly as the passages were.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.retrieval.index import encoding
 
 _WORD = re.compile(r"\w+")
 
@@ -28,10 +30,13 @@ class Encoder(Protocol):
   Attributes:
     settings: JSON-able identity: name, pooling, prefixes, dim, ...
     dim: length of a vector.
+    counts_words: scores add up what the words of two texts share, so that one
+      of 0 or below says that they share none.
   """
 
   settings: dict
   dim: int
+  counts_words: bool
 
   def fit(self, passages: Sequence[types.Passage]) -> None:
     """Learns corpus statistics, if the encoder has any."""
@@ -51,24 +56,36 @@ def passage_text(passage: types.Passage) -> str:
   return f"{passage.title}\n{passage.text}"
 
 
-def load_encoder(reference: str, mesh=None) -> Encoder:
-  """An encoder by name.
+def load_encoder(
+  reference: str,
+  spec: encoding.EncodingSpec = encoding.FROM_MODEL,
+  mesh=None,
+) -> Encoder:
+  """Returns an encoder by name.
 
   Args:
     reference: "hashed_tfidf" (or "hashed_tfidf:<dimensions>"), or a BERT
       folder, hub id or package:<name>.
+    spec: what the user says about the texts of a BERT encoder.
     mesh: local devices over which a BERT encoder splits large batches.
+
+  Raises:
+    UserError: no such encoder, or one that is not supported.
   """
   name, _, dim = reference.partition(":")
   if name == "hashed_tfidf":
-    if dim and not dim.isdigit():
-      raise types.UserError(f"{reference!r}: the dimensions must be a number")
+    if dim and not (dim.isdigit() and int(dim)):
+      raise types.UserError(
+        f"{reference!r}: the dimensions must be a positive number, got {dim!r}"
+      )
     return HashedTfidfEncoder(int(dim)) if dim else HashedTfidfEncoder()
-  return BertEncoder(reference, mesh=mesh)
+  return BertEncoder(reference, spec, mesh)
 
 
 class HashedTfidfEncoder:
   """TF-IDF over hashed words (Weinberger et al., 2009); needs no model."""
+
+  counts_words = True
 
   def __init__(self, dim: int = 4096):
     """Makes an unfitted encoder; `fit` or `load` comes next."""
@@ -122,13 +139,6 @@ class HashedTfidfEncoder:
       self._idf = np.load(file, allow_pickle=False)
 
 
-# (part of the name, pooling, query prefix, passage prefix, maximum length).
-_FAMILIES = (
-  ("e5", "mean", "query: ", "passage: ", 256),
-  ("bge", "cls",
-   "Represent this sentence for searching relevant passages: ", "", 512),
-  ("", "mean", "", "", 256),
-)
 # Padded tokens cost as much as others, a further shape one compilation.
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 _ROWS = (1, 4, 16, 32)
@@ -137,24 +147,23 @@ _ROWS = (1, 4, 16, 32)
 class BertEncoder:
   """A BERT-family sentence encoder, jitted per (rows, length) bucket."""
 
+  counts_words = False
+
   def __init__(
     self,
     reference: str,
-    pooling: str | None = None,
-    query_prefix: str | None = None,
-    passage_prefix: str | None = None,
-    max_length: int | None = None,
+    spec: encoding.EncodingSpec = encoding.FROM_MODEL,
     mesh=None,
   ):
-    """Loads weights; settings default to what the family was trained with.
+    """Loads weights.
 
     Args:
       reference: HF folder or id, or package:<name>.
-      pooling: "mean" or "cls".
-      query_prefix: put before queries.
-      passage_prefix: put before passages.
-      max_length: tokens kept, special ones included.
+      spec: what the user says about pooling, prefixes and length.
       mesh: devices over which full batches are split; None = the first one.
+
+    Raises:
+      UserError: the model asks for something that is not supported.
     """
     import transformers
 
@@ -163,7 +172,7 @@ class BertEncoder:
     from stepsearch_jax.parallel import sharding
 
     path = hf_weights.resolve(reference)
-    family = next(f for f in _FAMILIES if f[0] in reference.lower())
+    chosen = encoding.resolve(reference, path, spec)
     self._config, params = bert.load_bert(path)
     self._rows, self._where = _ROWS, None
     if mesh is not None and mesh.size > 1:
@@ -173,20 +182,11 @@ class BertEncoder:
     self._params = jax.device_put(params)
     self._hf = transformers.AutoTokenizer.from_pretrained(path)
     self.dim = self._config.hidden_size
-    limit = max_length or family[4]
-    self._limit = min(limit, self._config.max_positions)
+    self._limit = min(chosen.max_length, self._config.max_positions)
     self.settings = {
-      "name": reference,
-      "dim": self.dim,
-      "pooling": pooling or family[1],
-      "query_prefix": family[2] if query_prefix is None else query_prefix,
-      "passage_prefix": family[3] if passage_prefix is None else passage_prefix,
-      "max_length": self._limit,
+      "name": reference, "dim": self.dim,
+      **dataclasses.asdict(chosen), "max_length": self._limit,
     }
-    if self.settings["pooling"] not in bert.POOLINGS:
-      raise types.UserError(
-        f"pooling must be one of {bert.POOLINGS}, got {pooling!r}"
-      )
     self._embed = jax.jit(
       functools.partial(
         bert.embed, config=self._config, pooling=self.settings["pooling"]

@@ -12,6 +12,7 @@ corpus is an error, never a silently wrong search.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -91,12 +92,23 @@ class Index:
       k: neighbours, cut to the number of passages.
 
     Returns:
-      (rows [N, k] int64, inner products [N, k] float32), best first.
+      (rows [N, k] int64, inner products [N, k] float32), best first; NaN
+      products where fewer than k rows were found.
     """
     k = min(k, len(self.passages))
     if self._searcher is not None:
       rows, scores = tuning.search(self._searcher, self._setting, vectors, k)
-      return np.asarray(rows, np.int64), np.asarray(scores)
+      rows, scores = np.array(rows, np.int64), np.array(scores)
+      short = np.isnan(scores).any(axis=1)
+      if short.any() and self._setting.kind == "tree":
+        # The leaves of the setting hold fewer than k rows: search them all.
+        everything = dataclasses.replace(
+          self._setting, leaves=tuning.leaf_count(len(self.passages))
+        )
+        rows[short], scores[short] = tuning.search(
+          self._searcher, everything, vectors[short], k
+        )
+      return rows, scores
     return exact_search(np.asarray(self._vectors), vectors, k)
 
 

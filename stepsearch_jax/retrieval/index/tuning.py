@@ -65,7 +65,7 @@ def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
   if kind == "exact":
     return builder.score_brute_force().build()
   if kind == "tree":
-    leaves = int(np.sqrt(count))
+    leaves = leaf_count(count)
     builder = builder.tree(
       leaves, max(leaves // 20, 1),
       # More would not move the centres, but would be copied twice.
@@ -77,6 +77,11 @@ def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
     .reorder(_REORDER[-1])
     .build()
   )
+
+
+def leaf_count(count: int) -> int:
+  """Returns the leaves of a tree over a number of rows."""
+  return int(np.sqrt(count))
 
 
 def _block(dim: int) -> int:
@@ -97,7 +102,7 @@ def weight(kind: str, count: int, dim: int, soar: bool) -> int:
   copies = 2 if soar and kind == "tree" else 1
   total += copies * count * -(-dim // _block(dim))
   if kind == "tree":
-    total += copies * 4 * count + 8 * int(np.sqrt(count)) * dim
+    total += copies * 4 * count + 8 * leaf_count(count) * dim
   return total
 
 
@@ -117,7 +122,7 @@ def _settings(kind: str, count: int) -> Iterator[Setting]:
     for reorder in _REORDER:
       yield Setting(kind, 0, reorder)
   else:
-    total = int(np.sqrt(count))
+    total = leaf_count(count)
     shares = 0.01 * 2 ** np.arange(0, 5.5, 0.25)
     for leaves in sorted({max(int(total * share), 1) for share in shares}):
       for reorder in _REORDER[:-1]:

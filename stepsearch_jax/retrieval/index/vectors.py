@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import struct
@@ -12,7 +13,52 @@ import numpy as np
 
 from stepsearch_jax import types
 
+_NORM_TOLERANCE = 0.01  # Ten times what float16 rows can differ by.
+_SAMPLE = 4096
 _FLAT = {b"IxFI": "inner product", b"IxF2": "L2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadyVectors:
+  """Embeddings that were made elsewhere.
+
+  Attributes:
+    path: where they come from, for messages.
+    rows: [n, d].
+    normalize: make unit vectors of rows of other norms. Searches rank by the
+      inner product of unit vectors, so that changes which rows are found.
+  """
+
+  path: str
+  rows: np.ndarray
+  normalize: bool
+
+  def unit(self, which: np.ndarray) -> np.ndarray:
+    """Returns unit vectors of some rows, by ascending numbers.
+
+    Raises:
+      UserError: a row is not finite, or not of norm 1 and must not be changed.
+    """
+    rows = np.asarray(self.rows[which], np.float32)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.isfinite(norms).all():
+      row = which[np.argmin(np.isfinite(norms[:, 0]))]
+      raise types.UserError(f"{self.path}: row {row} holds NaN or infinity")
+    other = np.abs(norms[:, 0] - 1) > _NORM_TOLERANCE
+    if other.any() and not self.normalize:
+      raise types.UserError(
+        f"{self.path}: expected unit vectors, row {which[other.argmax()]} has "
+        f"norm {norms[other.argmax(), 0]:.4g} ({other.sum()} of {len(which)} "
+        "rows looked at differ from 1); --normalize divides by the norms, "
+        "which then no longer count in the search"
+      )
+    return rows / np.maximum(norms, 1e-12)
+
+  def check_sample(self) -> None:
+    """Looks at rows from all over the table, before hours of work."""
+    count = len(self.rows)
+    self.unit(np.unique(np.linspace(0, count - 1, _SAMPLE).astype(np.int64)))
+    release(self.rows)
 
 
 def open_vectors(path: str, dim: int | None = None) -> np.ndarray:

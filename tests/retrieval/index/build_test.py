@@ -203,15 +203,57 @@ def test_two_processes_are_killed_go_on_and_embed_one_index(tmp_path):
   assert manifests[0] == manifests[1]
 
 
-def test_ready_vectors_are_normalised_and_not_embedded_again(tmp_path):
+def ready(table, normalize=False):
+  return vectors.ReadyVectors("v.npy", table, normalize)
+
+
+def test_ready_vectors_are_not_embedded_again(tmp_path):
   table = unit(40, 16)
   ours = Rows(table, dies_at=0)  # Encoding would raise.
-  index_build.build_index(tmp_path / "i", ROWS, ours, vectors=3 * table)
+  index_build.build_index(
+    tmp_path / "i", ROWS, ours, vectors=ready(table.astype(np.float16))
+  )
+  np.testing.assert_allclose(
+    np.load(tmp_path / "i/embeddings.npy"), table, atol=1e-3
+  )
+  with pytest.raises(ValueError, match=r"\[39, 16\].*need \[40, 16\]"):
+    index_build.build_index(
+      tmp_path / "j", ROWS, ours, vectors=ready(table[:39])
+    )
+
+
+def test_vectors_of_other_norms_are_refused_or_normalized_if_asked(tmp_path):
+  table = unit(40, 16)
+  longer = table * np.where(np.arange(40) == 7, 3.0, 1.0)[:, None]
+  ours = Rows(table, dies_at=0)
+  message = r"v.npy: expected unit vectors, row 7 has norm 3 \(1 of 40 rows"
+  with pytest.raises(types.UserError, match=message):
+    index_build.build_index(
+      tmp_path / "i", ROWS, ours, vectors=ready(longer)
+    )
+  assert not list(tmp_path.iterdir())  # Said before anything was written.
+  index_build.build_index(
+    tmp_path / "i", ROWS, ours, vectors=ready(longer, normalize=True)
+  )
   np.testing.assert_allclose(
     np.load(tmp_path / "i/embeddings.npy"), table, atol=1e-6
   )
-  with pytest.raises(ValueError, match=r"\[39, 16\].*need \[40, 16\]"):
-    index_build.build_index(tmp_path / "j", ROWS, ours, vectors=table[:39])
+  for bad in (np.nan, np.inf):
+    longer[39, 0] = bad
+    with pytest.raises(types.UserError, match="row 39 holds NaN or infinity"):
+      index_build.build_index(
+        tmp_path / "j", ROWS, ours, vectors=ready(longer, normalize=True)
+      )
+
+
+def test_a_row_that_the_sample_misses_is_refused_when_copied(monkeypatch):
+  monkeypatch.setattr(vectors, "_SAMPLE", 3)
+  table = unit(40, 16)
+  table[5] *= 2
+  given = ready(table)
+  given.check_sample()  # Looks at rows 0, 19 and 39.
+  with pytest.raises(types.UserError, match="row 5 has norm 2"):
+    given.unit(np.arange(0, 40))
 
 
 def test_released_pages_read_the_same_again(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from stepsearch_jax import types
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import build as index_build
-from stepsearch_jax.retrieval.index import corpus, encoder, index
+from stepsearch_jax.retrieval.index import corpus, encoder, index, tuning
 
 PASSAGES = [
   types.Passage("a", "Ada", "Ada Rook was born in the town of Lintel."),
@@ -118,6 +118,44 @@ def test_tree_search_reaches_the_exact_neighbours(tmp_path):
     len(set(a) & set(b)) / 3 for a, b in zip(rows, want, strict=True)
   ])
   assert recall > 0.95
+
+
+@pytest.mark.parametrize("k", [3, 60, 2000])
+def test_a_tree_asked_for_more_than_its_leaves_hold_finds_it_elsewhere(
+  tmp_path, monkeypatch, k
+):
+  pytest.importorskip("scann")
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(900, 16)).astype(np.float32)
+  table /= np.linalg.norm(table, axis=1, keepdims=True)
+
+  class Rows(encoder.HashedTfidfEncoder):
+    counts_words = False
+
+    def encode(self, texts, kind):
+      return table[[int(t.split("\n")[0]) for t in texts]]
+
+  monkeypatch.setattr(tuning, "kinds", lambda count: ("tree",))
+  one_leaf = [tuning.Setting("tree", 1, 16)]
+  monkeypatch.setattr(tuning, "_settings", lambda kind, count: one_leaf)
+  passages = [types.Passage(str(i), str(i), "x") for i in range(len(table))]
+  index_build.build_index(tmp_path / "tree", passages, Rows(16))
+  opened = retriever.open_retriever(tmp_path / "tree", Rows(16))
+  found = opened.search([str(i) for i in range(20)], k)
+  for row in found:
+    assert len({p.id for p in row}) == len(row) == min(k, len(table))
+    scores = [p.score for p in row]
+    assert np.isfinite(scores).all()
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_rows_that_no_search_can_find_are_left_out(folder):
+  opened = retriever.open_retriever(folder, encoder.HashedTfidfEncoder())
+  opened.index.search = lambda vectors, k: (
+    np.array([[1, 0, 0]]), np.array([[0.5, np.nan, np.nan]], np.float32)
+  )
+  ((passage,),) = opened.search(["Lintel"], 3)
+  assert passage.id == "b"
 
 
 def test_cache_returns_the_same_and_forgets_the_oldest(folder):
