@@ -170,12 +170,12 @@ def _ppo():
   ppo.clip_ratio = 0.2
   ppo.value_clip = 0.5
   ppo.entropy_coef = 0.001
+  # Weight of the KL to the reference: in the reward, with grpo in the loss.
   ppo.kl_coef = 0.001
   ppo.kl_estimator = "kl"  # kl | abs | mse | low_var_kl
   ppo.kl_controller = "fixed"  # fixed | adaptive
   ppo.kl_target = 0.1
   ppo.kl_horizon = 10000
-  ppo.kl_loss_coef = 0.001  # With grpo the KL is a loss, not a reward.
   ppo.epochs = 1
   ppo.mini_batch = 32  # Trajectories per optimiser step.
   ppo.micro_rows = 16  # Packed rows per forward/backward pass.
@@ -250,6 +250,8 @@ def _log():
   """Where metrics go besides the work directory."""
   log = ml_collections.ConfigDict()
   log.wandb_project = ""
+  # (first, last) training step of a profile in the run's profile/; () = none.
+  log.profile = ()
   return log
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -57,11 +57,43 @@ def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
-def stop_on_sigterm() -> threading.Event:
-  """An event that SIGTERM sets, for loops that save before they stop."""
-  event = threading.Event()
-  signal.signal(signal.SIGTERM, lambda signum, frame: event.set())
-  return event
+class Interrupts:
+  """SIGTERM and Ctrl-C as a request to stop where nothing is lost.
+
+  By default a signal ends the program at once. Inside `deferred` it only sets
+  `requested`, and the loop there saves and stops by itself; a second signal
+  ends the program nevertheless.
+  """
+
+  def __init__(self):
+    """Starts without a request; `install` makes signals count."""
+    self.requested = False
+    self._deferring = False
+
+  def install(self) -> Interrupts:
+    """Handles SIGTERM and SIGINT from now on; returns itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number: int, frame) -> None:
+    del frame
+    again, self.requested = self.requested, True
+    if again or not self._deferring:
+      raise PreemptedError(
+        f"stopped by {signal.Signals(number).name}; the same command goes on"
+      )
+    logging.warning("%s: saving after this step, then stopping (once more "
+                    "stops at once)", signal.Signals(number).name)
+
+  @contextlib.contextmanager
+  def deferred(self):
+    """Context in which a signal only sets `requested`."""
+    self._deferring = True
+    try:
+      yield
+    finally:
+      self._deferring = False
 
 
 def _cache_compilations() -> None:
@@ -77,9 +109,32 @@ def _cache_compilations() -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def _value(argv: Sequence[str], name: str) -> str | None:
+  """Value of --name=value or --name value, before flags are parsed."""
+  for i, argument in enumerate(argv):
+    for dashes in ("--", "-"):
+      if argument == dashes + name and i + 1 < len(argv):
+        return argv[i + 1]
+      if argument.startswith(f"{dashes}{name}="):
+        return argument.partition("=")[2]
+  return None
+
+
+def _with_saved_config(argv: Sequence[str]) -> list[str]:
+  """Adds the config that the work directory holds, if no other is given."""
+  workdir = _value(argv, "workdir")
+  if (
+    "config" not in flags.FLAGS or not workdir or _value(argv, "config")
+    or not (epath.Path(workdir) / "config.json").exists()
+  ):
+    return list(argv)
+  saved = epath.Path(__file__).parent / "run" / "saved.py"
+  return [argv[0], f"--config={saved}:{workdir}", *argv[1:]]
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    return app.parse_flags_with_usage(argv)
+    return app.parse_flags_with_usage(_with_saved_config(argv))
   except (AttributeError, KeyError) as error:
     # ml_collections refuses unknown fields with a bare key.
     field = str(error).strip("\"'")

@@ -1,23 +1,27 @@
 """Evaluates a policy on multi-hop questions: EM, F1 and how it searched.
 
-  python -m stepsearch_jax.evaluate --config=configs/quickstart.py \\
-    --workdir=runs/quickstart
+  python -m stepsearch_jax.evaluate --workdir=runs/quickstart
 
-plays the held-out questions with the newest checkpoint of a run. With
-`--model=` it plays any Hugging Face folder, hub id or GGUF file instead, and
-with `--predictions=` it only scores a file of predictions. Every evaluation
+plays the held-out questions with the newest checkpoint of a run; its settings
+come from the folder. With `--model=` (and `--config=`) it plays any Hugging
+Face folder, hub id or GGUF file instead, and with `--predictions=` it only
+scores a file of predictions. Every evaluation
 leaves a card (JSON and Markdown) that says what exactly was measured.
 """
 
 from __future__ import annotations
+
+import re
 
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
-from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.evaluation import predictions
+from stepsearch_jax.run import reporting
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
@@ -49,36 +53,23 @@ def print_sources(table: dict[str, dict]) -> None:
 
 
 def _evaluate_model() -> None:
-  from stepsearch_jax.parallel import sharding
-  from stepsearch_jax.run import experiment, reporting, settings
-
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _MODEL.value:
     config.model.reference = _MODEL.value
-  settings.validate(config)
-  data = experiment.load_data(config, workdir)
-  tokenizer = experiment.load_tokenizer(config, workdir, data)
-  model = experiment.decoder_config(config, tokenizer)
-  retriever = experiment.load_retriever(config, workdir, data)
-  env = experiment.build_env(config)
-  mesh = sharding.make_mesh(**config.mesh)
-  engine = experiment.build_engine(
-    config, model, env, retriever, tokenizer, mesh
-  )
+  elif not (workdir / "checkpoints").exists():
+    raise types.UserError(f"--workdir={workdir} has no checkpoints to evaluate")
+  experiment = Experiment(Settings.from_config(config), workdir)
+  for question in experiment.eval_questions:
+    experiment.engine.prompt_tokens(question)  # One too long stops us now.
   if _MODEL.value:
-    params, name = experiment.initial_policy(config, model), _MODEL.value
+    policy, name = experiment.initial_policy(), _MODEL.value
   else:
-    step, params = experiment.trained_policy(
-      config, workdir, model, mesh, _STEP.value
-    )
+    step, policy = experiment.trained_policy(_STEP.value)
     name = f"{workdir} step {step}"
-  folder = workdir / "eval"
-  card = evaluation.evaluate(
-    engine, params, data.heldout, tokenizer,
-    reporting.card_settings(config, retriever, name),
-    folder, folder / "predictions.jsonl",
-  )
-  engine.close()
+  # A folder of its own: the card of training's last evaluation stays.
+  folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
+  card = reporting.evaluate(experiment, policy, name, folder)
+  experiment.engine.close()
   print_sources(card["sources"])
   print(f"card: {folder / 'card.md'}   predictions: "
         f"{folder / 'predictions.jsonl'}")
@@ -88,8 +79,13 @@ def main() -> None:
   """Entry; see the module docstring."""
   if _PREDICTIONS.value:
     print_sources(predictions.score_predictions(_PREDICTIONS.value))
-  elif _CONFIG.value is None or not _WORKDIR.value:
-    raise types.UserError("need --predictions, or --config and --workdir")
+  elif not _WORKDIR.value:
+    raise types.UserError("need --predictions, or --workdir")
+  elif _CONFIG.value is None:
+    raise types.UserError(
+      f"--workdir={_WORKDIR.value} holds no run (no config.json); with "
+      "--model give a --config as well"
+    )
   else:
     _evaluate_model()
 

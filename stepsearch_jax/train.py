@@ -3,38 +3,39 @@
   python -m stepsearch_jax.train --config=configs/quickstart.py \\
     --workdir=runs/quickstart
 
-The same command resumes a run that was interrupted. Every config field can be
-overridden: `--config.ppo.policy_lr=1e-6`.
+The same command resumes a run that was interrupted; --workdir alone is enough
+then. Every config field can be overridden: `--config.ppo.policy_lr=1e-6`.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
-import threading
 import time
+from collections.abc import Sequence
 
-import jax
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, files
 from stepsearch_jax.data import input_pipeline
-from stepsearch_jax.evaluation import card as evaluation
-from stepsearch_jax.parallel import distributed, sharding
+from stepsearch_jax.parallel import distributed
 from stepsearch_jax.ppo import batching
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.run import (
   checkpoints,
-  experiment,
+  identity,
   metrics,
+  monitor,
   plots,
   reporting,
-  settings,
+  starting,
 )
-from stepsearch_jax.run import monitor as sentinel
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
+from stepsearch_jax.run.state import RunState
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
@@ -43,207 +44,103 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder (local or bucket) for checkpoints and metrics; the "
   "same folder resumes a run."
 )
+_ALLOW_CHANGES = flags.DEFINE_list(
+  "allow_changes", [], "Fields that may differ from those that the run in "
+  "--workdir started with, for instance ppo.policy_lr,total_steps."
+)
 
 
 def train(
-  config, workdir: epath.Path, stop: threading.Event | None = None
+  config,
+  workdir: epath.Path,
+  interrupts: cli.Interrupts | None = None,
+  allow_changes: Sequence[str] = (),
 ) -> dict:
   """Runs (or resumes) one training job.
 
   Args:
     config: see `configs/common.py`.
     workdir: receives checkpoints, metrics, predictions and summary.json.
-    stop: once set, the run saves after the step in progress and stops.
+    interrupts: requests to save and stop; None never stops early.
+    allow_changes: fields that may differ from an earlier start's.
 
   Returns:
     The summary that is also written to `summary.json`.
 
   Raises:
-    PreemptedError: `stop` was set before the last step.
-    CollapseError: the sentinel halted the run.
+    UserError: a setting, a file or the work directory is not usable.
+    PreemptedError: a request to stop came before the last step.
+    CollapseError: the monitor halted the run.
   """
-  began = time.time()
-  settings.validate(config)
+  # Settings before anything else: a wrong one costs a second here, and a day
+  # if it is found at the first checkpoint.
+  settings = Settings.from_config(config)
   workdir.mkdir(parents=True, exist_ok=True)
+  with identity.locked(workdir):
+    experiment = Experiment(settings, workdir)
+    return _train(experiment, interrupts or cli.Interrupts(), allow_changes)
 
-  #################################################################
-  # Data, retrieval, tokenizer                                    #
-  #################################################################
-  data = distributed.in_turn(lambda: experiment.load_data(config, workdir))
-  tokenizer = distributed.in_turn(
-    lambda: experiment.load_tokenizer(config, workdir, data)
-  )
-  env = experiment.build_env(config)
-  retriever = experiment.load_retriever(config, workdir, data)
-  stream = input_pipeline.QuestionStream(
-    data.train, config.batch.questions, seed=config.seed
-  )
-  steps = settings.total_steps(config, len(data.train))
-  logging.info(
-    "%d training questions, %d held out, %d passages, %d steps",
-    len(data.train), len(data.heldout), len(data.corpus), steps,
-  )
 
-  #################################################################
-  # Models, learner, rollout engine                               #
-  #################################################################
-  mesh = sharding.make_mesh(**config.mesh)
-  model = experiment.decoder_config(config, tokenizer)
-  engine = experiment.build_engine(
-    config, model, env, retriever, tokenizer, mesh
+def _train(
+  experiment: Experiment, interrupts: cli.Interrupts,
+  allow_changes: Sequence[str],
+) -> dict:
+  """The run itself, in a work directory that nobody else uses."""
+  settings, workdir = experiment.settings, experiment.workdir
+
+  # 1. Questions. The work directory is claimed as soon as they are known,
+  #    because their content tells whether this is the same run.
+  questions = experiment.train_questions
+  steps = settings.total_steps(len(questions))
+  distributed.in_turn(lambda: identity.claim(
+    workdir, settings.config, identity.questions_hash(questions),
+    allow_changes,
+  ))
+
+  # 2. Rollout engine. A prompt that does not fit stops the run now, and
+  #    programs are compiled before models take the memory.
+  experiment.describe(steps)
+  for question in questions + experiment.eval_questions:
+    experiment.engine.prompt_tokens(question)
+  if settings.config["rollout"]["compile_ahead"]:
+    experiment.engine.compile_ahead()
+
+  # 3. Learner and state: the newest checkpoint if there is one, else fresh
+  #    models and the warm start, saved at once, so that no signal loses it.
+  job = Job.build(experiment, steps, interrupts)
+  job.save()
+  if job.state.baseline is None:
+    job.writer.write(job.state.step, job.evaluate())
+
+  # 4. The loop. A signal waits for the end of the step, which is then saved.
+  bar = metrics.Progress(
+    steps, job.state.step, active=distributed.is_primary()
   )
-  for question in data.train + data.heldout:
-    engine.prompt_tokens(question)  # A prompt that does not fit stops us now.
-  if config.rollout.compile_ahead:
-    engine.compile_ahead()
-  rewards = settings.reward_spec(config)
-  spec = settings.learner_spec(config, steps)
-  learner = learner_lib.Learner(model, model, spec, mesh)
-
-  #################################################################
-  # Resume, or initialise and warm-start                          #
-  #################################################################
-  saver = checkpoints.Checkpointer(
-    workdir, experiment.identity(config, model, data), config.checkpoint.keep
-  )
-  state, reference, step, meta = _begin(
-    config, workdir, data, tokenizer, env, retriever, mesh, learner, model,
-    saver,
-  )
-  writer = metrics.MetricsWriter(
-    workdir,
-    step + ("before" in meta),
-    config.log.wandb_project,
-    config.to_dict(),
-    active=distributed.is_primary(),
-  )
-  guard = sentinel.Sentinel(
-    settings.sentinel_limits(config), meta.get("sentinel")
-  )
-  rollbacks = sentinel.Rollbacks(workdir / "rollbacks.json")
-
-  def evaluate(at: int) -> dict[str, float]:
-    described = reporting.card_settings(
-      config, retriever, f"{workdir} step {at}"
-    )
-    card = evaluation.evaluate(
-      engine, learner.policy(state, reference), data.heldout, tokenizer,
-      described,
-      workdir / "eval", workdir / "predictions" / f"step_{at:06d}.jsonl",
-    )
-    return card["metrics"]
-
-  def save() -> None:
-    nonlocal began
-    meta["seconds"] = meta.get("seconds", 0.0) + time.time() - began
-    meta["sentinel"] = guard.state
-    began = time.time()
-    saver.save(step, state.policy, state.replace(policy=None), meta)
-
-  if "before" not in meta:
-    meta["before"] = evaluate(step)
-    writer.write(
-      step, {f"val/{name}": value for name, value in meta["before"].items()}
-    )
-    meta["best"] = {"step": step, "em": meta["before"]["em"]}
-    save()
-
-  #################################################################
-  # The loop                                                      #
-  #################################################################
-  compilations = metrics.Compilations()
-  bar = metrics.Progress(steps, step, active=distributed.is_primary())
-  shown = {"EM": meta["before"]["em"]}
-  while step < steps:
-    watch = metrics.Stopwatch()
-    with watch.time("gen"):
-      questions = [
-        question
-        for question in stream.batch(step)
-        for _ in range(config.batch.rollouts)
-      ]
-      first = step * len(questions)
-      trajectories, rollout = engine.run(
-        learner.policy(state, reference),
-        questions,
-        range(first, first + len(questions)),
-        config.rollout.temperature,
-      )
-    with watch.time("reward"):
-      scores, per_token = token_rewards.score_trajectories(
-        rewards, trajectories, tokenizer
-      )
-      batch = batching.trajectories_to_batch(
-        trajectories, per_token, config.rollout.context, tokenizer.pad_id,
-        dropped_ids=tokenizer.eos_ids if rewards.eos == "dropped" else (),
-      )
-    with watch.time("adv"):
-      experience, seen = learner.prepare(state, reference, batch)
-    with watch.time("update"):
-      state, updated = learner.update(
-        state, experience,
-        lr_scale=config.sentinel.lr_factor ** len(rollbacks),
-      )
-
-    step += 1
-    values = {
-      **seen,
-      **updated,
-      **reporting.reward_metrics(trajectories, scores),
-      **reporting.rollout_metrics(rollout),
-      **watch.metrics(),
-      "perf/compilations": compilations.take(),
-    }
-    metrics.check_finite(
-      step, values, functools.partial(_first_nonfinite, experience, state)
-    )
-    alarms = guard.observe(step, values)
-    if _collapsed(config.sentinel, alarms, len(rollbacks)):
-      since = min(alarm.since for alarm in alarms)
-      step, state, meta = _roll_back(saver, state, since, rollbacks)
-      guard = sentinel.Sentinel(
-        settings.sentinel_limits(config), meta["sentinel"]
-      )
-      writer.rewind(step + 1)
-      bar.rewind(step)
-      continue
-    last = step == steps
-    new_best = False
-    if last or (config.eval.every and step % config.eval.every == 0):
-      after = evaluate(step)
-      values |= {f"val/{name}": value for name, value in after.items()}
-      shown["EM"] = after["em"]
-      new_best = after["em"] > meta["best"]["em"]
-      if new_best:
-        meta["best"] = {"step": step, "em": after["em"]}
-      if last:
-        meta["after"] = after
-    writer.write(step, values)
-    preempted = not last and distributed.any_process(
-      stop is not None and stop.is_set()
-    )
-    if last or preempted or new_best or step % config.checkpoint.every == 0:
-      save()
+  while job.state.step < steps:
+    with interrupts.deferred():
+      values = job.step()
+      if job.has_collapsed(values):
+        job.roll_back()
+        bar.rewind(job.state.step)
+        continue
+      stopping = job.report(values)
     bar.update(
       reward=values["critic/score/mean"],
       searches=values["env/searches_per_question"],
       tok_s=values["perf/tokens_per_second"],
-      **shown,
+      EM=job.state.latest["em"],
     )
-    if preempted:
-      saver.close()
+    if stopping:
+      job.close()
       raise cli.PreemptedError(
-        f"stopped after step {step} and saved; the same command goes on"
+        f"stopped after step {job.state.step} and saved; the same command "
+        "goes on"
       )
 
-  #################################################################
-  # Summary                                                       #
-  #################################################################
+  # 5. Summary and plots.
   bar.close()
-  writer.close()
-  saver.close()
-  engine.close()
-  summary = reporting.summary(config, meta, steps)
+  job.close()
+  summary = reporting.summary(settings, job.state)
   if distributed.is_primary():
     files.write_text(
       workdir / "summary.json", json.dumps(summary, indent=2) + "\n"
@@ -253,80 +150,185 @@ def train(
   return summary
 
 
-def _begin(config, workdir, data, tokenizer, env, retriever, mesh, learner,
-           model, saver):
-  """Returns (state, reference policy, step, meta), fresh or resumed."""
-  key = jax.random.key(config.seed)
-  policy = experiment.initial_policy(config, model)
-  state = learner.start(policy, key)
-  restored = saver.restore(state.policy, state.replace(policy=None))
-  if restored is not None:
-    step, policy, rest, meta = restored
-    logging.info("resumed at step %d", step)
-    reference = checkpoints.load_reference(
-      workdir, learner.abstract_reference()
-    )
-    return rest.replace(policy=policy), reference, step, meta
-  if config.warm_start.steps:
-    policy = experiment.warm_start(
-      config, data, tokenizer, env, retriever, mesh, model, policy
-    )
-    state = learner.start(policy, key)
-  checkpoints.save_reference(workdir, policy, model.dtype)
-  reference = checkpoints.load_reference(
-    workdir, learner.abstract_reference()
-  )
-  return state, reference, 0, {}
+@dataclasses.dataclass
+class Job:
+  """A run in progress: its parts, where it writes, and its state.
 
-
-def _first_nonfinite(experience, state) -> str:
-  """The first tensor of a step that is not finite, in data-flow order."""
-  return sentinel.first_nonfinite(
-    token_rewards=experience.batch.token_rewards,
-    logp=experience.logp,
-    reference_logp=experience.reference_logp,
-    values=experience.values,
-    advantages=experience.advantages,
-    policy=state.policy,
-    value=state.value,
-  )
-
-
-def _collapsed(limits, alarms, rollbacks: int) -> bool:
-  """Reports alarms; True if the run has to go back.
-
-  Raises:
-    CollapseError: it has to halt.
+  Attributes:
+    experiment: questions, tokenizer, engine.
+    steps: training steps in all.
+    interrupts: requests to stop.
+    stream: which questions a step asks.
+    learner: scores and updates the models.
+    saver, writer: checkpoints and metrics.
+    state: all that training changes.
+    sentinel, rollbacks: collapse alarms, and how often the run went back.
+    profiler, compilations: what is watched for speed.
+    began: when the seconds of `state` were last brought up to date.
   """
-  if limits.action == "off":
-    return False
-  for alarm in alarms:
-    logging.warning("collapse? %s", alarm.message)
-  if not alarms or limits.action == "warn":
-    return False
-  spent = rollbacks >= limits.rollbacks
-  if limits.action == "halt" or spent:
-    raise sentinel.CollapseError(
-      f"{alarms[0].message}: halted"
-      + (f" after {rollbacks} rollbacks" if rollbacks else "")
-      + "; the last checkpoints stand (limits: config.sentinel)"
+
+  experiment: Experiment
+  steps: int
+  interrupts: cli.Interrupts
+  stream: input_pipeline.QuestionStream
+  learner: learner_lib.Learner
+  saver: checkpoints.Checkpointer
+  writer: metrics.MetricsWriter
+  state: RunState
+  sentinel: monitor.Sentinel
+  rollbacks: monitor.Rollbacks
+  profiler: metrics.Profiler
+  compilations: metrics.Compilations
+  began: float
+
+  @classmethod
+  def build(
+    cls, experiment: Experiment, steps: int, interrupts: cli.Interrupts
+  ) -> Job:
+    """Opens the run's files and reads, or makes, its state."""
+    began, settings = time.time(), experiment.settings
+    workdir, model = experiment.workdir, experiment.model
+    learner = learner_lib.Learner(
+      model, model, settings.learner(steps), experiment.mesh
     )
-  return True
+    saver = checkpoints.Checkpointer(workdir, settings.checkpoint.keep)
+    state = starting.start(experiment, learner, saver)
+    job = cls(
+      experiment, steps, interrupts,
+      stream=input_pipeline.QuestionStream(
+        experiment.train_questions, settings.batch.questions, settings.seed
+      ),
+      learner=learner,
+      saver=saver,
+      writer=metrics.MetricsWriter(
+        workdir, state.step + (state.baseline is not None),
+        settings.log.wandb_project, settings.config,
+        active=distributed.is_primary(),
+      ),
+      state=state,
+      sentinel=monitor.Sentinel(settings.monitor.limits, state.monitor),
+      rollbacks=monitor.Rollbacks(workdir / "rollbacks.json"),
+      profiler=metrics.Profiler(workdir / "profile", settings.log.profile),
+      compilations=metrics.Compilations(),
+      began=began,
+    )
+    if job.rollbacks.pending is not None:  # Killed in the middle of one.
+      job.roll_back()
+    return job
 
+  def step(self) -> dict[str, float]:
+    """Plays and learns one batch; returns the step's metrics."""
+    settings, state = self.experiment.settings, self.state
+    tokenizer, watch = self.experiment.tokenizer, metrics.Stopwatch()
+    with self.profiler.step(state.step + 1):
+      with watch.time("gen"):
+        asked = [
+          question
+          for question in self.stream.batch(state.step)
+          for _ in range(settings.batch.rollouts)
+        ]
+        first = state.step * len(asked)
+        trajectories, rollout = self.experiment.engine.run(
+          self.learner.policy(state.learner, state.reference), asked,
+          range(first, first + len(asked)),
+          settings.config["rollout"]["temperature"],
+        )
+      with watch.time("reward"):
+        scores, per_token = token_rewards.score_trajectories(
+          settings.reward, trajectories, tokenizer
+        )
+        batch = batching.trajectories_to_batch(
+          trajectories, per_token, settings.sampler.context, tokenizer.pad_id,
+          tokenizer.eos_ids if settings.reward.eos == "dropped" else (),
+        )
+      with watch.time("adv"):
+        experience, seen = self.learner.prepare(
+          state.learner, state.reference, batch
+        )
+      with watch.time("update"):
+        state.learner, updated = self.learner.update(
+          state.learner, experience,
+          settings.monitor.lr_factor ** len(self.rollbacks),
+        )
+    state.step += 1
+    values = {
+      **seen,
+      **updated,
+      **reporting.reward_metrics(trajectories, scores),
+      **reporting.rollout_metrics(rollout),
+      **watch.metrics(),
+      "perf/compilations": self.compilations.take(),
+    }
+    metrics.check_finite(
+      state.step, values,
+      lambda: monitor.first_nonfinite_of(experience, state.learner),
+    )
+    return values
 
-def _roll_back(saver, state, since: int, rollbacks):
-  """(step, state, meta) of the newest checkpoint before step `since`."""
-  found = saver.rewind(state.policy, state.replace(policy=None), since)
-  step, policy, rest, meta = found
-  rollbacks.add(since, step, write=distributed.is_primary())
-  logging.warning("rolled back to step %d", step)
-  return step, rest.replace(policy=policy), meta
+  def has_collapsed(self, values: dict[str, float]) -> bool:
+    """Reports alarms of a step; returns whether the run has to go back."""
+    alarms = self.sentinel.observe(self.state.step, values)
+    return monitor.must_roll_back(
+      self.experiment.settings.monitor, alarms, len(self.rollbacks)
+    )
+
+  def roll_back(self) -> None:
+    """Returns to the newest checkpoint before the trouble began."""
+    primary = distributed.is_primary()
+    if self.rollbacks.pending is None:
+      self.rollbacks.begin(self.sentinel.trouble_since, primary)
+    self.state = self.saver.rewind(self.state, self.rollbacks.pending)
+    self.rollbacks.finish(primary)
+    self.sentinel = monitor.Sentinel(
+      self.experiment.settings.monitor.limits, self.state.monitor
+    )
+    self.writer.rewind(self.state.step + 1)
+    logging.warning("rolled back to step %d", self.state.step)
+
+  def report(self, values: dict[str, float]) -> bool:
+    """Evaluates, writes and saves what is due; returns whether to stop."""
+    settings, state = self.experiment.settings, self.state
+    last, best = state.step == self.steps, state.best
+    if last or settings.evaluation.is_due(state.step):
+      values |= self.evaluate()
+    self.writer.write(state.step, values)
+    stopping = not last and distributed.any_process(self.interrupts.requested)
+    improved = state.best is not best
+    if last or stopping or improved or settings.checkpoint.is_due(state.step):
+      self.save()
+    return stopping
+
+  def evaluate(self) -> dict[str, float]:
+    """Plays the held-out questions; returns the metrics, named val/..."""
+    state, workdir = self.state, self.experiment.workdir
+    card = reporting.evaluate(
+      self.experiment, self.learner.policy(state.learner, state.reference),
+      f"{workdir} step {state.step}",
+      workdir / "evaluations" / f"step_{state.step:06d}",
+    )
+    state.note_evaluation(card["metrics"])
+    return {f"val/{name}": x for name, x in card["metrics"].items()}
+
+  def save(self) -> None:
+    """Writes a checkpoint, unless the step has one."""
+    now = time.time()
+    self.state.seconds += now - self.began
+    self.began = now
+    self.state.monitor = self.sentinel.state
+    self.saver.save(self.state)
+
+  def close(self) -> None:
+    """Waits for what is being written and ends the search threads."""
+    for part in (self.profiler, self.writer, self.saver,
+                 self.experiment.engine):
+      part.close()
 
 
 def main() -> None:
   """Entry; see the module docstring."""
   summary = train(
-    _CONFIG.value, epath.Path(_WORKDIR.value), cli.stop_on_sigterm()
+    _CONFIG.value, epath.Path(_WORKDIR.value), cli.Interrupts().install(),
+    _ALLOW_CHANGES.value,
   )
   print()
   for name, value in summary.items():

@@ -45,6 +45,19 @@ class UserError(ValueError):
   """
 
 
+def expect(holds: bool, field: str, expected: str, given: Any) -> None:
+  """Raises a UserError that names the field unless `holds`.
+
+  Args:
+    holds: the condition on the setting.
+    field: its path in the config, for instance "ppo.micro_rows".
+    expected: what would have been right, in words.
+    given: the value that was given.
+  """
+  if not holds:
+    raise UserError(f"{field}: expected {expected}, got {given!r}")
+
+
 class SearchError(RuntimeError):
   """A search failed for good; the trajectory goes on without its result."""
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import common
-from stepsearch_jax.run import settings
+from stepsearch_jax.run.settings import Settings
 
 NAMES = [
   path.stem
@@ -18,7 +18,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_config_loads_and_sweeps(name):
   module = importlib.import_module(f"configs.{name}")
-  settings.validate(module.get_config("runlocal"))
+  Settings.from_config(module.get_config("runlocal"))
   base = module.get_config()
   assert (base.total_steps > 0) != (base.total_epochs > 0)
   assert "Hardware:" in module.__doc__ and "--workdir" in module.__doc__
@@ -28,6 +28,7 @@ def test_config_loads_and_sweeps(name):
   for arg, changes in points:
     config = module.get_config(arg)
     config.update(changes)  # An unknown field would raise.
+    Settings.from_config(config, devices=1)
 
 
 def test_paper_hyperparameters_differ_where_the_paper_does():

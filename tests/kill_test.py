@@ -73,6 +73,7 @@ def test_ten_sigkills_change_nothing(tmp_path):
     for folder in (killed, whole)
   )
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-  for name in ("predictions/step_000014.jsonl", "eval/card.json"):
+  for name in ("predictions.jsonl", "card.json"):
+    name = f"evaluations/step_000014/{name}"
     ours = (killed / name).read_text().replace(str(killed), "")
     assert ours == (whole / name).read_text().replace(str(whole), "")

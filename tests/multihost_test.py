@@ -57,7 +57,8 @@ def test_two_processes_train_like_one(tmp_path):
   two, one = tmp_path / "two", tmp_path / "one"
   _compare(two, one)
   # The run of two processes goes on in one, on another mesh.
-  errors, codes = finish(start(two, 1, 2, "--config.total_steps=3"), 600)
+  errors, codes = finish(start(two, 1, 2, "--config.total_steps=3",
+                               "--allow_changes=total_steps"), 600)
   assert codes == [0], errors[0][-3000:]
   assert "resumed at step 2" in errors[0]
   assert [r["step"] for r in train_test.records(two)] == [0, 1, 2, 3]

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import threading
 
 import jax
 import numpy as np
@@ -12,10 +11,12 @@ import pytest
 from etils import epath
 
 from configs import musique_smollm2, quickstart
-from stepsearch_jax import cli, train
+from stepsearch_jax import cli, train, types
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.retrieval.index import corpus
-from stepsearch_jax.run import checkpoints, experiment, metrics, plots, settings
+from stepsearch_jax.run import checkpoints, identity, metrics, plots
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 
 def tiny(**changes):
@@ -39,10 +40,8 @@ def records(workdir):
 
 
 def final_policy(workdir, config):
-  data = experiment.load_data(config, workdir)
-  tokenizer = experiment.load_tokenizer(config, workdir, data)
-  model = experiment.decoder_config(config, tokenizer)
-  like = jax.eval_shape(lambda: experiment.initial_policy(config, model))
+  experiment = Experiment(Settings.from_config(config), epath.Path(workdir))
+  like = jax.eval_shape(experiment.initial_policy)
   return checkpoints.load_policy(workdir, like)
 
 
@@ -61,10 +60,10 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
   assert {"em_before", "em_after", "f1_before", "f1_after", "steps", "seed",
           "searches_per_question", "train_seconds"} <= set(summary)
   assert json.loads((workdir / "summary.json").read_text()) == summary
-  for name in ("curves.png", "step_time.png", "eval/card.json",
-               "eval/card.md", "tensorboard",
-               "predictions/step_000000.jsonl",
-               "predictions/step_000002.jsonl"):
+  for name in ("curves.png", "step_time.png", "tensorboard",
+               "config.json", "evaluations/step_000000/card.json",
+               "evaluations/step_000002/card.md",
+               "evaluations/step_000002/predictions.jsonl"):
     assert (workdir / name).exists(), name
   steps = records(workdir)
   assert [r["step"] for r in steps] == [0, 1, 2]
@@ -121,8 +120,8 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
   finished, tmp_path
 ):
   workdir, _ = finished
-  stop = threading.Event()
-  stop.set()
+  stop = cli.Interrupts()
+  stop.requested = True
   ours = epath.Path(tmp_path) / "run"
   config = tiny()
   config.checkpoint.every = 100  # Only the preemption saves.
@@ -150,37 +149,35 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
 
 
 @pytest.mark.slow
-def test_checkpoint_of_another_model_or_data_is_refused(finished):
-  workdir, _ = finished
-  other = tiny()
-  other.model.size.layers = 2
+def test_a_run_knows_its_settings_and_data(finished, tmp_path):
+  workdir = epath.Path(tmp_path) / "run"
+  shutil.copytree(finished[0], workdir)
+  other = tiny(seed=7, algorithm="ppo", ppo=dict(policy_lr=1.0))
   with jax.numpy_dtype_promotion("standard"):
-    with pytest.raises(checkpoints.CheckpointMismatchError, match="model"):
+    with pytest.raises(identity.ChangedSettingsError) as error:
       train.train(other, workdir)
-    with pytest.raises(checkpoints.CheckpointMismatchError, match="data"):
-      train.train(tiny(data=dict(limit=100)), workdir)
-
-
-@pytest.mark.parametrize(
-  "changes, message",
-  [
-    (dict(algorithm="a2c"), "algorithm must be one of"),
-    (dict(total_epochs=1.0), "exactly one of total_steps and total_epochs"),
-    (dict(algorithm="grpo"), "batch.rollouts must be >= 2"),
-    (dict(batch=dict(questions=7)), "multiple of ppo.mini_batch = 8"),
-    (dict(mesh=dict(data=3)), "not divisible by the mesh's 3 data shards"),
-    (dict(rollout=dict(template="x")), "rollout.template must be one of"),
-  ],
-)
-def test_bad_settings_name_the_field(changes, message):
-  with pytest.raises(ValueError, match=message):
-    settings.validate(tiny(**changes))
+    for line in ("algorithm: the run has 'steppo', this start 'ppo'",
+                 "seed: the run has 0, this start 7",
+                 "ppo.policy_lr: the run has 0.0003, this start 1.0"):
+      assert line in str(error.value)
+    with pytest.raises(identity.ChangedSettingsError, match="data"):
+      train.train(tiny(data=dict(limit=100)), workdir,
+                  allow_changes=["data.limit"])
+    free = tiny(model=dict(remat=False), checkpoint=dict(keep=3))
+    assert train.train(free, workdir)["steps"] == 2
+    longer = train.train(
+      tiny(total_steps=3), workdir, allow_changes=["total_steps"]
+    )
+  assert longer["steps"] == 3
+  changes = json.loads((workdir / "config.json").read_text())["changes"]
+  assert changes == [{"field": "total_steps", "from": 2, "to": 3}]
 
 
 def test_missing_training_file_is_one_clear_line(tmp_path):
   config = tiny(data=dict(train="absent.jsonl"))
-  with pytest.raises(ValueError, match=r"^absent.jsonl: no such file$"):
-    experiment.load_data(config, epath.Path(tmp_path))
+  experiment = Experiment(Settings.from_config(config), epath.Path(tmp_path))
+  with pytest.raises(types.UserError, match=r"^absent.jsonl: no such file$"):
+    _ = experiment.train_questions
 
 
 def test_nan_names_step_and_metric():
@@ -204,7 +201,8 @@ def test_one_update_of_smollm2_on_real_musique(shared, tmp_path):
     passage.id: passage
     for passage in corpus.corpus_from_questions([str(path)])
   }
-  predictions = (workdir / "predictions/step_000001.jsonl").read_text()
+  folder = workdir / "evaluations/step_000001"
+  predictions = (folder / "predictions.jsonl").read_text()
   shown = 0
   for row in map(json.loads, predictions.splitlines()):
     blocks = re.findall(

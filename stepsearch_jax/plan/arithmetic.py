@@ -22,7 +22,7 @@ from stepsearch_jax.plan.machines import GB, Machine
 from stepsearch_jax.ppo import learner, logprobs, variants
 from stepsearch_jax.rollout import layout
 from stepsearch_jax.rollout import programs as sampler
-from stepsearch_jax.run import settings
+from stepsearch_jax.run.settings import Settings
 
 _STATES = 64  # Upper bound for the stop automaton of the usual tags.
 _USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
@@ -32,12 +32,17 @@ def resolve_mesh(config, chips: int) -> None:
   """Replaces -1 in `config.mesh` by what `chips` devices leave, and checks."""
   sizes = sharding.mesh_shape(chips, **config.mesh)
   config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
-  settings.validate(config)
+  Settings.from_config(config, devices=chips)
+
+
+def _settings(config) -> Settings:
+  """The checked settings; `resolve_mesh` has named every axis."""
+  return Settings.from_config(config, devices=0)
 
 
 def model_shape(config) -> decoder.DecoderConfig:
   """Shape of the policy from `model.size` alone; nothing is downloaded."""
-  return settings.sized_decoder(config, config.model.size.vocab)
+  return _settings(config).decoder(config.model.size.vocab)
 
 
 def build(config, machine: Machine, devices):
@@ -46,10 +51,11 @@ def build(config, machine: Machine, devices):
   model = dataclasses.replace(
     model_shape(config), attention=attention.backend_of(machine.platform)
   )
-  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  settings = _settings(config)
+  spec = settings.learner(settings.total_steps(1))
   table = np.zeros((_STATES, model.vocab_size), np.int32)
   programs = sampler.Sampler(
-    model, settings.sampler_spec(config), table, _STATES - 1, mesh
+    model, settings.sampler, table, _STATES - 1, mesh
   )
   rollout = config.rollout
   chunk = (rollout.extend_rows[-1], rollout.extend_tokens[-1])
@@ -72,13 +78,13 @@ def resident(config) -> dict[str, float]:
   mesh = jax.sharding.AbstractMesh(
     tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
   )
-  spec = settings.learner_spec(config, settings.total_steps(config, 1))
+  settings = _settings(config)
+  spec = settings.learner(settings.total_steps(1))
+  adapters = {"policy": spec.policy_adapter, "value": spec.value_adapter}
   parts = {}
   kinds = ["policy", "value"] if spec.estimator == "gae" else ["policy"]
   for kind in kinds:
-    variant = variants.Variant(
-      kind, model, settings.adapter(kind, config[kind])
-    )
+    variant = variants.Variant(kind, model, adapters[kind])
     shapes = variant.shapes()
     placed = sharding.tree_shardings(mesh, variant.axes(), shapes)
     parts[kind] = _bytes(shapes, placed)

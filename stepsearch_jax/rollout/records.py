@@ -33,7 +33,7 @@ class EngineSpec:
   def __post_init__(self):
     if self.retrieval_delay < 1:
       raise types.UserError(
-        "retrieval_delay must be at least 1 step, got "
+        "rollout.retrieval_delay must be at least 1 step, got "
         f"{self.retrieval_delay}"
       )
     for name in ("extend_rows", "extend_tokens"):

@@ -1,17 +1,12 @@
-"""Checkpoints of a run: learner state, cursor and fingerprint, via orbax.
+"""Checkpoints of a run, via orbax.
 
 A checkpoint is complete or absent: orbax writes to a temporary folder and
 renames it. Everything a step depends on is inside or follows from the step
 number (the question stream and all random keys are functions of it), so a
-resumed run repeats the uninterrupted one.
+resumed run repeats the uninterrupted one. Whose run it is, `identity` knows.
 """
 
 from __future__ import annotations
-
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,41 +15,26 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.parallel import distributed
+from stepsearch_jax.run.state import RunState
 
 
 class CheckpointMismatchError(types.UserError):
-  """The checkpoint belongs to another model or other data."""
-
-
-def fingerprint(**parts: Any) -> dict[str, str]:
-  """Short hashes by which a checkpoint recognises its model and data."""
-  return {
-    name: hashlib.sha256(
-      json.dumps(value, sort_keys=True, default=str).encode()
-    ).hexdigest()[:16]
-    for name, value in parts.items()
-  }
+  """The checkpoint belongs to another model."""
 
 
 class Checkpointer:
   """Saves and restores the state of one run in `workdir/checkpoints`."""
 
-  def __init__(
-    self,
-    workdir: epath.PathLike,
-    identity: Mapping[str, str],
-    keep: int = 2,
-  ):
+  def __init__(self, workdir: epath.PathLike, keep: int):
     """Opens the folder.
 
     Args:
       workdir: local folder or bucket path.
-      identity: `fingerprint` of this run's model and data.
       keep: how many checkpoints to retain; the one with the best EM is kept
         besides.
     """
     self._folder = epath.Path(workdir).resolve() / "checkpoints"
-    self._identity = dict(identity)
     best = policies.BestN(
       get_metric_fn=lambda scores: scores["em"], n=1,
       keep_checkpoints_without_metrics=False,
@@ -69,57 +49,49 @@ class Checkpointer:
         best_fn=lambda scores: scores["em"],
         cleanup_tmp_directories=True,
       ),
-      item_names=("policy", "rest", "meta"),
+      item_names=("policy", "rest", "progress"),
     )
 
-  def save(self, step: int, policy, rest, meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint in the background; a repeated step is a no-op.
+  def save(self, state: RunState) -> None:
+    """Writes a checkpoint in the background; a saved step is a no-op.
 
-    Args:
-      step: optimiser steps done.
-      policy: policy parameters, apart so that evaluation reads only them.
-      rest: pytree with value model, optimisers and controllers.
-      meta: JSON-able cursor and scores; `best` says whether this is it.
+    The policy is an item of its own, so that evaluation reads only that. The
+    reference is not written: `save_reference` does that once.
     """
-    if step in self._manager.all_steps():
+    if state.step in self._manager.all_steps():
       return
-    best = meta.get("best", {})
+    is_best = state.best is not None and state.best["step"] == state.step
     self._manager.save(
-      step,
+      state.step,
       args=ocp.args.Composite(
-        policy=ocp.args.StandardSave(policy),
-        rest=ocp.args.StandardSave(rest),
-        meta=ocp.args.JsonSave({**meta, "identity": self._identity}),
+        policy=ocp.args.StandardSave(state.learner.policy),
+        rest=ocp.args.StandardSave(state.learner.replace(policy=None)),
+        progress=ocp.args.JsonSave(state.progress()),
       ),
-      metrics={"em": best["em"]} if best.get("step") == step else None,
+      metrics={"em": state.best["em"]} if is_best else None,
     )
 
-  def restore(self, policy, rest) -> tuple[int, Any, Any, dict] | None:
+  def restore(self, like: RunState) -> RunState | None:
     """Reads the newest readable checkpoint.
 
+    Unreadable ones are set aside under another name, so that their steps can
+    be saved again.
+
     Args:
-      policy: pytree like the saved one (arrays or shapes with shardings).
-      rest: likewise.
+      like: a state of the same run; its arrays give shapes and places, its
+        reference is kept.
 
     Returns:
-      (step, policy, rest, meta), or None when there is no checkpoint.
+      The state, or None when there is no checkpoint.
 
     Raises:
-      CheckpointMismatchError: the checkpoint is of another model or data.
+      CheckpointMismatchError: the newest is of another model.
       UserError: checkpoints exist but none can be read.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        meta = self._meta(step)
-        self._check_identity(step, meta)
-        items = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            policy=ocp.args.StandardRestore(_abstract(policy)),
-            rest=ocp.args.StandardRestore(_abstract(rest)),
-          ),
-        )
+        return self._read(step, like)
       except CheckpointMismatchError:
         raise
       except Exception as error:  # Whatever a damaged file makes orbax raise.
@@ -128,8 +100,7 @@ class Checkpointer:
           self._folder, step, type(error).__name__,
           str(error).split("\n")[0][:200],
         )
-        continue
-      return step, items["policy"], items["rest"], meta
+        self._set_aside(step)
     if steps:
       raise types.UserError(
         f"none of the checkpoints {steps} in {self._folder} can be read; "
@@ -137,7 +108,34 @@ class Checkpointer:
       )
     return None
 
-  def rewind(self, policy, rest, before: int):
+  def _read(self, step: int, like: RunState) -> RunState:
+    learner = like.learner
+    _check_shapes(self._folder / str(step) / "policy", learner.policy)
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        policy=ocp.args.StandardRestore(_abstract(learner.policy)),
+        rest=ocp.args.StandardRestore(
+          _abstract(learner.replace(policy=None))
+        ),
+        progress=ocp.args.JsonRestore(),
+      ),
+    )
+    return RunState(
+      step, items["rest"].replace(policy=items["policy"]), like.reference,
+      **items["progress"],
+    )
+
+  def _set_aside(self, step: int) -> None:
+    """Renames an unreadable checkpoint, so that nothing takes it for one."""
+    if jax.process_index() == 0:
+      broken = self._folder / str(step)
+      if broken.exists():
+        broken.rename(self._folder.parent / f"unreadable_checkpoint_{step}")
+    distributed.wait("unreadable checkpoint set aside")
+    self._manager.reload()
+
+  def rewind(self, like: RunState, before: int) -> RunState:
     """Drops the checkpoints from step `before` on; then see `restore`.
 
     Raises:
@@ -147,27 +145,13 @@ class Checkpointer:
     for step in self._manager.all_steps():
       if step >= before:
         self._manager.delete(step)
-    found = self.restore(policy, rest)
+    found = self.restore(like)
     if found is None:
       raise types.UserError(
         f"{self._folder} has no checkpoint before step {before} to roll back "
         "to: raise checkpoint.keep"
       )
     return found
-
-  def _meta(self, step: int) -> dict:
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["meta"]
-
-  def _check_identity(self, step: int, meta: Mapping[str, Any]) -> None:
-    saved = meta["identity"]
-    for name, ours in self._identity.items():
-      if saved.get(name) != ours:
-        raise CheckpointMismatchError(
-          f"checkpoint {self._folder}/{step} was written for another {name} "
-          f"(saved {saved.get(name)}, this run {ours}): use another --workdir "
-          f"or restore the old {name} settings"
-        )
 
   def wait(self) -> None:
     """Blocks until background writes are on disk."""
@@ -221,7 +205,8 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
     (step, parameters).
 
   Raises:
-    UserError: no such checkpoint, or its shapes differ from `like`.
+    UserError: no such checkpoint, its shapes differ from `like`, or it cannot
+      be read.
   """
   folder = epath.Path(workdir).resolve() / "checkpoints"
   if not folder.exists():
@@ -234,9 +219,17 @@ def load_policy(workdir: epath.PathLike, like, step: int | None = None):
     )
   step = steps[-1] if step is None else step
   path = folder / str(step) / "policy"
-  with ocp.StandardCheckpointer() as reader:
-    _check_shapes(path, reader.metadata(path).item_metadata.tree, like)
-    return step, reader.restore(path, _abstract(like))
+  try:
+    _check_shapes(path, like)
+    with ocp.StandardCheckpointer() as reader:
+      return step, reader.restore(path, _abstract(like))
+  except CheckpointMismatchError:
+    raise
+  except Exception as error:  # Whatever a damaged file makes orbax raise.
+    raise types.UserError(
+      f"{path} cannot be read ({type(error).__name__}); there are checkpoints "
+      f"{steps}, choose another with --step"
+    ) from error
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -246,12 +239,15 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _check_shapes(where, saved, like) -> None:
-  saved, ours = _shapes(saved), _shapes(like)
+def _check_shapes(path: epath.Path, like) -> None:
+  """Compares a saved policy with the one that this run would make."""
+  with ocp.StandardCheckpointer() as reader:
+    saved = _shapes(reader.metadata(path).item_metadata.tree)
+  ours = _shapes(like)
   for name in sorted(set(saved) | set(ours)):
     if saved.get(name) != ours.get(name):
       raise CheckpointMismatchError(
-        f"{where}: checkpoint of another model: {name} has shape "
+        f"{path}: checkpoint of another model: {name} has shape "
         f"{saved.get(name)} there and {ours.get(name)} in this config"
       )
 

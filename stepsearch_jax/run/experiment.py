@@ -1,13 +1,17 @@
-"""From a ConfigDict to the parts of a run, for the entries.
+"""The parts of a run, built from its settings.
 
-The last place that sees `config`: everything built here takes explicit
-arguments. Both entries (`train.py`, `evaluate.py`) build their parts through
-this module, so an evaluation plays exactly what training played.
+Every command that plays or trains goes through `Experiment`, so an evaluation
+plays exactly what training played. A part is built when it is first asked for:
+an export needs no index, an evaluation no training questions. Parts that the
+first process builds in the shared work directory (world, tokenizer) are built
+there once, then read by the others; so all processes must ask for the parts in
+the same order, which they do because they run the same program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -22,268 +26,251 @@ from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
-from stepsearch_jax.models.weights import hf as hf_weights
-from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import batching, variants
-from stepsearch_jax.retrieval import factory, remote
+from stepsearch_jax.models.weights import hf
+from stepsearch_jax.parallel import distributed, sharding
+from stepsearch_jax.ppo import variants
+from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
-from stepsearch_jax.retrieval.index import encoding as encoding_lib
-from stepsearch_jax.rollout import automaton, engine, records
-from stepsearch_jax.rollout import programs as sampler
-from stepsearch_jax.run import checkpoints, settings
-from stepsearch_jax.sft import imitation, scripted
+from stepsearch_jax.rollout import automaton, engine, programs
+from stepsearch_jax.run import checkpoints
+from stepsearch_jax.run.settings import Settings
 
 STOP_TAGS = ("</search>", "</answer>")
 
-@dataclasses.dataclass
-class Data:
-  """Questions of a run and the passages that it may retrieve.
 
-  `corpus_path` is the file of the corpus where that was not read, because a
-  ready index holds the passages: `corpus` then reads them from there.
-  """
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One run's questions, corpus, tokenizer, model, retriever and engine."""
 
-  train: list[types.Question]
-  heldout: list[types.Question]
-  corpus: Sequence[types.Passage]
-  corpus_path: str = ""
+  settings: Settings
+  workdir: epath.Path
 
+  @functools.cached_property
+  def _paths(self) -> dict[str, str]:
+    """Files of training questions, evaluation questions and corpus."""
+    data = self.settings.data
+    if data.train != "world":
+      return {"train": data.train, "eval": data.eval, "corpus": data.corpus}
+    folder = self.workdir / "world"
 
-def load_data(config, workdir: epath.Path) -> Data:
-  """Reads (or generates) questions and corpus.
+    def write():
+      if not (folder / "corpus.jsonl").exists():
+        world.write_world(folder, seed=0)
 
-  Raises:
-    UserError: a file is missing or malformed (names file and line), or a
-      training question has no supporting paragraphs.
-  """
-  data = config.data
-  if data.train == "world":
-    folder = workdir / "world"
-    if not (folder / "corpus.jsonl").exists():
-      world.write_world(folder, seed=0)
-    train_path, heldout_path, corpus_path = (
-      str(folder / name)
-      for name in ("train.jsonl", "heldout.jsonl", "corpus.jsonl")
+    distributed.in_turn(write)
+    return {
+      "train": str(folder / "train.jsonl"),
+      "eval": data.eval or str(folder / "heldout.jsonl"),
+      "corpus": data.corpus or str(folder / "corpus.jsonl"),
+    }
+
+  @functools.cached_property
+  def _questions(self) -> tuple[list[types.Question], list[types.Question]]:
+    """Training and held-out questions where one file holds both."""
+    data, path = self.settings.data, self._paths["train"]
+    found = questions_lib.load_questions(
+      path, limit=data.limit or None, require_support=True
     )
-  else:
-    train_path, heldout_path, corpus_path = data.train, data.eval, data.corpus
-  train = questions_lib.load_questions(
-    train_path, limit=data.limit or None, require_support=True
-  )
-  if heldout_path:
-    heldout = questions_lib.load_questions(heldout_path)
-  else:
-    order = np.random.default_rng(0).permutation(len(train))
-    count = max(int(len(train) * data.holdout), 1)
-    heldout = [train[i] for i in sorted(order[:count])]
-    train = [train[i] for i in sorted(order[count:])]
-  if data.eval_limit:
-    heldout = heldout[: data.eval_limit]
-  if not train or not heldout:
-    raise types.UserError(
-      f"data.train = {train_path!r} leaves {len(train)} training and "
-      f"{len(heldout)} evaluation questions; both must be positive"
+    if self._paths["eval"]:
+      return found, []
+    order = np.random.default_rng(0).permutation(len(found))
+    count = max(int(len(found) * data.holdout), 1)
+    return (
+      [found[i] for i in sorted(order[count:])],
+      [found[i] for i in sorted(order[:count])],
     )
-  spec = retrieval_spec(config)
-  if corpus_path and spec.uses_index and spec.index:
-    # 21 million passages do not belong in memory.
-    passages = factory.open_passages(spec)
-    return Data(train, heldout, passages, corpus_path)
-  if corpus_path:
-    passages = corpus_lib.load_corpus(corpus_path)
-  else:
-    files = [path for path in (train_path, heldout_path) if path]
-    passages = corpus_lib.corpus_from_questions(files)
-  return Data(train, heldout, passages)
 
+  @functools.cached_property
+  def train_questions(self) -> list[types.Question]:
+    """Questions to train on.
 
-def load_tokenizer(config, workdir: epath.Path, data: Data):
-  """The model's tokenizer, or a BPE trained on the corpus for a new model."""
-  reference = config.model.tokenizer or config.model.reference
-  if reference:
-    return tokenizer_lib.load(reference)
-  folder = workdir / "tokenizer"
-  if not folder.exists():
-    trained = tokenizer_lib.train_bpe(
-      _protocol_texts(config, data), config.model.size.vocab
+    Raises:
+      UserError: a file is missing or malformed (names file and line), a
+        question has no supporting paragraphs, or none is left.
+    """
+    questions = self._questions[0]
+    types.expect(bool(questions), "data.train",
+                 "at least one training question besides the held-out ones",
+                 self._paths["train"])
+    return questions
+
+  @functools.cached_property
+  def eval_questions(self) -> list[types.Question]:
+    """Held-out questions; raises like `train_questions`."""
+    path = self._paths["eval"]
+    questions = questions_lib.load_questions(path) if path else (
+      self._questions[1]
     )
-    partial = workdir / "tokenizer.partial"
-    if partial.exists():
-      partial.rmtree()
-    trained.save(partial)
-    partial.rename(folder)  # Whole or not at all.
-  return tokenizer_lib.load(str(folder))
+    if self.settings.data.eval_limit:
+      questions = questions[: self.settings.data.eval_limit]
+    types.expect(bool(questions), "data.eval",
+                 "at least one evaluation question", path)
+    return questions
 
+  @functools.cached_property
+  def corpus(self) -> Sequence[types.Passage]:
+    """The passages that may be found; read from a ready index where it can."""
+    path, retrieval = self._paths["corpus"], self.settings.retrieval
+    if self._corpus_is_indexed:
+      # 21 million passages do not belong in memory.
+      return factory.open_passages(retrieval)
+    if path:
+      return corpus_lib.load_corpus(path)
+    files = [self._paths[name] for name in ("train", "eval")]
+    return corpus_lib.corpus_from_questions([path for path in files if path])
 
-def _protocol_texts(config, data: Data) -> list[str]:
-  """Texts as the policy will read and write them."""
-  env = build_env(config)
-  texts = [
-    env.observation(data.corpus[i : i + 3], 0).text
-    for i in range(0, len(data.corpus), 3)
-  ]
-  for question in data.train:
-    texts.append(env.prompt(question))
-    texts += [
-      f"<search> {group[0]} </search>" for group in question.search_keys
+  @property
+  def _corpus_is_indexed(self) -> bool:
+    """Whether a ready index stands in for reading the corpus file."""
+    retrieval = self.settings.retrieval
+    return bool(
+      self._paths["corpus"] and retrieval.index and retrieval.uses_index
+    )
+
+  @functools.cached_property
+  def env(self) -> search_env.SearchEnv:
+    """The search environment with the configured protocol."""
+    protocol = self.settings.protocol
+    return search_env.SearchEnv(
+      prompts.TEMPLATES[protocol.template],
+      max_turns=protocol.max_turns, topk=protocol.topk,
+    )
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
+    """The model's own, or a BPE trained on the corpus for a new model."""
+    model = self.settings.model
+    if model.tokenizer or model.reference:
+      return tokenizer_lib.load(model.tokenizer or model.reference)
+    folder = self.workdir / "tokenizer"
+
+    def train():
+      if folder.exists():
+        return
+      trained = tokenizer_lib.train_bpe(
+        self._protocol_texts(), model.size.vocab
+      )
+      partial = self.workdir / "tokenizer.partial"
+      if partial.exists():
+        partial.rmtree()
+      trained.save(partial)
+      partial.rename(folder)  # Whole or not at all.
+
+    distributed.in_turn(train)
+    return tokenizer_lib.load(str(folder))
+
+  def _protocol_texts(self) -> list[str]:
+    """Texts as the policy will read and write them."""
+    env, corpus = self.env, self.corpus
+    texts = [
+      env.observation(corpus[i : i + 3], 0).text
+      for i in range(0, len(corpus), 3)
     ]
-    texts.append(f"<answer> {question.answers[0]} </answer>")
-  return texts
+    for question in self.train_questions:
+      texts.append(env.prompt(question))
+      texts += [
+        f"<search> {group[0]} </search>" for group in question.search_keys
+      ]
+      texts.append(f"<answer> {question.answers[0]} </answer>")
+    return texts
 
+  @functools.cached_property
+  def retriever(self) -> types.Retriever:
+    """The configured retriever; see `factory.load_retriever`."""
+    return factory.load_retriever(
+      self.settings.retrieval, self.workdir, self.corpus,
+      self._paths["corpus"] if self._corpus_is_indexed else "",
+    )
 
-def decoder_config(config, tokenizer) -> decoder.DecoderConfig:
-  """Shape of the policy: the reference's own, or `model.size`."""
-  if config.model.reference:
-    path = hf_weights.resolve(config.model.reference)
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    """All devices, split as the config says."""
+    mesh = self.settings.mesh
+    return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+  @functools.cached_property
+  def model(self) -> decoder.DecoderConfig:
+    """Shape of the policy: its reference's own, or `model.size`."""
+    spec = self.settings.model
+    if not spec.reference:
+      return self.settings.decoder(self.tokenizer.vocab_size)
     return dataclasses.replace(
-      hf_weights.load_config(path),
-      dtype=jnp.dtype(config.model.dtype),
-      remat=config.model.remat,
+      hf.load_config(hf.resolve(spec.reference)),
+      dtype=jnp.dtype(spec.dtype), remat=spec.remat,
     )
-  return settings.sized_decoder(config, tokenizer.vocab_size)
 
-
-def initial_policy(config, model: decoder.DecoderConfig):
-  """Policy parameters before any training."""
-  if config.model.reference:
-    path = hf_weights.resolve(config.model.reference)
-    return hf_weights.load_policy(path, model)
-  return heads.init_policy(model, jax.random.key(config.seed))
-
-
-def trained_policy(
-  config, workdir: epath.Path, model: decoder.DecoderConfig, mesh,
-  step: int | None = None,
-):
-  """(step, whole policy) of a run's newest or given checkpoint.
-
-  Raises:
-    UserError: no such checkpoint, or one of another model.
-  """
-  adapter = settings.adapter("policy", config.policy)
-  variant = variants.Variant("policy", model, adapter)
-  shapes = variant.shapes()
-  like = sharding.abstract(
-    shapes, sharding.tree_shardings(mesh, variant.axes(), shapes)
-  )
-  step, params = checkpoints.load_policy(workdir, like, step)
-  if adapter is None:
-    return step, params
-  reference = checkpoints.load_reference(
-    workdir, variants.abstract_reference(model, mesh)
-  )
-  return step, variants.whole_model(variant, params, reference)
-
-
-def retrieval_spec(config) -> factory.RetrievalSpec:
-  """Checked `config.retrieval`."""
-  given = config.retrieval.to_dict()
-  patience = remote.RemoteSpec(**given.pop("patience"))
-  encoding = encoding_lib.EncodingSpec(**given.pop("encoding"))
-  return factory.RetrievalSpec(**given, patience=patience, encoding=encoding)
-
-
-def load_retriever(config, workdir: epath.Path, data: Data):
-  """The configured retriever; see `factory.load_retriever`."""
-  return factory.load_retriever(
-    retrieval_spec(config), workdir, data.corpus, data.corpus_path
-  )
-
-
-def build_env(config) -> search_env.SearchEnv:
-  """The search environment with the configured protocol."""
-  return search_env.SearchEnv(
-    prompts.TEMPLATES[config.rollout.template],
-    max_turns=config.rollout.max_turns,
-    topk=config.retrieval.topk,
-  )
-
-
-def build_engine(
-  config, model, env, retriever, tokenizer, mesh
-) -> engine.Engine:
-  """The rollout engine over a freshly compiled stop automaton."""
-  rollout = config.rollout
-  stops = automaton.build_automaton(
-    tokenizer.token_bytes(), STOP_TAGS, tokenizer.eos_ids
-  )
-  table = automaton.pad_vocabulary(stops.table, model.vocab_size)
-  programs = sampler.Sampler(
-    model,
-    settings.sampler_spec(config),
-    table,
-    stops.first_stop,
-    mesh,
-  )
-  spec = records.EngineSpec(
-    max_prompt=rollout.max_prompt,
-    max_turn=rollout.max_turn,
-    max_observation=rollout.max_observation,
-    answer_room=rollout.answer_room,
-    retrieval_delay=rollout.retrieval_delay,
-    extend_rows=tuple(rollout.extend_rows),
-    extend_tokens=tuple(rollout.extend_tokens),
-  )
-  return engine.Engine(
-    programs, env, retriever, tokenizer, spec, config.seed,
-  )
-
-
-def warm_start(config, data, tokenizer, env, retriever, mesh, model, policy):
-  """Policy parameters after imitating scripted trajectories."""
-  given = config.warm_start
-  mixture = scripted.ScriptMixture(given.impatient, given.repeat, given.whole)
-  rng = np.random.default_rng((config.seed, 1))
-  order = rng.integers(len(data.train), size=given.trajectories)
-  trajectories, failed = [], 0
-  for i in order:
-    try:
-      trajectories.append(scripted.scripted_trajectory(
-        data.train[i], env, retriever, tokenizer, mixture, rng,
-        config.rollout.max_observation,
-      ))
-    except types.SearchError as error:
-      failed += 1  # Nobody should imitate a search without a result.
-      logging.log_first_n(logging.WARNING, "warm start: %s", 3, error)
-  if failed:
-    logging.warning("warm start: %d of %d scripts left out, their searches "
-                    "failed", failed, len(order))
-  fitting = [t for t in trajectories if len(t.tokens) <= config.rollout.context]
-  if not fitting:
-    raise types.UserError(
-      f"none of {len(trajectories)} scripted trajectories fits "
-      f"rollout.context = {config.rollout.context}; {failed} had no search "
-      "results"
+  @functools.cached_property
+  def engine(self) -> engine.Engine:
+    """The rollout engine over a freshly built stop automaton."""
+    stops = automaton.build_automaton(
+      self.tokenizer.token_bytes(), STOP_TAGS, self.tokenizer.eos_ids
     )
-  logging.info("warm start: %d of %d scripts fit the context",
-               len(fitting), len(trajectories))
-  batch = batching.trajectories_to_batch(
-    fitting,
-    [np.zeros(len(t.tokens), np.float32) for t in fitting],
-    config.rollout.context,
-    tokenizer.pad_id,
-  )
-  params, losses = imitation.imitate(
-    policy,
-    batch,
-    model,
-    mesh,
-    steps=given.steps,
-    rows=given.rows,
-    row_length=given.row_length,
-    learning_rate=given.lr,
-    seed=config.seed,
-  )
-  logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
-  return params
+    table = automaton.pad_vocabulary(stops.table, self.model.vocab_size)
+    compiled = programs.Sampler(
+      self.model, self.settings.sampler, table, stops.first_stop, self.mesh
+    )
+    return engine.Engine(
+      compiled, self.env, self.retriever, self.tokenizer,
+      self.settings.rollout, self.settings.seed,
+    )
 
+  def initial_policy(self):
+    """Policy parameters before any training."""
+    reference = self.settings.model.reference
+    if reference:
+      return hf.load_policy(hf.resolve(reference), self.model)
+    return heads.init_policy(self.model, jax.random.key(self.settings.seed))
 
-def identity(config, model: decoder.DecoderConfig, data: Data) -> dict:
-  """Fingerprint by which a checkpoint knows its model and data."""
-  return checkpoints.fingerprint(
-    model=[
-      model, config.model.reference, config.policy.to_dict(),
-      config.value.to_dict(),
-    ],
-    data=[question.id for question in data.train],
-  )
+  def trained_policy(self, step: int | None = None):
+    """(step, whole policy) of the newest or given checkpoint of the run.
+
+    Raises:
+      UserError: no such checkpoint, or one of another model.
+    """
+    spec = self.settings.learner(steps=1)
+    variant = variants.Variant("policy", self.model, spec.policy_adapter)
+    shapes = variant.shapes()
+    like = sharding.abstract(
+      shapes, sharding.tree_shardings(self.mesh, variant.axes(), shapes)
+    )
+    step, params = checkpoints.load_policy(self.workdir, like, step)
+    if spec.policy_adapter is None:
+      return step, params
+    reference = checkpoints.load_reference(
+      self.workdir, variants.abstract_reference(self.model, self.mesh)
+    )
+    return step, variants.whole_model(variant, params, reference)
+
+  def describe(self, steps: int) -> None:
+    """Logs what a run of so many steps is about to do, with sizes."""
+    settings = self.settings
+    mesh = " x ".join(f"{k} {v}" for k, v in self.mesh.shape.items())
+    shapes = jax.eval_shape(
+      functools.partial(heads.init_policy, self.model), jax.random.key(0)
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    devices = jax.devices()
+    logging.info("%d x %s, mesh %s, jax %s", len(devices),
+                 devices[0].device_kind, mesh, jax.__version__)
+    logging.info(
+      "%d training questions, %d held out, %d passages",
+      len(self.train_questions), len(self.eval_questions), len(self.corpus),
+    )
+    spec = settings.learner(steps)
+    placed = variants.abstract_reference(self.model, self.mesh)
+    per_chip = sum(
+      np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(placed)
+    )
+    logging.info(
+      "policy of %.4gM parameters in %s, %.4g MB per chip; value model: %s",
+      parameters / 1e6, settings.model.dtype, per_chip / 1e6,
+      "yes" if spec.estimator == "gae" else "none",
+    )
+    minis = settings.batch.trajectories // spec.mini_batch
+    logging.info(
+      "%s, %d steps of %d trajectories, %d optimizer steps each, forward and "
+      "backward passes of %d rows of %d tokens", settings.name, steps,
+      settings.batch.trajectories, minis * spec.ppo_epochs, spec.micro_rows,
+      spec.row_length,
+    )

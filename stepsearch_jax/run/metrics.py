@@ -7,11 +7,12 @@ the file back to the step it resumes from, so no step appears twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.monitoring
@@ -170,6 +171,39 @@ class Progress:
   def close(self) -> None:
     """Leaves the finished bar on the screen."""
     self._bar.close()
+
+
+class Profiler:
+  """Names every step for a profiler, and records some of them itself."""
+
+  def __init__(self, folder: epath.PathLike, steps: Sequence[int]):
+    """Prepares to profile.
+
+    Args:
+      folder: where the profile goes; TensorBoard's and xprof's layout.
+      steps: (first, last) training step to record, or () for none.
+    """
+    self._folder = str(folder)
+    self._first, self._last = steps or (0, 0)
+    self._recording = False
+
+  @contextlib.contextmanager
+  def step(self, number: int):
+    """Context of training step `number`, counted from 1."""
+    if number == self._first:
+      jax.profiler.start_trace(self._folder)
+      self._recording = True
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+      yield
+    if number == self._last:
+      self.close()
+
+  def close(self) -> None:
+    """Writes a profile that is still being recorded."""
+    if self._recording:
+      self._recording = False
+      jax.profiler.stop_trace()
+      logging.info("profile written: %s", self._folder)
 
 
 class Compilations:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 
 from stepsearch_jax import files
+from stepsearch_jax.types import expect
 
 ACTIONS = ("off", "warn", "halt", "rollback")
 
@@ -28,7 +30,7 @@ class CollapseError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What counts as a collapse; see `configs/common.py` for the defaults.
+  """What counts as a collapse; see `configs/common.py`.
 
   Attributes:
     invalid_share: most questions with an invalid action.
@@ -48,6 +50,35 @@ class Limits:
   reward_drop: float
   patience: int
 
+  def __post_init__(self):
+    expect(self.patience >= 1, "sentinel.patience", "1 or more steps",
+           self.patience)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorSpec:
+  """What counts as a collapse, and what a run does about it.
+
+  Attributes:
+    action: "off", "warn", "halt" or "rollback".
+    lr_factor: multiplies both learning rates at each rollback.
+    rollbacks: how many before the run halts.
+    limits: see `Limits`.
+  """
+
+  action: str
+  lr_factor: float
+  rollbacks: int
+  limits: Limits
+
+  def __post_init__(self):
+    expect(self.action in ACTIONS, "sentinel.action",
+           f"one of {ACTIONS}", self.action)
+    expect(0 < self.lr_factor <= 1, "sentinel.lr_factor",
+           "a factor above 0 and at most 1", self.lr_factor)
+    expect(self.rollbacks >= 0, "sentinel.rollbacks", "0 or more",
+           self.rollbacks)
+
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
@@ -66,6 +97,7 @@ class Sentinel:
     state = state or {}
     self._since: dict[str, int] = dict(state.get("since", {}))
     self._best: float | None = state.get("best")
+    self.trouble_since = 0
 
   @property
   def state(self) -> dict[str, Any]:
@@ -106,11 +138,48 @@ class Sentinel:
           f"{name} = {value:.4g} is {side} {limit:.4g} since step {since}",
           since,
         ))
+    if alarms:
+      self.trouble_since = min(alarm.since for alarm in alarms)
     return alarms
 
 
+def must_roll_back(
+  spec: MonitorSpec, alarms: Sequence[Alarm], rollbacks: int
+) -> bool:
+  """Reports the alarms of a step and decides what happens.
+
+  Args:
+    spec: what the run does about a collapse.
+    alarms: of this step.
+    rollbacks: how often the run went back already.
+
+  Returns:
+    Whether the run has to go back to an older checkpoint.
+
+  Raises:
+    CollapseError: it has to halt.
+  """
+  if spec.action == "off":
+    return False
+  for alarm in alarms:
+    logging.warning("collapse? %s", alarm.message)
+  if not alarms or spec.action == "warn":
+    return False
+  if spec.action == "halt" or rollbacks >= spec.rollbacks:
+    raise CollapseError(
+      f"{alarms[0].message}: halted"
+      + (f" after {rollbacks} rollbacks" if rollbacks else "")
+      + "; the last checkpoints stand (limits: config.sentinel)"
+    )
+  return True
+
+
 class Rollbacks:
-  """The list of a run's rollbacks, on file so that a restart knows them."""
+  """The list of a run's rollbacks, on file so that a restart knows them.
+
+  A rollback is noted before it happens and marked as done after it, so that a
+  run that is killed in between still goes back, at the lower rate.
+  """
 
   def __init__(self, path: epath.Path):
     """Reads the file, if there is one."""
@@ -121,12 +190,26 @@ class Rollbacks:
     """How often the run went back."""
     return len(self._rows)
 
-  def add(self, since: int, to: int, write: bool = True) -> None:
-    """Notes that trouble from step `since` on sent the run back to `to`."""
-    self._rows.append({"since": since, "to": to})
-    if not write:
-      return
-    files.write_text(self._path, json.dumps(self._rows) + "\n")
+  @property
+  def pending(self) -> int | None:
+    """Step before which the run still has to go back; None if it has not."""
+    if not self._rows or self._rows[-1]["done"]:
+      return None
+    return self._rows[-1]["before"]
+
+  def begin(self, before: int, write: bool = True) -> None:
+    """Notes that the run goes back to a checkpoint before step `before`."""
+    self._rows.append({"before": before, "done": False})
+    self._write(write)
+
+  def finish(self, write: bool = True) -> None:
+    """Notes that the newest rollback has happened."""
+    self._rows[-1]["done"] = True
+    self._write(write)
+
+  def _write(self, write: bool) -> None:
+    if write:
+      files.write_text(self._path, json.dumps(self._rows) + "\n")
 
 
 @jax.jit
@@ -151,3 +234,16 @@ def first_nonfinite(**groups) -> str:
           f"/{getattr(key, 'key', getattr(key, 'name', key))}" for key in path
         )
   return ""
+
+
+def first_nonfinite_of(experience, learner) -> str:
+  """The first tensor of a step that is not finite, in data-flow order."""
+  return first_nonfinite(
+    token_rewards=experience.batch.token_rewards,
+    logp=experience.logp,
+    reference_logp=experience.reference_logp,
+    values=experience.values,
+    advantages=experience.advantages,
+    policy=learner.policy,
+    value=learner.value,
+  )

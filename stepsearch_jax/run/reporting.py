@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rollout import records
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
+from stepsearch_jax.run.state import RunState
 
 
 def reward_metrics(trajectories, scores) -> dict[str, float]:
@@ -49,49 +54,72 @@ def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
   }
 
 
-def summary(config, meta: dict, steps: int) -> dict:
-  """What `summary.json` holds."""
-  before, after = meta["before"], meta["after"]
+def summary(settings: Settings, state: RunState) -> dict:
+  """What `summary.json` holds, from a run's last state."""
+  before, after = state.baseline, state.latest
   return {
     "em_before": before["em"],
     "em_after": after["em"],
     "f1_before": before["f1"],
     "f1_after": after["f1"],
     "searches_per_question": after["searches"],
-    "train_seconds": meta["seconds"],
-    "steps": steps,
-    "seed": config.seed,
-    "algorithm": config.algorithm,
+    "train_seconds": state.seconds,
+    "steps": state.step,
+    "seed": settings.seed,
+    "algorithm": settings.name,
   }
 
 
-def _corpus_name(config) -> str:
-  """What an evaluation searched, as far as the config tells."""
-  if config.retrieval.remote:
-    return f"whatever {remote.public_url(config.retrieval.remote)} searches"
-  if config.retrieval.engine == "online":
+def evaluate(
+  experiment: Experiment, policy, name: str, folder: epath.Path
+) -> dict:
+  """Plays the evaluation questions greedily; returns the card.
+
+  Args:
+    experiment: the run's parts.
+    policy: whole policy parameters.
+    name: of the policy, for the card.
+    folder: receives card.md, card.json and predictions.jsonl.
+  """
+  return evaluation.evaluate(
+    experiment.engine, policy, experiment.eval_questions,
+    experiment.tokenizer,
+    card_settings(experiment.settings, experiment.retriever, name),
+    folder, folder / "predictions.jsonl",
+  )
+
+
+def _corpus_name(settings: Settings) -> str:
+  """What an evaluation searched, as far as the settings tell."""
+  if settings.retrieval.remote:
+    return f"whatever {remote.public_url(settings.retrieval.remote)} searches"
+  if settings.retrieval.engine == "online":
     return "the web"
-  if config.data.train == "world":
+  if settings.data.corpus:
+    return settings.data.corpus
+  if settings.data.train == "world":
     return "the embedded world"
-  return config.data.corpus or "paragraphs of the question files"
+  return "paragraphs of the question files"
 
 
-def card_settings(config, retriever, model_name: str) -> dict:
+def card_settings(
+  settings: Settings, retriever: types.Retriever, model_name: str
+) -> dict:
   """The settings half of an evaluation card."""
   return {
     "model": model_name,
-    "questions": config.data.eval or config.data.train,
-    "split": "evaluation file" if config.data.eval else "held out",
-    "corpus": _corpus_name(config),
+    "questions": settings.data.eval or settings.data.train,
+    "split": "evaluation file" if settings.data.eval else "held out",
+    "corpus": _corpus_name(settings),
     **retriever.describe(),
-    "k": config.retrieval.topk,
-    "template": config.rollout.template,
-    "max_turns": config.rollout.max_turns,
-    "context": config.rollout.context,
-    "max_turn": config.rollout.max_turn,
-    "max_observation": config.rollout.max_observation,
+    "k": settings.protocol.topk,
+    "template": settings.protocol.template,
+    "max_turns": settings.protocol.max_turns,
+    "context": settings.sampler.context,
+    "max_turn": settings.rollout.max_turn,
+    "max_observation": settings.rollout.max_observation,
     "decoding": "greedy",
-    "reward_preset": config.reward.preset,
-    "seed": config.seed,
+    "reward_preset": settings.config["reward"]["preset"],
+    "seed": settings.seed,
     "commit": evaluation.commit(),
   }

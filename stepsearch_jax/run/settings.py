@@ -1,195 +1,277 @@
-"""From a ConfigDict to checked settings of rewards and learner.
+"""From a ConfigDict to one frozen, checked record: the settings of a run.
 
-Beside `experiment.py`, which builds the parts, the last place that sees
-`config`.
+`Settings.from_config` is the first line of every command and the last place
+that sees a ConfigDict. Each record checks its own fields; what spans several
+sections is checked here. A wrong value ends in one line within a second:
+`field: expected ..., got ...`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax import types
 from stepsearch_jax.env import prompts
 from stepsearch_jax.models import adapters, decoder
-from stepsearch_jax.ppo import records
+from stepsearch_jax.ppo import records as ppo_records
+from stepsearch_jax.retrieval import factory, remote
+from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.rewards import step_rewards
-from stepsearch_jax.rollout import device as slots
-from stepsearch_jax.run import monitor as sentinel
+from stepsearch_jax.rollout import device, records
+from stepsearch_jax.run import monitor, specs
+from stepsearch_jax.sft import scripted
+from stepsearch_jax.types import expect
 
-# Estimator of each algorithm, and whether only the answer's F1 is rewarded.
-_ALGORITHMS = {
-  "steppo": ("gae", False),
-  "ppo": ("gae", True),
-  "grpo": ("grpo", True),
-  "reinforce": ("reinforce", True),
+_Spec = TypeVar("_Spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """What `config.algorithm` stands for.
+
+  Attributes:
+    estimator: of advantages.
+    outcome_only: only the answer's F1 is rewarded.
+    kl_in_reward: the KL penalty is part of the reward, else of the loss.
+  """
+
+  estimator: str
+  outcome_only: bool
+  kl_in_reward: bool
+
+
+ALGORITHMS = {
+  "steppo": Algorithm("gae", outcome_only=False, kl_in_reward=True),
+  "ppo": Algorithm("gae", outcome_only=True, kl_in_reward=True),
+  "grpo": Algorithm("grpo", outcome_only=True, kl_in_reward=False),
+  "reinforce": Algorithm("reinforce", outcome_only=True, kl_in_reward=True),
 }
 
 
-def validate(config) -> None:
-  """Checks what no single part can check.
+def spec_of(cls: type[_Spec], section: Mapping[str, Any], **computed) -> _Spec:
+  """Builds a record: fields of a config section by name, others computed.
 
-  Raises:
-    UserError: naming the field, what was expected and what was given.
+  This is the one way in which config becomes a record; a record has no
+  defaults, so a field that neither side provides is an error.
   """
-  if config.algorithm not in _ALGORITHMS:
-    raise types.UserError(
-      f"algorithm must be one of {sorted(_ALGORITHMS)}, got "
-      f"{config.algorithm!r}"
+  names = [f.name for f in dataclasses.fields(cls) if f.name not in computed]
+  values = {name: section[name] for name in names}
+  return cls(**{
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in values.items()
+  }, **computed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Every setting of a run, checked.
+
+  Attributes:
+    seed: of every random draw.
+    name: the algorithm's name in the config.
+    algorithm: what it stands for.
+    schedule, model, data, batch, protocol, warm_start, evaluation,
+      checkpoint, monitor, mesh, log: see `specs`.
+    retrieval: how a run searches.
+    sampler, rollout: shapes of the rollout programs, and its limits.
+    reward: the preset with its switches.
+    config: all fields as nested plain values, for the run's config.json.
+  """
+
+  seed: int
+  name: str
+  algorithm: Algorithm
+  schedule: specs.Schedule
+  model: specs.ModelSpec
+  data: specs.DataSpec
+  batch: specs.BatchSpec
+  protocol: specs.ProtocolSpec
+  warm_start: specs.WarmStartSpec
+  evaluation: specs.EvalSpec
+  checkpoint: specs.CheckpointSpec
+  monitor: monitor.MonitorSpec
+  mesh: specs.MeshSpec
+  log: specs.LogSpec
+  retrieval: factory.RetrievalSpec
+  sampler: device.SamplerSpec
+  rollout: records.EngineSpec
+  reward: step_rewards.RewardSpec
+  config: dict[str, Any]
+
+  @classmethod
+  def from_config(cls, config, devices: int | None = None) -> Settings:
+    """Checks a config and freezes it.
+
+    Args:
+      config: the ConfigDict of `configs/common.py`.
+      devices: how many the run will have; None for those of this machine.
+
+    Raises:
+      UserError: naming the field, what was expected and what was given.
+    """
+    expect(config.algorithm in ALGORITHMS, "algorithm",
+           f"one of {sorted(ALGORITHMS)}", config.algorithm)
+    algorithm = ALGORITHMS[config.algorithm]
+    settings = cls(
+      seed=config.seed,
+      name=config.algorithm,
+      algorithm=algorithm,
+      schedule=specs.Schedule(config.total_steps, config.total_epochs),
+      model=spec_of(
+        specs.ModelSpec, config.model,
+        size=spec_of(specs.SizeSpec, config.model.size),
+      ),
+      data=spec_of(specs.DataSpec, config.data),
+      batch=spec_of(specs.BatchSpec, config.batch),
+      protocol=spec_of(
+        specs.ProtocolSpec, config.rollout, topk=config.retrieval.topk
+      ),
+      warm_start=spec_of(
+        specs.WarmStartSpec, config.warm_start,
+        mixture=spec_of(scripted.ScriptMixture, config.warm_start),
+      ),
+      evaluation=spec_of(specs.EvalSpec, config.eval),
+      checkpoint=spec_of(specs.CheckpointSpec, config.checkpoint),
+      monitor=spec_of(
+        monitor.MonitorSpec, config.sentinel,
+        limits=spec_of(monitor.Limits, config.sentinel),
+      ),
+      mesh=spec_of(specs.MeshSpec, config.mesh),
+      log=spec_of(specs.LogSpec, config.log),
+      retrieval=spec_of(
+        factory.RetrievalSpec, config.retrieval,
+        patience=spec_of(remote.RemoteSpec, config.retrieval.patience),
+        encoding=spec_of(
+          encoding.EncodingSpec, config.retrieval.encoding
+        ),
+      ),
+      sampler=spec_of(device.SamplerSpec, config.rollout),
+      rollout=spec_of(records.EngineSpec, config.rollout),
+      reward=_reward(config.reward, algorithm),
+      config=config.to_dict(),
     )
-  if (config.total_steps > 0) == (config.total_epochs > 0):
-    raise types.UserError(
-      "set exactly one of total_steps and total_epochs, got "
-      f"{config.total_steps} and {config.total_epochs}"
+    _check_together(
+      settings, jax.device_count() if devices is None else devices
     )
-  if config.algorithm == "grpo" and config.batch.rollouts < 2:
-    raise types.UserError(
-      "grpo compares rollouts of one question: batch.rollouts must be >= 2, "
-      f"got {config.batch.rollouts}"
-    )
-  rollouts = config.batch.questions * config.batch.rollouts
-  if rollouts < 1 or rollouts % config.ppo.mini_batch:
-    raise types.UserError(
-      f"batch.questions * batch.rollouts = {rollouts} must be a positive "
-      f"multiple of ppo.mini_batch = {config.ppo.mini_batch}"
-    )
-  for field, value in (
-    ("rollout.slots", config.rollout.slots),
-    ("ppo.micro_rows", config.ppo.micro_rows),
-  ):
-    shards = _data_shards(config.mesh)
-    if value % shards:
-      raise types.UserError(
-        f"{field} = {value} is not divisible by the mesh's {shards} data "
-        "shards (mesh.data * mesh.fsdp)"
-      )
-  if config.rollout.template not in prompts.TEMPLATES:
-    raise types.UserError(
-      f"rollout.template must be one of {sorted(prompts.TEMPLATES)}, got "
-      f"{config.rollout.template!r}"
+    settings.learner(steps=1)  # Its records check themselves.
+    return settings
+
+  def learner(self, steps: int) -> ppo_records.LearnerSpec:
+    """Settings of the update in a run of `steps` training steps."""
+    return _learner(self, self.config["ppo"], steps)
+
+  def total_steps(self, questions: int) -> int:
+    """Training steps of a run over so many training questions."""
+    return self.schedule.total(questions, self.batch.questions)
+
+  def decoder(self, vocab_size: int) -> decoder.DecoderConfig:
+    """Shape of a policy that starts from random weights."""
+    size = self.model.size
+    return decoder.DecoderConfig(
+      family=size.family,
+      vocab_size=vocab_size,
+      hidden_size=size.hidden,
+      intermediate_size=size.mlp,
+      num_layers=size.layers,
+      num_heads=size.heads,
+      num_kv_heads=size.kv_heads,
+      head_dim=size.hidden // size.heads,
+      tie_embeddings=size.tied,
+      qkv_bias=size.family == "qwen2",
+      qk_norm=size.family == "qwen3",
+      dtype=jnp.dtype(self.model.dtype),
+      remat=self.model.remat,
     )
 
 
-def _data_shards(mesh) -> int:
-  if mesh.data != -1 and mesh.fsdp != -1:
-    return mesh.data * mesh.fsdp
-  return max(jax.device_count() // mesh.tensor, 1)
-
-
-def total_steps(config, questions: int) -> int:
-  """Training steps; an epoch asks every question once."""
-  if config.total_steps:
-    return config.total_steps
-  return max(int(config.total_epochs * questions) // config.batch.questions, 1)
-
-
-def reward_spec(config) -> step_rewards.RewardSpec:
-  """The preset with the ablation switches of the config."""
-  reward = config.reward
-  if reward.preset not in step_rewards.PRESETS:
-    raise types.UserError(
-      f"reward.preset must be one of {sorted(step_rewards.PRESETS)}, got "
-      f"{reward.preset!r}"
-    )
-  overrides = {k: v for k, v in reward.items() if k != "preset"}
+def _reward(section, algorithm: Algorithm) -> step_rewards.RewardSpec:
+  """The preset with the config's switches."""
+  expect(section.preset in step_rewards.PRESETS, "reward.preset",
+         f"one of {sorted(step_rewards.PRESETS)}", section.preset)
+  switches = {k: v for k, v in section.items() if k != "preset"}
   return dataclasses.replace(
-    step_rewards.PRESETS[reward.preset](),
-    outcome_only=_ALGORITHMS[config.algorithm][1],
-    **overrides,
+    step_rewards.PRESETS[section.preset](),
+    outcome_only=algorithm.outcome_only, **switches,
   )
 
 
-def sized_decoder(config, vocab_size: int) -> decoder.DecoderConfig:
-  """Decoder of `model.size`."""
-  size = config.model.size
-  return decoder.DecoderConfig(
-    family=size.family,
-    vocab_size=vocab_size,
-    hidden_size=size.hidden,
-    intermediate_size=size.mlp,
-    num_layers=size.layers,
-    num_heads=size.heads,
-    num_kv_heads=size.kv_heads,
-    head_dim=size.hidden // size.heads,
-    tie_embeddings=size.tied,
-    qkv_bias=size.family == "qwen2",
-    qk_norm=size.family == "qwen3",
-    dtype=jnp.dtype(config.model.dtype),
-    remat=config.model.remat,
-  )
+def _adapter(role: str, section) -> adapters.AdapterSpec | None:
+  """Size of the adapters of the policy or value model; None trains all."""
+  small = {"policy": "lora", "value": "adapter"}[role]
+  kind = section["kind"]
+  expect(kind in ("full", small), f"{role}.kind", f"full or {small}", kind)
+  if kind == "full":
+    return None
+  return adapters.AdapterSpec(section["rank"], section["alpha"])
 
 
-def sampler_spec(config) -> slots.SamplerSpec:
-  """Shapes of the rollout programs."""
-  rollout = config.rollout
-  return slots.SamplerSpec(
-    slots=rollout.slots, context=rollout.context, block=rollout.block,
-    top_k=rollout.top_k, top_p=rollout.top_p,
-  )
-
-
-def sentinel_limits(config) -> sentinel.Limits:
-  """Limits that the sentinel holds a run to."""
-  given = config.sentinel
-  if given.action not in sentinel.ACTIONS:
-    raise types.UserError(
-      f"sentinel.action must be one of {sentinel.ACTIONS}, got "
-      f"{given.action!r}"
-    )
-  names = (field.name for field in dataclasses.fields(sentinel.Limits))
-  return sentinel.Limits(**{name: given[name] for name in names})
-
-
-def learner_spec(config, steps: int) -> records.LearnerSpec:
-  """Optimisation settings; warm-up ratios become optimiser steps."""
-  ppo = config.ppo
-  trajectories = config.batch.questions * config.batch.rollouts
-  updates = steps * ppo.epochs * (trajectories // ppo.mini_batch)
-  estimator = _ALGORITHMS[config.algorithm][0]
-  released = config.reward.preset == "released"
-  return records.LearnerSpec(
-    estimator=estimator,
-    gamma=ppo.gamma,
-    lam=ppo.lam,
-    clip_ratio=ppo.clip_ratio,
-    value_clip=ppo.value_clip,
-    entropy_coef=ppo.entropy_coef,
-    kl_coef=ppo.kl_coef,
-    kl_estimator=ppo.kl_estimator,
-    kl_controller=ppo.kl_controller,
-    kl_target=ppo.kl_target,
-    kl_horizon=ppo.kl_horizon,
-    kl_in_reward=estimator != "grpo",
-    kl_loss_coef=ppo.kl_loss_coef if estimator == "grpo" else 0.0,
-    ppo_epochs=ppo.epochs,
-    mini_batch=ppo.mini_batch,
-    micro_rows=ppo.micro_rows,
-    row_length=config.rollout.context,
-    temperature=config.rollout.temperature,
-    policy_lr=ppo.policy_lr,
-    value_lr=ppo.value_lr,
-    policy_warmup=int(updates * ppo.policy_warmup_ratio),
-    value_warmup=int(updates * ppo.value_warmup_ratio),
-    weight_decay=ppo.weight_decay,
-    grad_clip=ppo.grad_clip,
-    critic_warmup=ppo.critic_warmup,
+def _learner(settings: Settings, ppo, steps: int) -> ppo_records.LearnerSpec:
+  """See `Settings.learner`; warm-up ratios become optimiser steps."""
+  algorithm = settings.algorithm
+  minis = settings.batch.trajectories // ppo["mini_batch"]
+  updates = steps * ppo["epochs"] * minis
+  released = settings.config["reward"]["preset"] == "released"
+  return spec_of(
+    ppo_records.LearnerSpec, ppo,
+    estimator=algorithm.estimator,
+    kl_in_reward=algorithm.kl_in_reward,
+    kl_loss_coef=0.0 if algorithm.kl_in_reward else ppo["kl_coef"],
+    ppo_epochs=ppo["epochs"],
+    row_length=settings.sampler.context,
+    temperature=settings.config["rollout"]["temperature"],
+    policy_warmup=int(updates * ppo["policy_warmup_ratio"]),
+    value_warmup=int(updates * ppo["value_warmup_ratio"]),
     mask_scope="attended" if released else "policy",
     micro_weighting="micro_mean" if released else "token",
     first_lr_zero=released,
-    policy_adapter=adapter("policy", config.policy),
-    value_adapter=adapter("value", config.value),
+    policy_adapter=_adapter("policy", settings.config["policy"]),
+    value_adapter=_adapter("value", settings.config["value"]),
   )
 
 
-def adapter(role: str, given) -> adapters.AdapterSpec | None:
-  """Adapter size of `config.policy` or `config.value`; None trains all."""
-  small = {"policy": "lora", "value": "adapter"}[role]
-  if given.kind not in ("full", small):
-    raise types.UserError(
-      f"{role}.kind must be full or {small}, got {given.kind!r}"
+def _check_together(settings: Settings, devices: int) -> None:
+  """Checks that span several sections; raises UserError."""
+  batch, ppo = settings.batch, settings.config["ppo"]
+  rollout = settings.config["rollout"]
+  expect(
+    settings.algorithm.estimator != "grpo" or batch.rollouts > 1,
+    "batch.rollouts", "2 or more, because grpo compares rollouts of one "
+    "question", batch.rollouts,
+  )
+  mini = ppo["mini_batch"]
+  expect(
+    mini > 0 and batch.trajectories % mini == 0, "ppo.mini_batch",
+    f"a divisor of batch.questions * batch.rollouts = {batch.trajectories}",
+    mini,
+  )
+  expect(ppo["micro_rows"] > 0, "ppo.micro_rows", "a positive number",
+         ppo["micro_rows"])
+  shards = settings.mesh.data_shards(devices)
+  for field, value in (("rollout.slots", settings.sampler.slots),
+                       ("ppo.micro_rows", ppo["micro_rows"])):
+    expect(
+      value % shards == 0, field,
+      f"a multiple of the mesh's {shards} data shards (mesh.data * mesh.fsdp)",
+      value,
     )
-  if given.kind == "full":
-    return None
-  return adapters.AdapterSpec(given.rank, given.alpha)
+  expect(
+    settings.algorithm.kl_in_reward or ppo["kl_controller"] == "fixed",
+    "ppo.kl_controller",
+    f"fixed, because {settings.name} has its KL in the loss",
+    ppo["kl_controller"],
+  )
+  expect(settings.protocol.template in prompts.TEMPLATES, "rollout.template",
+         f"one of {sorted(prompts.TEMPLATES)}", settings.protocol.template)
+  expect(
+    rollout["temperature"] > 0, "rollout.temperature",
+    "more than 0 (evaluation is greedy by itself)", rollout["temperature"],
+  )
+  room = settings.rollout.answer_room
+  expect(
+    settings.sampler.context > room, "rollout.context",
+    f"more than rollout.answer_room = {room}", settings.sampler.context,
+  )

@@ -1,7 +1,7 @@
 """Writes the policy of a run as a Hugging Face folder.
 
-  python -m stepsearch_jax.tools.export --config=configs/quickstart.py \\
-    --workdir=runs/quickstart --output=quickstart_hf
+  python -m stepsearch_jax.tools.export --workdir=runs/quickstart \\
+    --output=quickstart_hf
 
 The folder holds safetensors, config, generation config, tokenizer and chat
 template; `transformers`, vLLM and this project's `--config.model.reference=`
@@ -14,13 +14,13 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli
-from stepsearch_jax.models.weights import export as hf_export
-from stepsearch_jax.parallel import sharding
-from stepsearch_jax.run import experiment
+from stepsearch_jax import cli, types
+from stepsearch_jax.models.weights import export
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The run's config file, with the overrides of the run."
+  "config", None, "Default: the settings that --workdir holds."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
@@ -32,20 +32,18 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> None:
   """Entry; see the module docstring."""
-  config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
-  tokenizer = experiment.load_tokenizer(
-    config, workdir, experiment.load_data(config, workdir)
+  if _CONFIG.value is None:
+    raise types.UserError(f"--workdir={_WORKDIR.value} holds no run")
+  experiment = Experiment(
+    Settings.from_config(_CONFIG.value), epath.Path(_WORKDIR.value)
   )
-  model = experiment.decoder_config(config, tokenizer)
-  mesh = sharding.make_mesh(**config.mesh)
-  step, params = experiment.trained_policy(
-    config, workdir, model, mesh, _STEP.value
-  )
-  hf_export.save_policy(
-    _OUTPUT.value, params, model, tokenizer, _DTYPE.value
+  step, policy = experiment.trained_policy(_STEP.value)
+  export.save_policy(
+    _OUTPUT.value, policy, experiment.model, experiment.tokenizer,
+    _DTYPE.value,
   )
   print(f"policy of step {step}: {_OUTPUT.value}")
 
 
 if __name__ == "__main__":
-  cli.run(main, required=["config", "workdir", "output"])
+  cli.run(main, required=["workdir", "output"])

@@ -14,7 +14,8 @@ from stepsearch_jax import train
 from stepsearch_jax.models import adapters, decoder, heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import variants
-from stepsearch_jax.run import experiment
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 MODEL = fakes.make_model(50)
 SPEC = adapters.AdapterSpec(rank=3, alpha=6.0)
@@ -86,16 +87,12 @@ def test_a_run_with_adapters_trains_saves_little_and_reloads(tmp_path):
   workdir = epath.Path(tmp_path)
   with jax.numpy_dtype_promotion("standard"):
     summary = train.train(config, workdir)
-    data = experiment.load_data(config, workdir)
-    tokenizer = experiment.load_tokenizer(config, workdir, data)
-    model = experiment.decoder_config(config, tokenizer)
-    step, policy = experiment.trained_policy(
-      config, workdir, model, sharding.make_mesh()
-    )
+    experiment = Experiment(Settings.from_config(config), workdir)
+    step, policy = experiment.trained_policy()
   assert summary["steps"] == step == 2
   first = train_test.records(workdir)[1]
   assert abs(first["critic/kl"]) < 1e-6  # The run starts at its reference.
-  frozen = heads.init_policy(model, jax.random.key(0))
+  frozen = heads.init_policy(experiment.model, jax.random.key(0))
   assert jax.tree.map(jnp.shape, policy) == jax.tree.map(jnp.shape, frozen)
   saved = pathlib.Path(workdir) / "checkpoints/2/policy"
   size = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())

@@ -11,7 +11,9 @@ from stepsearch_jax import types
 from stepsearch_jax.data import questions
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus, encoder, index
-from stepsearch_jax.run import experiment, reporting
+from stepsearch_jax.run import reporting, starting
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 PASSAGES = [
   types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
@@ -44,18 +46,17 @@ def config(tmp_path):
 
 
 def opened(config, workdir):
-  workdir = epath.Path(workdir)
-  data = experiment.load_data(config, workdir)
-  return data, experiment.load_retriever(config, workdir, data)
+  experiment = Experiment(Settings.from_config(config), epath.Path(workdir))
+  return experiment, experiment.retriever
 
 
 def test_a_ready_index_keeps_the_corpus_out_of_memory(
   config, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(corpus, "load_corpus", lambda *unused: pytest.fail())
-  data, retriever = opened(config, tmp_path)
-  assert len(data.corpus) == 3 and data.corpus[1] == PASSAGES[1]
-  assert data.corpus[1:] == PASSAGES[1:]
+  experiment, retriever = opened(config, tmp_path)
+  assert len(experiment.corpus) == 3 and experiment.corpus[1] == PASSAGES[1]
+  assert experiment.corpus[1:] == PASSAGES[1:]
   ((found,),) = retriever.search(["river Mossing"], 1)
   assert (found.id, found.text) == ("2", PASSAGES[1].text)
 
@@ -74,7 +75,9 @@ def test_an_index_of_another_corpus_is_refused(config, tmp_path):
 
 def test_cards_name_the_corpus_and_its_hash(config, tmp_path):
   _, retriever = opened(config, tmp_path)
-  card = reporting.card_settings(config, retriever, "m")
+  card = reporting.card_settings(
+    Settings.from_config(config), retriever, "m"
+  )
   assert card["corpus"] == str(tmp_path / "wiki.jsonl")
   assert card["corpus_hash"] == corpus.corpus_hash(PASSAGES)
   assert card["passages"] == 3 and card["index"].startswith("hashed_tfidf:")
@@ -86,7 +89,10 @@ def test_cards_name_the_corpus_and_its_hash(config, tmp_path):
   ({"retrieval.remote": "http://x:1"}, "whatever http://x:1 searches"),
   ({"retrieval.engine": "online"}, "the web"),
 ])
-def test_cards_claim_no_corpus_that_was_not_searched(changes, name):
+def test_cards_claim_no_corpus_that_was_not_searched(
+  changes, name, monkeypatch
+):
+  monkeypatch.setenv("SERPER_API_KEY", "k")
   class Described:
     def describe(self):
       return {}
@@ -94,7 +100,9 @@ def test_cards_claim_no_corpus_that_was_not_searched(changes, name):
   config = quickstart.get_config("runlocal")
   config.data.train = "train.jsonl"
   config.update_from_flattened_dict(changes)
-  card = reporting.card_settings(config, Described(), "m")
+  card = reporting.card_settings(
+    Settings.from_config(config), Described(), "m"
+  )
   assert card["corpus"] == name
 
 
@@ -122,7 +130,7 @@ class Flaky(fakes.FakeRetriever):
 
 
 def test_a_warm_start_leaves_out_scripts_whose_searches_failed(
-  config, monkeypatch
+  config, tmp_path
 ):
   asked = [
     types.Question(
@@ -133,19 +141,13 @@ def test_a_warm_start_leaves_out_scripts_whose_searches_failed(
   ]
   config.warm_start.trajectories = 20
   config.warm_start.impatient = 0.0
-  imitated = []
-  monkeypatch.setattr(
-    experiment.batching, "trajectories_to_batch",
-    lambda trajectories, *unused: imitated.extend(trajectories),
-  )
-  monkeypatch.setattr(
-    experiment.imitation, "imitate", lambda *unused, **also: ("params", [0, 0])
-  )
-  arguments = (experiment.Data(asked, [], []), fakes.make_tokenizer(),
-               experiment.build_env(config), Flaky(), None, None, None)
-  assert experiment.warm_start(config, *arguments) == "params"
-  assert {t.question.id for t in imitated} == {"good"}
-  assert 1 < len(imitated) < 20
-  arguments[0].train[:] = asked[1:]
-  with pytest.raises(ValueError, match="none of 0 .*20 had no search results"):
-    experiment.warm_start(config, *arguments)
+  experiment = Experiment(Settings.from_config(config), tmp_path)
+  parts = experiment.__dict__  # Where cached parts live.
+  parts |= {"retriever": Flaky(), "train_questions": asked,
+            "tokenizer": fakes.make_tokenizer()}
+  scripts = starting.demonstrations(experiment)
+  assert {t.question.id for t in scripts} == {"good"}
+  assert 1 < len(scripts) < 20
+  parts["train_questions"] = asked[1:]
+  with pytest.raises(types.UserError, match="20 more had no search"):
+    starting.demonstrations(experiment)

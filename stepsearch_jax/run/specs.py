@@ -1,0 +1,228 @@
+"""The plain settings of a run, one record per section of the config.
+
+A record has no defaults (the config has them, once) and checks itself. The
+sections that a folder of its own acts on (retrieval, rollout, reward, ppo)
+have their records there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from stepsearch_jax.models import decoder
+from stepsearch_jax.sft import scripted
+from stepsearch_jax.types import expect
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How long a run trains; exactly one of the two is positive.
+
+  Attributes:
+    steps: training steps.
+    epochs: passes over the training questions.
+  """
+
+  steps: int
+  epochs: float
+
+  def __post_init__(self):
+    expect(
+      (self.steps > 0) != (self.epochs > 0), "total_steps, total_epochs",
+      "exactly one of the two to be positive", (self.steps, self.epochs),
+    )
+
+  def total(self, questions: int, per_step: int) -> int:
+    """Training steps; an epoch asks every question at least once."""
+    if self.steps:
+      return self.steps
+    return max(math.ceil(self.epochs * questions / per_step), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeSpec:
+  """Shape of a model that starts from random weights; see `model.size`."""
+
+  family: str
+  hidden: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  vocab: int
+  tied: bool
+
+  def __post_init__(self):
+    expect(self.family in decoder.FAMILIES, "model.size.family",
+           f"one of {decoder.FAMILIES}", self.family)
+    for name in ("hidden", "mlp", "layers", "heads", "kv_heads", "vocab"):
+      value = getattr(self, name)
+      expect(value > 0, f"model.size.{name}", "a positive number", value)
+    for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
+      expect(
+        getattr(self, whole) % getattr(self, part) == 0,
+        f"model.size.{part}",
+        f"a divisor of model.size.{whole} = {getattr(self, whole)}",
+        getattr(self, part),
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """Which policy is trained; see `configs/common.py`."""
+
+  reference: str
+  tokenizer: str
+  dtype: str
+  remat: bool
+  size: SizeSpec
+
+  def __post_init__(self):
+    expect(self.dtype in DTYPES, "model.dtype", f"one of {DTYPES}", self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """Questions and passages; see `configs/common.py`."""
+
+  train: str
+  eval: str
+  corpus: str
+  limit: int
+  eval_limit: int
+  holdout: float
+
+  def __post_init__(self):
+    for name in ("limit", "eval_limit"):
+      value = getattr(self, name)
+      expect(value >= 0, f"data.{name}", "0 (all) or more", value)
+    expect(0 < self.holdout < 1, "data.holdout", "a share between 0 and 1",
+           self.holdout)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+  """Trajectories of a step: `questions` different ones, `rollouts` of each."""
+
+  questions: int
+  rollouts: int
+
+  def __post_init__(self):
+    for name in ("questions", "rollouts"):
+      value = getattr(self, name)
+      expect(value > 0, f"batch.{name}", "a positive number", value)
+
+  @property
+  def trajectories(self) -> int:
+    """Trajectories of a step."""
+    return self.questions * self.rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolSpec:
+  """What the policy is told and how often it may search."""
+
+  template: str
+  max_turns: int
+  topk: int
+
+  def __post_init__(self):
+    expect(self.max_turns >= 0, "rollout.max_turns", "0 or more",
+           self.max_turns)
+    expect(self.topk >= 1, "retrieval.topk", "1 or more", self.topk)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartSpec:
+  """Imitation before step 0; `steps` 0 leaves it out."""
+
+  steps: int
+  rows: int
+  row_length: int
+  lr: float
+  trajectories: int
+  mixture: scripted.ScriptMixture
+
+  def __post_init__(self):
+    expect(self.steps >= 0, "warm_start.steps", "0 (none) or more", self.steps)
+    for name in ("rows", "row_length", "trajectories", "lr"):
+      value = getattr(self, name)
+      expect(value > 0, f"warm_start.{name}", "a positive number", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+  """Evaluation during training."""
+
+  every: int
+
+  def __post_init__(self):
+    expect(self.every >= 0, "eval.every", "0 (first and last) or more",
+           self.every)
+
+  def is_due(self, step: int) -> bool:
+    """Whether the policy is evaluated after `step` steps."""
+    return self.every > 0 and step % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+  """How often a run saves and how many checkpoints it keeps."""
+
+  every: int
+  keep: int
+
+  def __post_init__(self):
+    for name in ("every", "keep"):
+      value = getattr(self, name)
+      expect(value >= 1, f"checkpoint.{name}", "1 or more", value)
+
+  def is_due(self, step: int) -> bool:
+    """Whether a checkpoint is written after `step` steps."""
+    return step % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+  """Sizes of the device axes; -1 takes the devices that the others leave."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+  def __post_init__(self):
+    for name in ("data", "fsdp"):
+      value = getattr(self, name)
+      expect(value == -1 or value > 0, f"mesh.{name}", "-1 or more than 0",
+             value)
+    expect(self.tensor > 0, "mesh.tensor", "more than 0", self.tensor)
+
+  def data_shards(self, devices: int) -> int:
+    """Parts into which rows of a batch are split over `devices`."""
+    if self.data != -1 and self.fsdp != -1:
+      return self.data * self.fsdp
+    return max(devices // self.tensor, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+  """Where metrics go, and which steps are profiled.
+
+  Attributes:
+    wandb_project: "" logs to files only.
+    profile: (first, last) step of a profile in `profile/`; () writes none.
+  """
+
+  wandb_project: str
+  profile: tuple[int, ...]
+
+  def __post_init__(self):
+    expect(
+      self.profile == ()
+      or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
+      "log.profile", "() or (first, last) with 1 <= first <= last",
+      self.profile,
+    )

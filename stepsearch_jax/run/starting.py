@@ -1,0 +1,94 @@
+"""The first state of a run: its newest checkpoint, or a warm start."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from absl import logging
+
+from stepsearch_jax import types
+from stepsearch_jax.ppo import batching
+from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.run import checkpoints
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.state import RunState
+from stepsearch_jax.sft import imitation, scripted
+
+
+def start(
+  experiment: Experiment,
+  learner: learner_lib.Learner,
+  saver: checkpoints.Checkpointer,
+) -> RunState:
+  """Returns the newest checkpoint's state, or that of a fresh run."""
+  key = jax.random.key(experiment.settings.seed)
+  policy = experiment.initial_policy()
+  fresh = RunState(0, learner.start(policy, key), reference=None)
+  found = saver.restore(fresh)
+  if found is None:
+    if experiment.settings.warm_start.steps:
+      policy = warm_start(experiment, policy)
+      fresh.learner = learner.start(policy, key)
+    checkpoints.save_reference(
+      experiment.workdir, policy, experiment.model.dtype
+    )
+    found = fresh
+  else:
+    logging.info("resumed at step %d", found.step)
+  found.reference = checkpoints.load_reference(
+    experiment.workdir, learner.abstract_reference()
+  )
+  return found
+
+
+def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
+  """Scripted trajectories over the training questions.
+
+  Raises:
+    UserError: none fits the context.
+  """
+  settings, spec = experiment.settings, experiment.settings.warm_start
+  rng = np.random.default_rng((settings.seed, 1))
+  questions = experiment.train_questions
+  order = rng.integers(len(questions), size=spec.trajectories)
+  trajectories, failed = [], 0
+  for i in order:
+    try:
+      trajectories.append(scripted.scripted_trajectory(
+        questions[i], experiment.env, experiment.retriever,
+        experiment.tokenizer, spec.mixture, rng,
+        settings.rollout.max_observation,
+      ))
+    except types.SearchError as error:
+      failed += 1  # Nobody should imitate a search without a result.
+      logging.log_first_n(logging.WARNING, "warm start: %s", 3, error)
+  if failed:
+    logging.warning("warm start: %d of %d scripts left out, their searches "
+                    "failed", failed, len(order))
+  context = settings.sampler.context
+  fitting = [t for t in trajectories if len(t.tokens) <= context]
+  types.expect(
+    bool(fitting), "rollout.context",
+    f"room for at least one of {len(trajectories)} scripted trajectories "
+    f"({failed} more had no search results)", context,
+  )
+  logging.info("warm start: %d of %d scripts fit the context", len(fitting),
+               len(trajectories))
+  return fitting
+
+
+def warm_start(experiment: Experiment, policy):
+  """Returns policy parameters after imitating scripted trajectories."""
+  settings, spec = experiment.settings, experiment.settings.warm_start
+  scripts = demonstrations(experiment)
+  batch = batching.trajectories_to_batch(
+    scripts, [np.zeros(len(t.tokens), np.float32) for t in scripts],
+    settings.sampler.context, experiment.tokenizer.pad_id,
+  )
+  params, losses = imitation.imitate(
+    policy, batch, experiment.model, experiment.mesh, steps=spec.steps,
+    rows=spec.rows, row_length=spec.row_length, learning_rate=spec.lr,
+    seed=settings.seed,
+  )
+  logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
+  return params

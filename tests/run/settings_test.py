@@ -1,0 +1,85 @@
+"""Every wrong setting is refused in the first second, by name."""
+
+import pytest
+
+from configs import common, quickstart
+from stepsearch_jax import types
+from stepsearch_jax.run.settings import Settings
+
+
+def config_with(changes):
+  config = quickstart.get_config("runlocal")
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize("changes, field", [
+  ({"algorithm": "a2c"}, "algorithm"),
+  ({"total_epochs": 1.0}, "total_steps, total_epochs"),
+  ({"algorithm": "grpo"}, "batch.rollouts"),
+  ({"batch.questions": 7}, "ppo.mini_batch"),
+  ({"batch.questions": 0}, "batch.questions"),
+  ({"mesh.data": 3}, "rollout.slots"),
+  ({"mesh.data": 0}, "mesh.data"),
+  ({"mesh.tensor": 0}, "mesh.tensor"),
+  ({"rollout.template": "x"}, "rollout.template"),
+  ({"rollout.retrieval_delay": 0}, "rollout.retrieval_delay"),
+  ({"rollout.temperature": 0.0}, "rollout.temperature"),
+  ({"rollout.context": 16}, "rollout.context"),
+  ({"rollout.max_turns": -1}, "rollout.max_turns"),
+  ({"sentinel.action": "stop"}, "sentinel.action"),
+  ({"sentinel.patience": 0}, "sentinel.patience"),
+  ({"sentinel.lr_factor": 0.0}, "sentinel.lr_factor"),
+  ({"reward.preset": "papr"}, "reward.preset"),
+  ({"ppo.kl_estimator": "k3"}, "ppo.kl_estimator"),
+  ({"ppo.kl_controller": "ramp"}, "ppo.kl_controller"),
+  ({"ppo.micro_rows": 0}, "ppo.micro_rows"),
+  ({"ppo.mini_batch": 0}, "ppo.mini_batch"),
+  ({"policy.kind": "adapter"}, "policy.kind"),
+  ({"value.kind": "lora"}, "value.kind"),
+  ({"retrieval.engine": "faiss"}, "retrieval.engine"),
+  ({"retrieval.replay_miss": "ask"}, "retrieval.replay_miss"),
+  ({"retrieval.topk": 0}, "retrieval.topk"),
+  ({"model.size.family": "gpt2"}, "model.size.family"),
+  ({"model.size.heads": 3}, "model.size.heads"),
+  ({"model.dtype": "bf16"}, "model.dtype"),
+  ({"warm_start.impatient": 1.5}, "warm_start.impatient"),
+  ({"warm_start.rows": 0}, "warm_start.rows"),
+  ({"checkpoint.every": 0}, "checkpoint.every"),
+  ({"checkpoint.keep": 0}, "checkpoint.keep"),
+  ({"eval.every": -1}, "eval.every"),
+  ({"data.holdout": 1.0}, "data.holdout"),
+  ({"log.profile": (3, 2)}, "log.profile"),
+  ({"algorithm": "grpo", "batch.rollouts": 2,
+    "ppo.kl_controller": "adaptive"}, "ppo.kl_controller"),
+])
+def test_a_wrong_setting_names_its_field(changes, field):
+  config = config_with(changes)
+  with pytest.raises(types.UserError) as error:
+    Settings.from_config(config, devices=1)
+  assert field in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_the_schedule_covers_every_question():
+  config = config_with({"total_steps": 0, "total_epochs": 1.0})
+  settings = Settings.from_config(config, devices=1)
+  assert config.batch.questions == 8
+  assert settings.total_steps(100) == 13
+  assert settings.total_steps(96) == 12
+  assert settings.total_steps(1) == 1
+
+
+def leaves(tree, prefix=""):
+  for name, value in tree.items():
+    if hasattr(value, "items"):
+      yield from leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def test_settings_keep_every_field_of_the_config():
+  config = common.base()
+  config.total_steps = 1
+  settings = Settings.from_config(config, devices=1)
+  assert set(leaves(settings.config)) == set(leaves(config))
