@@ -11,6 +11,7 @@ leaves a card (JSON and Markdown) that says what exactly was measured.
 
 from __future__ import annotations
 
+import json
 import re
 
 from absl import flags
@@ -18,6 +19,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
+from stepsearch_jax.data import questions
 from stepsearch_jax.evaluation import predictions
 from stepsearch_jax.run import reporting
 from stepsearch_jax.run.experiment import Experiment
@@ -38,6 +40,21 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
 _PREDICTIONS = flags.DEFINE_string(
   "predictions", None, "Score this JSON or JSONL file of predictions; no model."
 )
+_PRESET = flags.DEFINE_enum(
+  "preset", "paper", ["paper", "released"],
+  "With --predictions: answers and EM as this project has them, or as the "
+  "released evaluation script."
+)
+_QUESTIONS = flags.DEFINE_string(
+  "questions", None, "With --predictions: the questions, where the file has "
+  "no gold answers (HotpotQA's {id: answer}, MuSiQue's predicted_answer)."
+)
+_SOURCE = flags.DEFINE_string(
+  "source", "", "With --predictions: data source of rows that name none."
+)
+_JSON = flags.DEFINE_bool(
+  "json", False, "With --predictions: print the table as JSON."
+)
 
 
 def print_sources(table: dict[str, dict]) -> None:
@@ -50,6 +67,20 @@ def print_sources(table: dict[str, dict]) -> None:
       for m in ("em", "f1")
     )
     print(f"{source:24}{row['n']:8d}{cells}")
+
+
+def _score_predictions() -> None:
+  gold = {}
+  if _QUESTIONS.value:
+    gold = predictions.gold_of(questions.load_questions(_QUESTIONS.value))
+  table = predictions.score_predictions(
+    _PREDICTIONS.value,
+    predictions.Scoring(_PRESET.value, _SOURCE.value, gold),
+  )
+  if _JSON.value:
+    print(json.dumps(table, indent=2))
+  else:
+    print_sources(table)
 
 
 def _evaluate_model() -> None:
@@ -78,7 +109,7 @@ def _evaluate_model() -> None:
 def main() -> None:
   """Entry; see the module docstring."""
   if _PREDICTIONS.value:
-    print_sources(predictions.score_predictions(_PREDICTIONS.value))
+    _score_predictions()
   elif not _WORKDIR.value:
     raise types.UserError("need --predictions, or --workdir")
   elif _CONFIG.value is None:

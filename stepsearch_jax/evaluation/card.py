@@ -63,7 +63,7 @@ def record(trajectory: types.Trajectory, tokenizer) -> dict:
     "golden_answers": list(question.answers),
     "prediction": answer,
     "em": text_match.exact_match(answer, question.answers),
-    "f1": text_match.f1(answer, question.answers),
+    "f1": text_match.answer_f1(answer, question.answers),
     "stop_reason": trajectory.stop_reason,
     "turns": [
       {
@@ -84,7 +84,7 @@ def summarise(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
     question, turns = trajectory.question, trajectory.turns
     answer = trajectory.answer or ""
     rows["em"].append(text_match.exact_match(answer, question.answers))
-    rows["f1"].append(text_match.f1(answer, question.answers))
+    rows["f1"].append(text_match.answer_f1(answer, question.answers))
     rows["searches"].append(sum(turn.answered for turn in turns))
     rows["failed_searches"].append(sum(turn.failed for turn in turns))
     rows["invalid"].append(any(turn.action == "invalid" for turn in turns))

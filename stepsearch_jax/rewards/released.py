@@ -22,7 +22,6 @@ _PAIR = re.compile(
   r"<search>.*?</search>\s*<information>(.*?)</information>", re.DOTALL
 )
 _SEARCH = re.compile(r"<search>.*?</search>", re.DOTALL)
-_INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
 _TAG = re.compile(r"</?search>")
 _ASSISTANT = "<|im_start|>assistant"
 
@@ -108,6 +107,28 @@ def score_case(
   return step_rewards.score(spec, seen, goal)
 
 
+def evaluated_answer(text: str) -> str:
+  """Returns the answer that the released scripts/eval.py extracts.
+
+  Braces win: of `\\boxed{x}` only `x` is left (quirk D2).
+  """
+  answer = text_match.last_answer(text) or ""
+  if "{" in answer:
+    answer = answer.split("{")[-1]
+    if "}" in answer:
+      answer = answer.split("}")[0]
+  return answer.strip()
+
+
+def evaluated_match(answer: str, golds: Sequence[str]) -> float:
+  """Returns the EM of the released scripts/eval.py.
+
+  A missing answer equals a gold answer without words (quirk D1).
+  """
+  ours = text_match.normalize_answer(answer)
+  return float(any(ours == text_match.normalize_answer(g) for g in golds))
+
+
 def step_positions(
   response_ids: Sequence[int],
   encode: Callable[[str], Sequence[int]],
@@ -164,33 +185,6 @@ def scored_text(full_text: str) -> str:
   if _ASSISTANT in full_text:
     return full_text.split(_ASSISTANT)[-1].strip()
   return full_text
-
-
-def search_metrics(response: str, paragraphs: Sequence[str]) -> dict[str, int]:
-  """Counts of the release's eval/metrics.py for one response (D5).
-
-  Args:
-    response: decoded text.
-    paragraphs: the golden paragraphs.
-
-  Returns:
-    search_count; hit_count and recall_count, paragraphs that some information
-    block shows whole; useful_count, blocks that show one for the first time.
-  """
-  wanted = [text.lower() for text in paragraphs]
-  found: set[int] = set()
-  useful = 0
-  for block in _INFORMATION.findall(response):
-    seen = {i for i, text in enumerate(wanted) if text and text in
-            block.lower()}
-    useful += bool(seen - found)
-    found |= seen
-  return {
-    "search_count": len(_SEARCH.findall(response)),
-    "hit_count": len(found),
-    "useful_count": useful,
-    "recall_count": len(found),
-  }
 
 
 def mix_evidence(

@@ -47,6 +47,8 @@ class RewardSpec:
     key_match: "best" over all queries, or "last": the latest query wins its
       group and one query fills one group.
     f1_decimals: rounding of F1 inside the reward, None for none.
+    empty_gold: what earns an answer whose gold has no words after
+      normalization ("The The"): "text", the same text, or "never".
     step_position: "sampled" token that closes the search, or "reencoded":
       found by encoding the decoded prefix again, which drifts.
     outcome_on_step: "add" or "overwrite" where both fall on one token.
@@ -64,6 +66,7 @@ class RewardSpec:
   malformed: float = 0.0
   key_match: str = "best"
   f1_decimals: int | None = None
+  empty_gold: str = "text"
   step_position: str = "sampled"
   outcome_on_step: str = "add"
   document_text: str = "retrieved"
@@ -79,6 +82,7 @@ class RewardSpec:
   def __post_init__(self):
     for field, allowed in (
       ("key_match", ("best", "last")),
+      ("empty_gold", ("text", "never")),
       ("step_position", ("sampled", "reencoded")),
       ("outcome_on_step", ("add", "overwrite")),
       ("document_text", ("retrieved", "parsed")),
@@ -104,6 +108,7 @@ class RewardSpec:
       malformed=-1.0,
       key_match="last",
       f1_decimals=4,
+      empty_gold="never",
       step_position="reencoded",
       outcome_on_step="overwrite",
       document_text="parsed",
@@ -229,7 +234,8 @@ def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> TurnRewards:
   Raises:
     RewardError: the parsed documents have no vocabulary (released preset).
   """
-  correct = text_match.f1(evidence.answer, gold.answers, spec.f1_decimals)
+  f1 = text_match.f1 if spec.empty_gold == "never" else text_match.answer_f1
+  correct = f1(evidence.answer, gold.answers, spec.f1_decimals)
   if spec.outcome_only:
     outcome = correct if evidence.well_formed else spec.malformed
     return TurnRewards(outcome, correct, 0.0, [], [], [])

@@ -28,10 +28,31 @@ def normalize_answer(text: str) -> str:
   return " ".join(_ARTICLES.sub(" ", text).split())
 
 
-def exact_match(prediction: str, golds: Sequence[str]) -> float:
-  """1.0 when the normalised prediction equals any normalised gold answer."""
-  ours = normalize_answer(prediction)
-  return float(any(ours == normalize_answer(gold) for gold in golds))
+def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
+  """Returns 1.0 when the normalized prediction equals a normalized gold answer.
+
+  No answer, None or blank, is never right. Where nothing is left of a gold
+  answer ("The The", "!!!"), the texts themselves must be equal but for case and
+  spaces.
+  """
+  ours = normalize_answer(prediction or "")
+  return float(any(
+    ours == normalize_answer(gold) if ours else _equal_texts(prediction, gold)
+    for gold in golds
+  ))
+
+
+def _equal_texts(prediction: str | None, gold: str) -> bool:
+  ours = (prediction or "").lower().split()
+  return bool(ours) and ours == gold.lower().split()
+
+
+def answer_f1(
+  prediction: str | None, golds: Sequence[str], decimals: int | None = None
+) -> float:
+  """Returns `f1`, or 1.0 for an exact match with a gold answer of no words."""
+  best = f1(prediction, golds, decimals)
+  return best if best else exact_match(prediction, golds)
 
 
 def f1(
@@ -70,19 +91,6 @@ def ends_with_answer(text: str) -> bool:
   for match in _ANSWER.finditer(text):
     end = match.end()
   return end is not None and not text[end:].strip()
-
-
-def released_eval_answer(text: str) -> str:
-  """Answer as the released evaluation script extracts it.
-
-  Braces win: of `\\boxed{x}` only `x` is left (quirk D2).
-  """
-  answer = last_answer(text) or ""
-  if "{" in answer:
-    answer = answer.split("{")[-1]
-    if "}" in answer:
-      answer = answer.split("}")[0]
-  return answer.strip()
 
 
 def bootstrap_interval(

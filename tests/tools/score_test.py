@@ -1,10 +1,14 @@
 """The scoring command: a line out for every line in, whatever happens."""
 
+import gzip
 import json
 import subprocess
 import sys
 
 import pytest
+
+from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.tools import score as score_tool
 
 GOOD = "<search> q </search>\n\n<information> Doc 1<## Title: T ##> alpha beta"
 ROWS = [
@@ -45,3 +49,73 @@ def test_a_file_without_errors_ends_well(tmp_path):
   done, scores = score(tmp_path, "paper", [ROWS[0], ROWS[2]])
   assert done.returncode == 0, done.stderr
   assert len(scores) == 2
+
+
+def test_every_recorded_case_gives_what_is_expected(shared):
+  folder = shared / "cases/score"
+  for line in (folder / "expected.jsonl").read_text().splitlines():
+    case = json.loads(line)
+    for preset in step_rewards.PRESETS:
+      spec = step_rewards.PRESETS[preset]()
+      rows = list(score_tool.score_file(spec, str(folder / case["file"])))
+      assert ["error" if "error" in row else "ok" for row in rows] == (
+        case["lines"]), case
+      if preset == "paper":
+        for name in ("search_key_score", "paper_score"):
+          field = name.removeprefix("paper_")
+          found = [row.get(field) for row in rows]
+          assert found == case.get(name, found), case
+
+
+def test_a_gold_answer_without_words_stays_as_recorded_when_released():
+  row = {"target": ["The The"], "response": "<answer> The The </answer>"}
+  for preset, score in (("paper", 1.0), ("released", 0.0)):
+    spec = step_rewards.PRESETS[preset]()
+    assert score_tool.score_row(spec, row, 1)["score"] == score
+  row["response"] = "<answer> </answer>"
+  assert score_tool.score_row(
+    step_rewards.PRESETS["paper"](), row, 1)["score"] == 0.0
+
+
+@pytest.mark.parametrize("wrong", [
+  None, 5, True, 1.5, "", "text", [], {}, [None], [5], ["t"], [["t"]],
+  {"a": 1}, [{}], [[]], [[None]], [[5]],
+], ids=repr)
+def test_whatever_a_row_holds_one_line_comes_out(tmp_path, wrong):
+  rows = []
+  for name in ("id", "target", "response", "search_keys", "support_docs",
+               "reward_model", "extra_info", "golden_answers"):
+    rows += [{**ROWS[0], name: wrong}, {**ROWS[2], name: wrong}]
+    if name == "reward_model":
+      rows.append({"response": "<answer>x</answer>",
+                   name: {"ground_truth": wrong}})
+      rows.append({"response": "<answer>x</answer>",
+                   name: {"ground_truth": {"target": wrong,
+                                           "search_keys": wrong}}})
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for spec in (step_rewards.RewardSpec.paper(),
+               step_rewards.RewardSpec.released()):
+    scored = list(score_tool.score_file(spec, str(path)))
+    assert len(scored) == len(rows)
+    for row in scored:
+      assert ("error" in row) != ("score" in row)
+      assert json.loads(json.dumps(row)) == row
+
+
+def test_lines_that_are_no_rows_are_answered_and_lose_no_others(tmp_path):
+  good = json.dumps(ROWS[0]).encode()
+  lines = [b"[1]", good, b'{"id": "cut', b"5", b"null", b"\xff\xfe", good,
+           b"[" * 100_000]
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(b"\n".join(lines))
+  spec = step_rewards.RewardSpec.paper()
+  scored = list(score_tool.score_file(spec, str(path)))
+  assert ["score" in row for row in scored] == [
+    line is good for line in lines]
+  packed = gzip.compress(b"\n".join([good] * 2000))
+  path = tmp_path / "rows.jsonl.gz"
+  path.write_bytes(packed[: len(packed) - 20])
+  scored = list(score_tool.score_file(spec, str(path)))
+  assert "gzip" in scored[-1]["error"]
+  assert len(scored) > 1 and "score" in scored[0]
