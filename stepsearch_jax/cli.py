@@ -8,6 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+# Read when transformers is imported: no note that torch is missing.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import jax
 from absl import app, flags, logging
 from etils import epath

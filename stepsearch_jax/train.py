@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 
+import jax
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -220,7 +221,9 @@ class Job:
     """Plays and learns one batch; returns the step's metrics."""
     settings, state = self.experiment.settings, self.state
     tokenizer, watch = self.experiment.tokenizer, metrics.Stopwatch()
-    with self.profiler.step(state.step + 1):
+    # An array that comes to the host unasked is a hidden wait.
+    guard = jax.transfer_guard_device_to_host("disallow")
+    with self.profiler.step(state.step + 1), guard:
       with watch.time("gen"):
         asked = [
           question

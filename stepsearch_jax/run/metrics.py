@@ -23,16 +23,25 @@ from etils import epath
 
 from stepsearch_jax import files
 
+# Of orbax: checkpoints without a score, and a policy that is read alone.
+_IDLE_WARNINGS = ("Requested `tracked_metric`", "_CHECKPOINT_METADATA",
+                  "Metadata file does not exist")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def quiet_libraries() -> None:
-  """Shows this project's log lines and everybody's warnings, nothing else."""
+  """Shows this project's log lines and everybody's warnings, nothing else.
+
+  Warnings that every run of ours earns and nobody can act on are left out.
+  """
   project = str(epath.Path(__file__).parents[1])
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(
-    lambda record: record.levelno >= logging.converter.STANDARD_WARNING
-    or record.pathname.startswith(project)
+    lambda record: record.pathname.startswith(project)
+    or (
+      record.levelno >= logging.converter.STANDARD_WARNING
+      and not any(text in str(record.msg) for text in _IDLE_WARNINGS)
+    )
   )
 
 
