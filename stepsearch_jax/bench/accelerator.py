@@ -1,31 +1,44 @@
-"""The shares of an accelerator's peaks that update, prefill and decode reach.
+"""The shares of an accelerator's peaks that each phase of training reaches.
 
-Model FLOPs are counted, not the hardware's: rematerialisation and padding
-raise the time and not the work.
+Model FLOPs are counted, not the hardware's: rematerialization and padding
+raise the time and not the work. Every figure builds what it needs when it is
+taken, so that one alone (`--what=decode`) costs nothing of the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-import tempfile
+import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepsearch_jax.bench import duel, programs, replay, update, workload
+from stepsearch_jax.bench import (
+  duel,
+  profile,
+  programs,
+  replay,
+  update,
+  workload,
+)
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.plan import machines
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Of the workloads; tokens and rows."""
+  """Of the workloads; tokens and rows.
+
+  Attributes:
+    update_layers: of the model that is trained; 0 = as many as fit.
+    replay_shapes: of the replay's programs; few, since compiling them for an
+      accelerator takes longer than the replay.
+  """
 
   update_rows: int = 8
   update_length: int = 2048
@@ -35,6 +48,16 @@ class Sizes:
   decode_rows: int = 64
   decode_length: int = 1024
   trajectories: int = 64
+  update_layers: int = 0
+  replay_shapes: replay.Shapes = replay.Shapes((8,), (192, 576), (1152,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A call to be timed, and the FLOPs or bytes that it cannot do without."""
+
+  call: Callable[[], Any]
+  amount: float
 
 
 def qwen3b() -> decoder.DecoderConfig:
@@ -44,6 +67,16 @@ def qwen3b() -> decoder.DecoderConfig:
     intermediate_size=11_008, num_layers=36, num_heads=16, num_kv_heads=2,
     head_dim=128, rope_theta=1e6, qkv_bias=True, dtype=jnp.bfloat16,
   )
+
+
+def tiny() -> tuple[decoder.DecoderConfig, Sizes]:
+  """A shape and sizes that rehearse the suite on any machine."""
+  config = dataclasses.replace(
+    qwen3b(), vocab_size=512, hidden_size=64, intermediate_size=128,
+    num_layers=2, num_heads=4, head_dim=16,
+  )
+  shapes = replay.Shapes((2,), (192, 576), (768,))
+  return config, Sizes(2, 128, 1, 2, 64, 2, 128, 2, 0, shapes)
 
 
 def trunk_weights(config: decoder.DecoderConfig) -> int:
@@ -82,41 +115,81 @@ def decode_bytes(
   return width * (weights + rows * length * cache)
 
 
-def _update(config, params, sizes: Sizes):
-  """(a function that updates once, FLOPs of an update)."""
-  batch = update.full_rows(
-    sizes.update_rows, sizes.update_length, config.vocab_size
-  )
-  ours = update.Ours(
-    config, params, batch, "grpo", sizes.micro_rows, sizes.update_length
-  )
-  zeros = np.zeros(batch.tokens.shape, np.float32)
-  experience = ours.experience(zeros - 10.0, zeros + 1.0)
-  flops = 3 * forward_flops(
-    config, sizes.update_rows, sizes.update_length,
-    int(batch.policy_mask.sum()),
-  )
-  return lambda: ours.update(experience), flops
+def fitting_layers(config: decoder.DecoderConfig, memory: float) -> int:
+  """Layers of a shape whose full training fits a device, in steps of four.
+
+  A weight that is trained takes 24 bytes while gradients accumulate: master,
+  two moments, two gradients in float32, and two copies in the type of compute
+  (reference and cast). A quarter more and 10 GB are left to activations.
+
+  Args:
+    config: shape.
+    memory: bytes of the device.
+  """
+  weights = (memory - 10 * machines.GB) / 30
+  weights -= config.vocab_size * config.hidden_size
+  layers = int(weights * config.num_layers / trunk_weights(config))
+  return min(max(layers - layers % 4, 1), config.num_layers)
 
 
-def _prefill(config, params, sizes: Sizes):
-  """(a function that ingests once, FLOPs of it)."""
+def random_policy(config: decoder.DecoderConfig):
+  """Random parameters in the type of compute.
+
+  Beside the optimizer there is no room for more.
+  """
+  return jax.jit(lambda key: jax.tree.map(
+    lambda x: x.astype(config.dtype), heads.init_policy(config, key)
+  ))(jax.random.key(0))
+
+
+class _Training:
+  """A learner on full rows."""
+
+  def __init__(self, config, sizes: Sizes):
+    self._config = config
+    self._batch = update.full_rows(
+      sizes.update_rows, sizes.update_length, config.vocab_size
+    )
+    self._ours = update.Ours(
+      config, random_policy(config), self._batch, "grpo", sizes.micro_rows,
+      sizes.update_length,
+    )
+
+  def _forward(self) -> float:
+    return forward_flops(
+      self._config, *self._batch.tokens.shape,
+      int(self._batch.policy_mask.sum()),
+    )
+
+  def update(self) -> Work:
+    """One optimizer step."""
+    zeros = np.zeros(self._batch.tokens.shape, np.float32)
+    experience = self._ours.experience(zeros - 10.0, zeros + 1.0)
+    return Work(lambda: self._ours.update(experience), 3 * self._forward())
+
+  def scoring(self) -> Work:
+    """Log-probabilities under policy and reference."""
+    return Work(lambda: self._ours.scores().logp, 2 * self._forward())
+
+
+def _prefill(config, sizes: Sizes) -> Work:
+  """Prompts into all slots at once."""
   rows, length = sizes.prefill_rows, sizes.prefill_length
   sampler = programs.endless(config, rows, length)
-  params = sampler.decode_params(params)
+  params = sampler.decode_params(random_policy(config))
   chunk = programs.prompts(np.ones((rows, length), np.int32), 1, 1.0)
-  return (
+  return Work(
     lambda: sampler.extend(params, sampler.init_state(), chunk, length),
     forward_flops(config, rows, length, 0),
   )
 
 
-def _decode(config, params, sizes: Sizes):
-  """(a function that decodes a block, bytes that its steps must read)."""
+def _decode(config, sizes: Sizes) -> Work:
+  """A block of decode steps in full slots."""
   rows, length = sizes.decode_rows, sizes.decode_length
   steps = programs.BLOCK
   sampler = programs.endless(config, rows, length)
-  params = sampler.decode_params(params)
+  params = sampler.decode_params(random_policy(config))
 
   def block():
     return sampler.decode_block(
@@ -124,7 +197,7 @@ def _decode(config, params, sizes: Sizes):
       length, steps, rows + 1,
     )
 
-  return block, steps * decode_bytes(config, rows, length - steps // 2)
+  return Work(block, steps * decode_bytes(config, rows, length - steps // 2))
 
 
 def _seconds(call) -> float:
@@ -133,84 +206,110 @@ def _seconds(call) -> float:
   return time.perf_counter() - began
 
 
-def largest_ops(call, count: int = 10) -> list[tuple[str, float]]:
-  """The device operations of a call that take longest: (name, share)."""
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      jax.block_until_ready(call())
-    (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-    profile = jax.profiler.ProfileData.from_file(str(path))
-  spent = Counter()
-  for plane in profile.planes:
-    if not plane.name.startswith("/device:"):
-      continue
-    for line in plane.lines:
-      if line.name == "XLA Ops" or line.name.startswith("Stream"):
-        for event in line.events:
-          spent[event.name] += event.duration_ns
-  whole = sum(spent.values()) or 1
-  return [(name, ns / whole) for name, ns in spent.most_common(count)]
-
-
 @dataclasses.dataclass
 class Share(duel.Reading):
-  """A reading that also names the largest operations of its call."""
+  """The share of a peak that some work reaches, with its seconds and profile.
 
-  call: Callable = lambda: None
+  Attributes:
+    make: builds the work.
+    peak: FLOPs or bytes a second.
+  """
+
+  make: Callable[[], Work] = None
+  peak: float = 1.0
 
   def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
     """See `duel.Reading.measure`."""
+    if before and len(before["repeats"]) >= repeats:
+      return
+    work, seconds = self.make(), []
+
+    def read():
+      seconds.append(_seconds(work.call))
+      return work.amount / self.peak / seconds[-1]
+
+    self.read = read
     for result in super().measure(repeats, before):
-      yield result | {"largest_ops": largest_ops(self.call)}
+      result |= {
+        "seconds": statistics.median(seconds[self.warm_up:]),
+        "first_seconds": seconds[0],
+      }
+      yield result  # Kept should the profiler fail.
+      yield result | profile.of_call(work.call)
+    self.read = None
+
+
+def _replay(path, config, sizes: Sizes) -> Work:
+  """Whole rollouts of given lengths; the amount is their tokens."""
+  replays = workload.load(path, sizes.trajectories)
+  engine = replay.Ours(
+    config, random_policy(config), replays, sizes.decode_rows,
+    shapes=sizes.replay_shapes,
+  )
+  engine.compile_ahead()
+  return Work(engine.play, sum(r.total for r in replays))
+
+
+def _memory(what: str, work: str) -> Iterator[duel.Reading]:
+  """The most memory that this process held so far, where devices tell."""
+  device = jax.local_devices()[0]
+  if device.memory_stats():
+    yield duel.Reading(
+      f"{what}, peak memory of the process so far", work,
+      lambda: device.memory_stats()["peak_bytes_in_use"] / machines.GB,
+      unit="GB",
+    )
 
 
 def readings(
   path: str | None, config: decoder.DecoderConfig | None = None,
   sizes: Sizes | None = None,
 ) -> Iterator[duel.Reading]:
-  """Update, prefill, decode, a replay and peak memory on one accelerator.
+  """Update, scoring, decode, prefill and a replay on one accelerator.
 
   Args:
-    path: recorded workloads (JSON); None makes similar ones up.
+    path: recorded workloads (JSON); None makes similar ones up; "tiny" also
+      takes `tiny` sizes.
     config: shape; None is Qwen2.5-3B's.
-    sizes: of the workloads; None suits 80 GB.
+    sizes: of the workloads; None suits 80 GB and more.
 
   Raises:
     UserError: the device's peaks are not known.
   """
+  if path == "tiny":
+    path, (config, sizes) = None, tiny()
   config, sizes = config or qwen3b(), sizes or Sizes()
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   machine = machines.of_device(device.platform, device.device_kind)
-  # In the type of compute: beside the optimiser there is no room for more.
-  params = jax.jit(lambda key: jax.tree.map(
-    lambda x: x.astype(config.dtype), heads.init_policy(config, key)
-  ))(jax.random.key(0))
-  name = f"{trunk_weights(config) / 1e9:.2g} B layers, {machine.name}"
-  for what, make, peak, work, goal in (
-    ("update, share of peak compute", _update, machine.flops,
-     f"{sizes.update_rows} x {sizes.update_length}", "0.45"),
-    ("prefill, share of peak compute", _prefill, machine.flops,
-     f"{sizes.prefill_rows} x {sizes.prefill_length}", "0.5"),
-    ("decode, share of peak bandwidth", _decode, machine.bandwidth,
-     f"{sizes.decode_rows} rows at {sizes.decode_length}", "0.6"),
+  memory = (device.memory_stats() or {}).get("bytes_limit", machine.memory)
+  layers = sizes.update_layers or fitting_layers(config, memory)
+  trained = dataclasses.replace(config, num_layers=layers)
+  whole = f"{trunk_weights(config) / 1e9:.2g} B layers, {machine.name}"
+  part = f"{layers} of {config.num_layers} layers, {machine.name}"
+  training = functools.cache(lambda: _Training(trained, sizes))
+  rows = f"{sizes.update_rows} x {sizes.update_length}"
+  compute, bytes_ = "share of peak compute", "share of peak bandwidth"
+  for what, unit, make, peak, work, goal in (
+    ("training: update", compute, lambda: training().update(), machine.flops,
+     f"{rows}, {part}", "0.45"),
+    ("training: scoring", compute, lambda: training().scoring(), machine.flops,
+     f"{rows}, {part}", "0.5"),
+    ("decode", bytes_, lambda: _decode(config, sizes), machine.bandwidth,
+     f"{sizes.decode_rows} rows at {sizes.decode_length}, {whole}", "0.6"),
+    ("prefill", compute, lambda: _prefill(config, sizes), machine.flops,
+     f"{sizes.prefill_rows} x {sizes.prefill_length}, {whole}", "0.5"),
   ):
-    call, amount = make(config, params, sizes)
+    if what == "decode":
+      training.cache_clear()  # The optimizer would take the cache's room.
     yield Share(
-      what, f"{work}, {name}",
-      lambda c=call, a=amount, p=peak: a / p / _seconds(c), goal=goal,
-      warm_up=True, call=call,
+      f"{what}, {unit}", work, None, goal=goal, warm_up=True, make=make,
+      peak=peak,
     )
-    del call
+    yield from _memory(what, work)
   replays = workload.load(path, sizes.trajectories)
-  engine = replay.Ours(config, params, replays, sizes.decode_rows)
-  tokens = sum(r.total for r in replays)
-  yield duel.Reading(
-    "replay, tokens a second", f"{workload.describe(replays)}, {name}",
-    lambda: tokens / _seconds(engine.play), warm_up=True,
+  work = f"{workload.describe(replays)}, {whole}"
+  yield Share(
+    "replay, tokens a second", work, None, warm_up=True,
+    make=lambda: _replay(path, config, sizes),
   )
-  if device.memory_stats():
-    yield duel.Reading(
-      "peak memory of all of these", name,
-      lambda: device.memory_stats()["peak_bytes_in_use"] / machines.GB,
-      unit="GB",
-    )
+  yield from _memory("replay", work)

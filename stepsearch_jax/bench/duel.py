@@ -98,6 +98,7 @@ class Reading:
     what, work, goal, unit: see `Duel`.
     read: returns the figure.
     warm_up: a first call differs (compilation) and does not count.
+    once: repeats would find the same.
   """
 
   what: str
@@ -106,9 +107,11 @@ class Reading:
   goal: str = ""
   unit: str = ""
   warm_up: bool = False
+  once: bool = False
 
   def measure(self, repeats: int, before: dict | None = None) -> Iterator[dict]:
     """Yields the median of the repeats, or nothing if `before` has them."""
+    repeats = 1 if self.once else repeats
     if before and len(before["repeats"]) >= repeats:
       return
     turns = tqdm.trange(repeats + self.warm_up, desc=self.what, leave=False)

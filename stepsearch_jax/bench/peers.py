@@ -8,7 +8,6 @@ import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
-from stepsearch_jax.models.weights import export as hf_export
 
 # Tunix ignores the rotary base of a config and takes this one.
 _ROPE_THETA = 1e6
@@ -32,6 +31,8 @@ def torch_config(config: decoder.DecoderConfig, **changes):
   """The same shape as a transformers config."""
   import transformers
 
+  from stepsearch_jax.models.weights import export as hf_export
+
   fields = hf_export.hf_config(config, "float32", [0], 0)
   # Nothing may end a turn early, and padding is told by masks.
   fields |= {"eos_token_id": None, "pad_token_id": None, **changes}
@@ -42,6 +43,8 @@ def torch_policy(params, config: decoder.DecoderConfig):
   """transformers' model with our weights."""
   import torch
   import transformers
+
+  from stepsearch_jax.models.weights import export as hf_export
 
   model = transformers.LlamaForCausalLM(torch_config(config))
   found = {

@@ -7,6 +7,7 @@ writes. Tokens are sampled at temperature 1.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -19,6 +20,21 @@ from stepsearch_jax.rollout import engine, records
 from stepsearch_jax.rollout import programs as sampler
 
 _ROOM = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """Of the programs that a replay compiles.
+
+  Attributes:
+    rows, tokens: see `records.EngineSpec`.
+    bounds: on the positions that a program attends to, below the context;
+      None = the sampler's own.
+  """
+
+  rows: tuple[int, ...] = (1, 4, 8)
+  tokens: tuple[int, ...] = (64, 160, 256, 448, 512, 576)
+  bounds: tuple[int, ...] | None = None
 
 
 class _Lengths:
@@ -102,22 +118,30 @@ class Ours:
   """
 
   def __init__(self, config, params, replays: list[Replay], slots: int,
-               delay: float = 0.0, retrieval_delay: int = 2):
+               delay: float = 0.0, retrieval_delay: int = 2,
+               shapes: Shapes = Shapes()):  # noqa: B008 - it is frozen
     """Prepares everything that a training run keeps between steps."""
     self.params, self._count = params, len(replays)
     context = max(r.total for r in replays) + _ROOM
     context += -context % 128
     texts = _Lengths(replays, config.vocab_size, delay)
     self.programs = programs.endless(config, slots, context, _Counting)
+    if shapes.bounds is not None:
+      below = (bound for bound in shapes.bounds if bound < context)
+      self.programs.kv_buckets = (*below, context)
     limits = records.EngineSpec(
       max_prompt=context, max_turn=context, max_observation=context,
-      answer_room=1, retrieval_delay=retrieval_delay, extend_rows=(1, 4, 8),
-      extend_tokens=(64, 160, 256, 448, 512, 576),
+      answer_room=1, retrieval_delay=retrieval_delay,
+      extend_rows=shapes.rows, extend_tokens=shapes.tokens,
     )
     self._engine = _ReplayEngine(
       replays, self.programs, texts, texts, texts, limits, 0
     )
     self.stats = records.RolloutStats()
+
+  def compile_ahead(self) -> None:
+    """Compiles all programs, side by side."""
+    self._engine.compile_ahead()
 
   def play(self) -> list[tuple[int, int]]:
     """(tokens, sampled tokens) of every trajectory."""

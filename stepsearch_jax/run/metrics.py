@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.monitoring
-import tensorboardX
 import tqdm
 from absl import logging
 from etils import epath
@@ -115,6 +114,9 @@ class MetricsWriter:
     files.write_text(self._path, "".join(_records_before(self._path, step)))
     if self._board is not None:
       self._board.close()
+    # Here, so that a machine without it can still measure and evaluate.
+    import tensorboardX
+
     self._board = tensorboardX.SummaryWriter(
       self._board_folder, purge_step=step
     )

@@ -3,8 +3,15 @@
   pip install -e ".[bench]"
   python -m stepsearch_jax.tools.bench --suite=rewards --json=rewards.json
 
+Suites with a peer: rewards, retrieval, rollout (replay, decode, prefill),
+update (and its memory), step (whole PPO steps). Without one: growth (of cost
+with tokens), training (reads a finished run), accelerator (shares of a
+device's peaks), attention (kernels side by side), parity (this device beside
+the CPU).
+
 Ours and the peer alternate; medians and ratios of at least three repeats are
 printed with the workload and the versions, after the results were found equal.
+A figure that fails is named, with what it raised, and the others are taken.
 Speeds are ratios on this machine, not promises. Tunix joins the rollout suite
 where it is installed; its pins clash with this project's, so that takes
 
@@ -15,38 +22,35 @@ where it is installed; its pins clash with this project's, so that takes
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 import re
+import sys
+import traceback
 
 import jax
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
-from stepsearch_jax import cli
-from stepsearch_jax.bench import (
-  accelerator,
-  duel,
-  growth,
-  report,
-  retrieval,
-  rewards,
-  rollout,
-  training,
-  update,
-)
+from stepsearch_jax import cli, types
+from stepsearch_jax.bench import duel, report
 from stepsearch_jax.evaluation import card as evaluation
 
+# Suite: module of bench and its function. One suite's packages need not be
+# there for another.
 _SUITES = {
-  "rewards": rewards.duels,
-  "retrieval": retrieval.duels,
-  "rollout": rollout.duels,
-  "update": update.duels,
-  "step": update.steps,
-  "growth": growth.growths,
-  "training": training.readings,
-  "accelerator": accelerator.readings,
+  "rewards": ("rewards", "duels"),
+  "retrieval": ("retrieval", "duels"),
+  "rollout": ("rollout", "duels"),
+  "update": ("update", "duels"),
+  "step": ("update", "steps"),
+  "growth": ("growth", "growths"),
+  "training": ("training", "readings"),
+  "accelerator": ("accelerator", "readings"),
+  "attention": ("attention", "readings"),
+  "parity": ("parity", "readings"),
 }
 _SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
 _INPUT = flags.DEFINE_string(
@@ -54,7 +58,8 @@ _INPUT = flags.DEFINE_string(
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
   "ones; retrieval: passage files, separated by commas, default none; "
   "rollout, step and accelerator: recorded workloads (JSON), default made-up "
-  "ones; training: the folder of a finished run.",
+  "ones; training: the folder of a finished run; accelerator, attention and "
+  "parity: `tiny` rehearses them at sizes that any machine can do.",
 )
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."
@@ -98,8 +103,18 @@ def _versions() -> dict[str, str]:
   return found
 
 
-def main() -> None:
-  """Entry; see the module docstring."""
+def _items(suite: str):
+  module, function = _SUITES[suite]
+  module = importlib.import_module(f"stepsearch_jax.bench.{module}")
+  return getattr(module, function)(_INPUT.value)
+
+
+def main() -> int:
+  """Entry; see the module docstring.
+
+  Returns:
+    The exit code: 1 if a figure could not be taken.
+  """
   versions = _versions()
   print("  ".join(f"{k} {v}" for k, v in versions.items()))
   kept = report.Report(_JSON.value, {
@@ -108,18 +123,36 @@ def main() -> None:
   if len(kept):
     print(f"{_JSON.value} has figures ({len(kept)}); only repeats they lack "
           "are taken. For new ones give --json another file.")
-  for item in _SUITES[_SUITE.value](_INPUT.value):
+  failed = 0
+  for item in _items(_SUITE.value):
     if _PEER.value in getattr(item, "peer", "") and (
       _WHAT.value in f"{item.what} ({item.work})"
     ):
-      print(_line(kept.measure(item, _REPEATS.value)), flush=True)
+      failed += not _taken(kept, item)
+  return int(failed > 0)
+
+
+def _taken(kept: report.Report, item) -> bool:
+  """Measures one figure and prints it, or what it raised."""
+  try:
+    result = kept.measure(item, _REPEATS.value)
+  except Exception as error:  # noqa: BLE001 - the next figure may well work
+    logging.debug("where it happened", exc_info=True)
+    kept.failed(item, error)
+    print(f"FAILED {item.what} ({item.work}): {report.brief(error)}",
+          flush=True)
+    if not isinstance(error, types.UserError):
+      traceback.print_exception(error, limit=-4, file=sys.stderr)
+    return False
+  print(_line(result), flush=True)
+  return True
 
 
 def _line(result: dict) -> str:
   head = f"{result['what']} ({result['work']})"
   goal = f", asked: {result['goal']}" if result["goal"] else ""
   if "peer_name" not in result:
-    return f"{head}: {result['value']:.3f} {result['unit']}{goal}"
+    return f"{head}: {result['value']:.3g} {result['unit']}{goal}"
   return (f"{head} beside {result['peer_name']}: {result['ours']:.4f} and "
           f"{result['peer']:.4f} {result['unit']}, ratio "
           f"{result['ratio']:.2f}{goal}")

@@ -46,15 +46,22 @@ def test_an_unknown_device_is_an_error():
     machines.of_device("gpu", "GTX 970")
 
 
+def test_as_many_layers_are_trained_as_fit():
+  config = accelerator.qwen3b()
+  # 311 M weights of the vocabulary and 77.07 M a layer, 30 bytes each.
+  assert accelerator.fitting_layers(config, 78e9) == 24  # 25.4 in 68 GB.
+  assert accelerator.fitting_layers(config, 138e9) == 36  # All of them.
+  assert accelerator.fitting_layers(config, 10e9) == 1
+
+
 @pytest.mark.slow
 def test_every_reading_of_the_suite_is_taken():
-  sizes = accelerator.Sizes(2, 128, 1, 2, 64, 2, 128, 2)
   with jax.numpy_dtype_promotion("standard"):
     readings = [
-      result for r in accelerator.readings(None, SMALL, sizes)
-      for result in r.measure(3)
+      result for r in accelerator.readings("tiny") for result in r.measure(3)
     ]
-  assert [r["what"].split(",")[0] for r in readings[:4]] == [
-    "update", "prefill", "decode", "replay"
+  taken = {r["what"].partition(",")[0]: r for r in readings}
+  assert list(taken) == [
+    "training: update", "training: scoring", "decode", "prefill", "replay"
   ]
-  assert all(r["value"] > 0 for r in readings)
+  assert all(r["value"] > 0 and r["seconds"] > 0 for r in taken.values())

@@ -77,3 +77,20 @@ def test_a_file_that_is_no_report_is_named(tmp_path, text):
   with pytest.raises(ValueError, match="notes.json is no report"):
     report.Report(path, HEAD)
   assert path.read_text() == text
+
+
+def test_a_failure_is_kept_until_the_figure_is_taken(tmp_path):
+  path = tmp_path / "parity.json"
+  reading = duel.Reading("scores", "bfloat16", lambda: 0.5)
+  report.Report(path, HEAD).failed(reading, RuntimeError("no\nkernel"))
+  found = json.loads(path.read_text())
+  assert found["results"] == []
+  assert [f["error"] for f in found["failures"]] == [
+    "RuntimeError: no | kernel"
+  ]
+  versions = {"versions": {"commit": "a", "machine": "H100"}, "suite": "s"}
+  assert "FAILED  scores (bfloat16): RuntimeError: no | kernel" in (
+    report.summary([found | versions])
+  )
+  report.Report(path, HEAD).measure(reading, 3)
+  assert "failures" not in json.loads(path.read_text())

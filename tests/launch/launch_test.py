@@ -55,3 +55,16 @@ def test_gpu_launcher_on_one_machine_passes_flags_on():
   assert done.stdout.strip().endswith(
     "-m stepsearch_jax.train --workdir=w --config=c"
   )
+
+
+@pytest.mark.parametrize("argument, message", [
+  ("--stages=parity,replays", "no stage replays"),
+  ("--limits=updates:3", "no stage updates"),
+  ("--color=red", "unknown argument --color=red"),
+])
+def test_gpu_check_names_bad_arguments_before_it_starts(
+  argument, message, tmp_path
+):
+  done = launch("gpu_check.sh", f"--out={tmp_path / 'out'}", argument)
+  assert done.returncode == 1 and message in done.stderr
+  assert not (tmp_path / "out").exists()
