@@ -64,7 +64,19 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["stepsearch_jax*", "configs*"]),
+  # Configs and launchers travel inside the package, so that nothing called
+  # `configs` stands at the top of site-packages.
+  packages=[
+    *setuptools.find_packages(include=["stepsearch_jax*"]),
+    "stepsearch_jax.shipped.configs", "stepsearch_jax.shipped.launch",
+  ],
+  package_dir={
+    "stepsearch_jax.shipped.configs": "configs",
+    "stepsearch_jax.shipped.launch": "launch",
+  },
+  entry_points={
+    "console_scripts": ["stepsearch = stepsearch_jax.__main__:main"],
+  },
   install_requires=_CORE,
   extras_require={
     "tpu": _jax("[tpu]"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 # Read when transformers is imported: no note that torch is missing.
@@ -26,10 +29,19 @@ _MULTIHOST = flags.DEFINE_bool(
   "GKE, MPI).",
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "host:port of process 0, where the environment is mute."
+  "coordinator", None,
+  "host:port of process 0, where the environment does not say it.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With it.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With it.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes; goes with --coordinator."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which one this is; goes with --coordinator."
+)
+_SHARED_FLAGS = [
+  flags.FLAGS[name]
+  for name in ("multihost", "coordinator", "num_processes", "process_id")
+]
 
 # Tells a scheduler to run the same command again (BSD's EX_TEMPFAIL).
 EXIT_PREEMPTED = 75
@@ -57,7 +69,10 @@ def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
     required: flags that must be given.
   """
   flags.mark_flags_as_required(required)
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  app.run(
+    lambda argv: _guarded(main, argv),
+    flags_parser=functools.partial(_parse, main),
+  )
 
 
 class Interrupts:
@@ -135,16 +150,79 @@ def _with_saved_config(argv: Sequence[str]) -> list[str]:
   return [argv[0], f"--config={saved}:{workdir}", *argv[1:]]
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _config_folders() -> list[epath.Path]:
+  """Where configs are looked for by name: here, a checkout, an installation."""
+  package = epath.Path(__file__).parent
+  return [
+    epath.Path("configs"), package.parent / "configs",
+    package / "shipped" / "configs",
+  ]
+
+
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+  """Replaces --config=NAME[:argument] by the path of a shipped config."""
+  value = _value(argv, "config")
+  if value is None:
+    return list(argv)
+  name, colon, argument = value.partition(":")
+  if not (name.endswith(".py") and epath.Path(name).exists()):
+    stem = epath.Path(name).name.removesuffix(".py")
+    folders = [f for f in _config_folders() if (f / f"{stem}.py").exists()]
+    if not folders:
+      known = sorted({
+        path.stem for folder in _config_folders() if folder.exists()
+        for path in folder.glob("*.py") if path.stem != "__init__"
+      })
+      near = difflib.get_close_matches(stem, known, 1)
+      sys.exit(
+        f"error: --config={value}: there is no such config; "
+        + (f"did you mean {near[0]}?" if near else f"there are {known}")
+      )
+    name = str(folders[0] / f"{stem}.py")
+  # A config imports its neighbors as `configs`.
+  sys.path.insert(0, str(epath.Path(name).parent.resolve().parent))
+  path = name + colon + argument
+  return [
+    f"--config={path}" if a.startswith(("--config=", "-config="))
+    else path if i and argv[i - 1] in ("--config", "-config") else a
+    for i, a in enumerate(argv)
+  ]
+
+
+def _print_help(main: Callable) -> None:
+  """Prints what a command does and the flags that are its own."""
+  module = sys.modules[main.__module__]
+  print((module.__doc__ or "").strip(), "\n\nflags:")
+  own = flags.FLAGS.get_key_flags_for_module(module.__name__) or (
+    flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+  )
+  for flag in [*own, *_SHARED_FLAGS]:
+    default = "" if flag.default in (None, False, "") else (
+      f" (default {flag.default_as_str})"
+    )
+    if flag.name.startswith("config."):
+      continue
+    print(f"  --{flag.name}\n" + textwrap.fill(
+      (flag.help or "") + default, 76, initial_indent="      ",
+      subsequent_indent="      ",
+    ))
+
+
+def _parse(main: Callable, argv: Sequence[str]) -> list[str]:
+  if {"--help", "-h", "-help", "--helpshort"} & set(argv):
+    _print_help(main)
+    sys.exit(0)
   try:
-    return app.parse_flags_with_usage(_with_saved_config(argv))
+    return app.parse_flags_with_usage(
+      _with_saved_config(_with_config_path(argv))
+    )
   except (AttributeError, KeyError) as error:
     # ml_collections refuses unknown fields with a bare key.
     field = str(error).strip("\"'")
-    given = [arg for arg in argv if f".{field}" in arg]
+    wrong = [arg for arg in argv if f".{field}" in arg]
     sys.exit(
-      f"error: {' '.join(given) or field}: the config has no field "
-      f"{field!r}; all fields are in configs/common.py"
+      f"error: {' '.join(wrong) or field}: the config has no field {field!r}; "
+      "all fields are in configs/README.md"
     )
 
 

@@ -1,0 +1,73 @@
+"""Verbs, help, configs by name, and requests to stop."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stepsearch_jax import __main__ as verbs
+from stepsearch_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def stepsearch(*arguments, cwd=ROOT):
+  return subprocess.run(
+    [sys.executable, "-m", "stepsearch_jax", *arguments], cwd=cwd, text=True,
+    capture_output=True, timeout=120,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+  )
+
+
+def test_every_verb_names_a_module_that_runs_as_a_command():
+  for verb, (module, _) in verbs.VERBS.items():
+    if verb == "sweep":
+      path = ROOT / "launch/sweep.py"
+    else:
+      path = ROOT / "stepsearch_jax" / (module.replace(".", "/") + ".py")
+    assert 'if __name__ == "__main__":' in path.read_text(), verb
+  assert stepsearch("help").stdout.count("\n  ") >= len(verbs.VERBS)
+
+
+def test_an_unknown_verb_or_config_names_the_nearest(tmp_path):
+  done = stepsearch("evalute")
+  assert (done.returncode, done.stderr) == (
+    1, "error: there is no verb 'evalute'; did you mean 'evaluate'?\n"
+  )
+  done = stepsearch("train", "--config=quikstart", "--workdir=w", cwd=tmp_path)
+  assert done.returncode == 1
+  assert done.stderr.endswith("did you mean quickstart?\n")
+
+
+def test_help_shows_the_flags_of_the_verb_with_an_example(tmp_path):
+  done = stepsearch("export", "--help", cwd=tmp_path)
+  assert done.returncode == 0
+  for part in ("--workdir=runs/quickstart", "--dtype", "--output"):
+    assert part in done.stdout
+  assert "--logtostderr" not in done.stdout
+
+
+def test_configs_are_found_from_anywhere(tmp_path):
+  done = stepsearch(
+    "train", "--config=quickstart", "--config.sentinel.action=stop",
+    "--workdir=w", cwd=tmp_path,
+  )
+  assert done.stderr.endswith(
+    "error: sentinel.action: expected one of ('off', 'warn', 'halt', "
+    "'rollback'), got 'stop'\n"
+  )
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_signal_stops_at_once_or_where_the_loop_says():
+  interrupts = cli.Interrupts()
+  with interrupts.deferred():
+    interrupts._handle(signal.SIGTERM, None)
+    assert interrupts.requested
+    with pytest.raises(cli.PreemptedError, match="SIGINT"):
+      interrupts._handle(signal.SIGINT, None)  # The second one is serious.
+  with pytest.raises(cli.PreemptedError, match="stopped by SIGTERM"):
+    cli.Interrupts()._handle(signal.SIGTERM, None)
