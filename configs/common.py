@@ -243,6 +243,9 @@ def _mesh():
   mesh.data = -1
   mesh.fsdp = 1
   mesh.tensor = 1
+  # Changes to parallel/sharding.py's table of what is split over which of
+  # these, for instance "vocab=fsdp,mlp=tensor+fsdp,embed=".
+  mesh.rules = ""
   return mesh
 
 

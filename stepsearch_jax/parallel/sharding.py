@@ -7,32 +7,39 @@ a PartitionSpec.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from absl import logging
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from stepsearch_jax import types
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. A dimension that does not divide is replicated.
+# Logical axis -> mesh axes. A dimension that does not divide stays whole, which
+# is logged; no mesh axis may split two dimensions of one array. `mesh.rules`
+# changes single entries.
 RULES = (
   ("batch", ("data", "fsdp")),
   ("slots", ("data", "fsdp")),
-  ("vocab", "tensor"),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("mlp", "tensor"),
-  ("embed", "fsdp"),
-  ("act_embed", None),
-  ("norm", None),
-  ("head_dim", None),
-  ("length", None),
-  ("layers", None),
-  ("rank", None),
+  ("vocab", ("tensor",)),
+  ("heads", ("tensor",)),
+  ("kv_heads", ("tensor",)),
+  ("mlp", ("tensor",)),
+  ("embed", ("fsdp",)),
+  ("act_embed", ()),
+  ("norm", ()),
+  ("head_dim", ()),
+  ("length", ()),
+  ("layers", ()),
+  ("rank", ()),
 )
 
 
@@ -62,41 +69,142 @@ def mesh_shape(
   return data, fsdp, tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceMesh:
+  """Devices in a grid, and which logical axis is split over which of its axes.
+
+  Attributes:
+    mesh: jax's mesh with the axes `AXES`.
+    rules: (logical axis, mesh axes) of every logical axis.
+  """
+
+  mesh: Mesh | AbstractMesh
+  rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+  @property
+  def size(self) -> int:
+    """Number of devices."""
+    return self.mesh.size
+
+
 def make_mesh(
-  data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None
-) -> Mesh:
-  """A mesh over all devices, or the given ones; see `mesh_shape`."""
+  data: int = -1, fsdp: int = 1, tensor: int = 1, rules: str = "", devices=None
+) -> DeviceMesh:
+  """Returns a mesh over all devices, or the given ones.
+
+  Args:
+    data, fsdp, tensor: see `mesh_shape`.
+    rules: see `parse_rules`.
+    devices: None = all of the run.
+
+  Raises:
+    UserError: another number of devices is needed, or a rule names an unknown
+      axis.
+  """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  return Mesh(
-    devices.reshape(mesh_shape(devices.size, data, fsdp, tensor)), AXES
+  shape = mesh_shape(devices.size, data, fsdp, tensor)
+  # Neighbours in the grid are neighbours in the machine, where it has a shape.
+  grid = mesh_utils.create_device_mesh(
+    shape, devices.ravel().tolist(), allow_split_physical_axes=True
+  )
+  return DeviceMesh(Mesh(grid, AXES), parse_rules(rules))
+
+
+def abstract_mesh(
+  data: int, fsdp: int, tensor: int, rules: str = ""
+) -> DeviceMesh:
+  """Returns a mesh without devices, for questions about shapes."""
+  mesh = AbstractMesh((data, fsdp, tensor), AXES)
+  return DeviceMesh(mesh, parse_rules(rules))
+
+
+def parse_rules(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+  """Returns the rules table with changes.
+
+  Args:
+    text: changes such as "vocab=fsdp,mlp=tensor+fsdp,embed=": a logical axis
+      and the mesh axes that split it, none of them for whole.
+
+  Raises:
+    UserError: an axis that does not exist, or one that is named twice.
+  """
+  table = dict(RULES)
+  changes = [part.strip() for part in text.split(",") if part.strip()]
+  for change in changes:
+    name, equals, given = (part.strip() for part in change.partition("="))
+    axes = tuple(axis.strip() for axis in given.split("+") if axis.strip())
+    if not equals or name not in table:
+      raise types.UserError(
+        f"mesh.rules: expected AXIS=MESH_AXES with AXIS one of "
+        f"{', '.join(table)}, got {change!r}"
+      )
+    if not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
+      raise types.UserError(
+        f"mesh.rules: {name} must be split over axes of "
+        f"{' + '.join(AXES)}, each once, got {given!r}"
+      )
+    table[name] = axes
+  return tuple(table.items())
+
+
+def _as_flax(rules):
+  """The table as flax writes it: a name alone, or None, where it can."""
+  return tuple(
+    (name, axes if len(axes) > 1 else (*axes, None)[0]) for name, axes in rules
   )
 
 
-def _spec(mesh: Mesh, names, shape) -> PartitionSpec:
-  """Spec of one array; mesh axes are used once and must divide."""
-  table = dict(RULES)
-  used: set[str] = set()
-  out = []
+def _rules_in_scope():
+  """The table that `scope` has set, as `DeviceMesh.rules`."""
+  return tuple(
+    (name, (axes,) if isinstance(axes, str) else axes or ())
+    for name, axes in nn.get_logical_axis_rules()
+  )
+
+
+def _spec(mesh, rules, names, shape) -> PartitionSpec:
+  """Spec of one array.
+
+  Raises:
+    UserError: a logical axis without a rule, or a mesh axis that would split
+      two dimensions.
+  """
+  table, used, out = dict(rules), {}, []
   for name, size in zip(names, shape, strict=True):
     if name is not None and name not in table:
       raise types.UserError(f"logical axis {name!r} is not in sharding.RULES")
-    axes = table.get(name)
-    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    shards = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if not axes or shards == 1 or size % shards or used & set(axes):
+    axes = table.get(name, ())
+    for axis in axes:
+      if axis in used:
+        raise types.UserError(
+          f"mesh.rules: an array with the axes {tuple(names)} cannot split "
+          f"both {used[axis]} and {name} over the mesh axis {axis}"
+        )
+      used[axis] = name
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if size % shards:
+      _say_whole(name, size, "*".join(axes), shards)
+    if shards == 1 or size % shards:
       out.append(None)
-      continue
-    used |= set(axes)
-    out.append(axes if len(axes) > 1 else axes[0])
+    else:
+      out.append(axes if len(axes) > 1 else axes[0])
   return PartitionSpec(*out)
 
 
-def named(mesh: Mesh, names, shape) -> NamedSharding:
-  """Sharding of an array with logical axis `names`."""
-  return NamedSharding(mesh, _spec(mesh, names, shape))
+@functools.cache  # Once for every dimension, not for every array and trace.
+def _say_whole(name: str, size: int, axes: str, shards: int) -> None:
+  logging.warning(
+    "%s = %d is not divisible by mesh %s = %d: every device holds all of it",
+    name, size, axes, shards,
+  )
 
 
-def tree_shardings(mesh: Mesh, axes, shapes):
+def named(mesh: DeviceMesh, names, shape) -> NamedSharding:
+  """Returns the sharding of an array with logical axis `names`."""
+  return NamedSharding(mesh.mesh, _spec(mesh.mesh, mesh.rules, names, shape))
+
+
+def tree_shardings(mesh: DeviceMesh, axes, shapes):
   """Shardings of a parameter tree.
 
   Args:
@@ -112,29 +220,33 @@ def tree_shardings(mesh: Mesh, axes, shapes):
   )
 
 
-def decode_shardings(mesh: Mesh, axes, shapes):
+def decode_shardings(mesh: DeviceMesh, axes, shapes):
   """Like `tree_shardings`, but whole along `fsdp`.
 
   Decoding reads every weight for every token: gathering them over `fsdp` once
   an update beats gathering them in every step.
   """
-  def gathered(spec):
-    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+  def gathered(axes):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    kept = tuple(axis for axis in axes if axis != "fsdp")
+    return kept if len(kept) > 1 else (*kept, None)[0]
 
   return jax.tree.map(
-    lambda where: NamedSharding(mesh, gathered(where.spec)),
+    lambda where: NamedSharding(
+      mesh.mesh, PartitionSpec(*map(gathered, where.spec))
+    ),
     tree_shardings(mesh, axes, shapes),
   )
 
 
-def batch(mesh: Mesh) -> NamedSharding:
-  """Rows are split over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch(mesh: DeviceMesh) -> NamedSharding:
+  """Returns the sharding of rows that are split over data and fsdp."""
+  return NamedSharding(mesh.mesh, PartitionSpec(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds all of it."""
-  return NamedSharding(mesh, PartitionSpec())
+def replicated(mesh: DeviceMesh) -> NamedSharding:
+  """Returns the sharding under which every device holds all of it."""
+  return NamedSharding(mesh.mesh, PartitionSpec())
 
 
 def put(tree, shardings):
@@ -170,9 +282,9 @@ def abstract(shapes, shardings):
 
 
 @contextlib.contextmanager
-def scope(mesh: Mesh):
+def scope(mesh: DeviceMesh):
   """Makes the models' logical constraints mean this mesh while tracing."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh.mesh), nn.logical_axis_rules(_as_flax(mesh.rules)):
     yield
 
 
@@ -181,7 +293,7 @@ def shards(name: str, size: int) -> int:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return 1
-  axes = _spec(mesh, (name,), (size,))[0] or ()
+  axes = _spec(mesh, _rules_in_scope(), (name,), (size,))[0] or ()
   axes = (axes,) if isinstance(axes, str) else axes
   return int(np.prod([mesh.shape[axis] for axis in axes]))
 
@@ -200,11 +312,12 @@ def per_device(function, names, out_names, *arrays):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(*arrays)
+  rules = _rules_in_scope()
   specs = tuple(
-    _spec(mesh, axes, array.shape)
+    _spec(mesh, rules, axes, array.shape)
     for axes, array in zip(names, arrays, strict=True)
   )
   return jax.shard_map(
-    function, in_specs=specs, out_specs=_spec(mesh, out_names, arrays[0].shape),
-    check_vma=False,
+    function, in_specs=specs,
+    out_specs=_spec(mesh, rules, out_names, arrays[0].shape), check_vma=False,
   )(*arrays)

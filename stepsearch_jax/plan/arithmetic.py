@@ -30,7 +30,9 @@ _USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
 
 def resolve_mesh(config, chips: int) -> None:
   """Replaces -1 in `config.mesh` by what `chips` devices leave, and checks."""
-  sizes = sharding.mesh_shape(chips, **config.mesh)
+  sizes = sharding.mesh_shape(
+    chips, *(config.mesh[axis] for axis in sharding.AXES)
+  )
   config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
   Settings.from_config(config, devices=chips)
 
@@ -75,9 +77,7 @@ def _bytes(shapes, shardings) -> int:
 def resident(config) -> dict[str, float]:
   """Bytes per chip of what a run keeps, by part."""
   model = model_shape(config)
-  mesh = jax.sharding.AbstractMesh(
-    tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
-  )
+  mesh = sharding.abstract_mesh(**config.mesh)
   settings = _settings(config)
   spec = settings.learner(settings.total_steps(1))
   adapters = {"policy": spec.policy_adapter, "value": spec.value_adapter}
@@ -308,7 +308,7 @@ def make_plan(
   fits = peak <= _USABLE * machine.memory
   return {
     "machine": dataclasses.asdict(machine),
-    "mesh": dict(config.mesh),
+    "mesh": {axis: config.mesh[axis] for axis in sharding.AXES},
     "compiled": bool(programs),
     "tokens_per_trajectory": tokens,
     "policy_share": share,

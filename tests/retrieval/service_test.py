@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import fakes
 import httpx2
@@ -229,8 +230,18 @@ def test_gzipped_bodies_are_read_within_the_limit(url):
   assert send(plain, "identity")[0] == 200
   assert send(plain)[0] == 400
   assert send(gzip.compress(plain)[:-9])[0] == 400
-  assert send(gzip.compress(b" " * 100_000_000))[0] == 413  # A bomb.
+  assert send(gzip.compress(b" " * 10_000))[0] == 413
   assert send(plain, "br")[0] == 415
+
+
+def test_a_gzip_bomb_is_not_unpacked():
+  bomb = gzip.compress(bytes(50_000_000))
+  tracemalloc.start()
+  with pytest.raises(service.BadRequestError, match="more than 2000 bytes"):
+    service._unzipped(bomb, 2000)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 1_000_000
 
 
 def test_a_score_without_json_is_an_error_that_is_counted():
@@ -352,11 +363,17 @@ def test_requests_in_flight_are_answered_before_the_server_stops():
       f"{url}/retrieve", json={"queries": ["a"]}, timeout=30
     ).status_code)
 
-  slow = fakes.FakeRetriever(delay=0.5)
-  with serving(service.make_app(slow)) as url:
+  begun = threading.Event()
+
+  class Slow(fakes.FakeRetriever):
+    def search(self, queries, k):
+      begun.set()
+      return super().search(queries, k)
+
+  with serving(service.make_app(Slow(delay=0.5))) as url:
     thread = threading.Thread(target=ask, args=(url,))
     thread.start()
-    time.sleep(0.2)
+    assert begun.wait(30)
   thread.join()
   assert codes == [200]
   with pytest.raises(httpx2.ConnectError):

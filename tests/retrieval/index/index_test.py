@@ -151,6 +151,7 @@ def test_a_tree_asked_for_more_than_its_leaves_hold_finds_it_elsewhere(
 
 def test_rows_that_no_search_can_find_are_left_out(folder):
   opened = retriever.open_retriever(folder, encoder.HashedTfidfEncoder())
+  opened._encoder.counts_words = False  # As an encoder of meanings.
   opened.index.search = lambda vectors, k: (
     np.array([[1, 0, 0]]), np.array([[0.5, np.nan, np.nan]], np.float32)
   )
