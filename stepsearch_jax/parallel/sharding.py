@@ -86,6 +86,11 @@ class DeviceMesh:
     """Number of devices."""
     return self.mesh.size
 
+  @property
+  def shape(self) -> dict[str, int]:
+    """Devices along each axis of `AXES`."""
+    return dict(self.mesh.shape)
+
 
 def make_mesh(
   data: int = -1, fsdp: int = 1, tensor: int = 1, rules: str = "", devices=None

@@ -183,10 +183,10 @@ class Experiment:
     )
 
   @functools.cached_property
-  def mesh(self) -> jax.sharding.Mesh:
+  def mesh(self) -> sharding.DeviceMesh:
     """All devices, split as the config says."""
     mesh = self.settings.mesh
-    return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    return sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, mesh.rules)
 
   @functools.cached_property
   def model(self) -> decoder.DecoderConfig:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 from stepsearch_jax.models import decoder
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import expect
 
@@ -187,11 +188,15 @@ class CheckpointSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """Sizes of the device axes; -1 takes the devices that the others leave."""
+  """Sizes of the device axes; -1 takes the devices that the others leave.
+
+  `rules` changes what is split over which axis; see `sharding.parse_rules`.
+  """
 
   data: int
   fsdp: int
   tensor: int
+  rules: str
 
   def __post_init__(self):
     for name in ("data", "fsdp"):
@@ -199,6 +204,7 @@ class MeshSpec:
       expect(value == -1 or value > 0, f"mesh.{name}", "-1 or more than 0",
              value)
     expect(self.tensor > 0, "mesh.tensor", "more than 0", self.tensor)
+    sharding.parse_rules(self.rules)
 
   def data_shards(self, devices: int) -> int:
     """Parts into which rows of a batch are split over `devices`."""

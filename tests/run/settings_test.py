@@ -22,6 +22,7 @@ def config_with(changes):
   ({"mesh.data": 3}, "rollout.slots"),
   ({"mesh.data": 0}, "mesh.data"),
   ({"mesh.tensor": 0}, "mesh.tensor"),
+  ({"mesh.rules": "width=fsdp"}, "mesh.rules"),
   ({"rollout.template": "x"}, "rollout.template"),
   ({"rollout.retrieval_delay": 0}, "rollout.retrieval_delay"),
   ({"rollout.temperature": 0.0}, "rollout.temperature"),
