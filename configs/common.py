@@ -131,7 +131,12 @@ def _rollout():
   rollout.max_turn = 800
   rollout.max_observation = 800
   rollout.answer_room = 64
-  rollout.retrieval_delay = 8  # Decode steps until a search is read.
+  # Decode steps until a search is read. A slot that searches idles for so
+  # long, but whatever the retriever needs beyond it is time that the whole
+  # rollout waits: 32 for accelerators, whose steps take 1 to 2 ms; 8 is plenty
+  # on a CPU, whose steps take tens.
+  rollout.retrieval_delay = 32
+  rollout.search_threads = 16  # Requests that are under way at the same time.
   # Compile every rollout program at the start, so that no step stops for one.
   rollout.compile_ahead = True
   rollout.extend_rows = (1, 4, 16)

@@ -32,6 +32,7 @@ def get_config(arg=None):
   config.rollout.context = 1024
   config.rollout.block = 16
   config.rollout.max_turns = 2
+  config.rollout.retrieval_delay = 8
   config.rollout.max_prompt = 384
   config.rollout.max_turn = 96
   config.rollout.max_observation = 256

@@ -29,6 +29,7 @@ def get_config(arg=None):
   config.retrieval.topk = 2
   config.rollout.template = "plain"
   config.rollout.max_turns = 5
+  config.rollout.retrieval_delay = 8
   config.rollout.slots = 64
   config.rollout.context = 512
   config.rollout.block = 8

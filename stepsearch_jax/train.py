@@ -231,11 +231,12 @@ class Job:
           for _ in range(settings.batch.rollouts)
         ]
         first = state.step * len(asked)
-        trajectories, rollout = self.experiment.engine.run(
+        rollout = self.experiment.engine.run(
           self.learner.policy(state.learner, state.reference), asked,
           range(first, first + len(asked)),
           settings.config["rollout"]["temperature"],
         )
+        trajectories = rollout.trajectories
       with watch.time("reward"):
         scores, per_token = token_rewards.score_trajectories(
           settings.reward, trajectories, tokenizer
@@ -258,7 +259,7 @@ class Job:
       **seen,
       **updated,
       **reporting.reward_metrics(trajectories, scores),
-      **reporting.rollout_metrics(rollout),
+      **reporting.rollout_metrics(rollout.stats),
       **watch.metrics(),
       "perf/compilations": self.compilations.take(),
     }

@@ -141,30 +141,46 @@ class Provenance(enum.IntEnum):
   OBSERVATION = 2
 
 
+class Action(enum.StrEnum):
+  """What a policy turn asks for."""
+
+  SEARCH = "search"  # Passages for a query.
+  ANSWER = "answer"  # To end with an answer.
+  INVALID = "invalid"  # Nothing: the turn closed no action block.
+
+
+class StopReason(enum.StrEnum):
+  """Why a trajectory ended."""
+
+  ANSWER = "answer"  # The policy answered.
+  MAX_TURNS = "max_turns"  # The forced last turn brought no answer.
+  CONTEXT = "context"  # No room for an observation and an answer behind it.
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
   """One policy turn and what the environment made of it.
 
   Attributes:
     text: the policy's text of this turn, up to and including its action tag.
-    action: "search", "answer" or "invalid".
+    action: what the turn asked for.
     content: the query or the answer, stripped; "" when invalid.
     documents: passages returned to a search, in rank order.
     observation: the text fed back; "" when the trajectory ended here.
     action_position: index in `Trajectory.tokens` of the sampled token that
       closed the action tag (the last policy token of the turn).
-    answered: True when a search got a result (a valid search in a searching
-      turn); only such turns earn step rewards.
-    failed: True when the retriever could not answer.
+    retrieved: True when the turn's search was carried out and its result (no
+      passage at all, perhaps) was shown; only such turns earn step rewards.
+    failed: True when the turn's search failed for good.
   """
 
   text: str
-  action: str
+  action: Action
   content: str
   documents: tuple[Passage, ...]
   observation: str
   action_position: int
-  answered: bool = False
+  retrieved: bool = False
   failed: bool = False
 
 
@@ -183,7 +199,7 @@ class Trajectory:
       0 where not sampled.
     turns: per policy turn.
     answer: content of the final answer tag, None if never closed.
-    stop_reason: "answer", "max_turns" or "context".
+    stop_reason: why the trajectory ended.
     truncated_documents: number of documents cut to fit the observation.
   """
 
@@ -195,7 +211,7 @@ class Trajectory:
   logprobs: np.ndarray
   turns: list[Turn]
   answer: str | None
-  stop_reason: str
+  stop_reason: StopReason
   truncated_documents: int = 0
 
   @property

@@ -1,19 +1,26 @@
 """Small real parts for tests: a tokenizer, a model, a scripted retriever."""
 
+import dataclasses
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.rollout import automaton, engine, records
-from stepsearch_jax.rollout import device as slots_lib
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import (
+  automaton,
+  device,
+  engine,
+  programs,
+  records,
+  text_side,
+)
 
 TEXTS = [
   "Question: Who directed the film Silent Harbor?\n<search> Silent Harbor "
@@ -78,21 +85,91 @@ class FakeRetriever:
     ]
 
 
-def make_engine(tokenizer, model, retriever, slots=4, block=4, context=256,
-                seed=0, spec=None, tags=("</search>", "</answer>"), mesh=None,
-                **env):
+def engine_spec(**changes):
+  settings = dict(
+    max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
+    retrieval_delay=8, search_threads=2, extend_rows=(2, 4),
+    extend_tokens=(16, 64),
+  )
+  return records.EngineSpec(**(settings | changes))
+
+
+def make_env(template="plain", **changes):
+  return search_env.SearchEnv(
+    prompts.TEMPLATES[template], **(dict(max_turns=3, topk=2) | changes)
+  )
+
+
+def make_programs(tokenizer, model, slots=4, block=4, context=256,
+                  tags=("</search>", "</answer>"), mesh=None, top_k=0,
+                  top_p=1.0):
   stops = automaton.build_automaton(
     tokenizer.token_bytes(), tags, tokenizer.eos_ids
   )
-  programs = sampler.Sampler(
-    model, slots_lib.SamplerSpec(slots, context, block), stops.table,
+  return programs.RolloutPrograms(
+    model, programs.ProgramSpec(slots, context, block, top_k, top_p),
+    automaton.pad_vocabulary(stops.table, model.vocab_size),
     stops.first_stop, mesh or sharding.make_mesh(),
   )
-  spec = spec or records.EngineSpec(
-    max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
-    extend_rows=(2, 4), extend_tokens=(16, 64),
+
+
+def make_engine(tokenizer, model, retriever, seed=0, spec=None, env=None,
+                compiled=None, **shape):
+  """An engine over real programs, or over the `compiled` ones."""
+  spec = spec or engine_spec()
+  env = make_env(**(env or {}))
+  return engine.Engine(
+    compiled or make_programs(tokenizer, model, **shape),
+    text_side.TextSide(env, tokenizer, spec.max_turn), retriever, spec, seed,
   )
-  env = search_env.SearchEnv(
-    prompts.TEMPLATES["plain"], **(dict(max_turns=3, topk=2) | env)
-  )
-  return engine.Engine(programs, env, retriever, tokenizer, spec, seed)
+
+
+@dataclasses.dataclass
+class State:
+  """As much of a device state as the host looks at."""
+
+  position: np.ndarray
+
+
+class ScriptedPrograms:
+  """Stands in for the device: the policy writes given turns, token by token.
+
+  `turns` are texts, the same for every slot; the clock runs as on a device.
+  """
+
+  def __init__(self, tokenizer, turns, slots=4, block=16, context=256):
+    self.spec = programs.ProgramSpec(slots, context, block, 0, 1.0)
+    self._turns = [tokenizer.encode(text) for text in turns]
+
+  def decode_params(self, params):
+    return params
+
+  def init_state(self):
+    self._turn = [-1] * self.spec.slots
+    self._left = [[] for _ in range(self.spec.slots)]
+    return State(np.zeros(self.spec.slots))
+
+  def extend(self, params, state, chunk, kv_length):
+    for row, place in enumerate(chunk.slot):
+      if chunk.length[row] and chunk.start[row] == 0:
+        self._turn[place] = -1
+      if chunk.begins_turn[row]:
+        self._turn[place] += 1
+        self._left[place] = list(self._turns[self._turn[place]])
+    return state
+
+  def decode_block(self, params, state, key, kv_length, limit, leave):
+    speaking = [p for p, left in enumerate(self._left) if left]
+    tokens = np.full((self.spec.slots, self.spec.block), -1, np.int32)
+    step = 0
+    while step < limit and sum(not self._left[p] for p in speaking) < leave:
+      for p in speaking:
+        if self._left[p]:
+          tokens[p, step] = self._left[p].pop(0)
+      step += 1
+    return state, device.BlockOutput(
+      tokens, np.zeros(tokens.shape, np.float32),
+      np.array([bool(left) for left in self._left]), np.int32(step),
+    )
+
+

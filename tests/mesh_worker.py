@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import optax
 
+from stepsearch_jax import types
 from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, learner, records
-from stepsearch_jax.rollout import records as rollout_records
 
 CONTEXT = 192
 
@@ -23,7 +23,9 @@ CONTEXT = 192
 def main(output, data, fsdp, tensor):
   jax.config.update("jax_default_matmul_precision", "highest")
   # Whatever the random policy writes is a search, so that many happen.
-  actions.parse = lambda text: actions.Action("search", text)
+  actions.parse = lambda text: actions.ParsedTurn(
+    types.Action.SEARCH, text
+  )
   mesh = sharding.make_mesh(int(data), int(fsdp), int(tensor))
   tokenizer = fakes.make_tokenizer()
   # Two kv heads and an odd vocabulary: neither divides a tensor axis of 4.
@@ -37,23 +39,20 @@ def main(output, data, fsdp, tensor):
   state = ours.init_state(policy, heads.value_from_policy(
     policy, jax.random.key(1)
   ))
-  limits = rollout_records.EngineSpec(
-    max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
-    extend_rows=(8,), extend_tokens=(16, 64),
-  )
+  limits = fakes.engine_spec(extend_rows=(8,))
   found = {}
   for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     player = fakes.make_engine(
       tokenizer, model, fakes.FakeRetriever(), slots=8, context=CONTEXT,
       mesh=mesh, spec=limits,
     )
-    played, _ = player.run(
+    played = player.run(
       state.policy, fakes.make_questions(16), range(16), temperature
-    )
+    ).trajectories
     player.close()
     found[f"{name}/tokens"] = np.concatenate([t.tokens for t in played])
     found[f"{name}/searches"] = sum(
-      turn.answered for t in played for turn in t.turns
+      turn.retrieved for t in played for turn in t.turns
     )
   rng = np.random.default_rng(0)
   rewards = [

@@ -175,11 +175,11 @@ class _Training:
 def _prefill(config, sizes: Sizes) -> Work:
   """Prompts into all slots at once."""
   rows, length = sizes.prefill_rows, sizes.prefill_length
-  sampler = programs.endless(config, rows, length)
-  params = sampler.decode_params(random_policy(config))
+  compiled = programs.endless(config, rows, length)
+  params = compiled.decode_params(random_policy(config))
   chunk = programs.prompts(np.ones((rows, length), np.int32), 1, 1.0)
   return Work(
-    lambda: sampler.extend(params, sampler.init_state(), chunk, length),
+    lambda: compiled.extend(params, compiled.init_state(), chunk, length),
     forward_flops(config, rows, length, 0),
   )
 
@@ -188,12 +188,12 @@ def _decode(config, sizes: Sizes) -> Work:
   """A block of decode steps in full slots."""
   rows, length = sizes.decode_rows, sizes.decode_length
   steps = programs.BLOCK
-  sampler = programs.endless(config, rows, length)
-  params = sampler.decode_params(random_policy(config))
+  compiled = programs.endless(config, rows, length)
+  params = compiled.decode_params(random_policy(config))
 
   def block():
-    return sampler.decode_block(
-      params, programs.speaking(sampler, length - steps), jax.random.key(0),
+    return compiled.decode_block(
+      params, programs.speaking(compiled, length - steps), jax.random.key(0),
       length, steps, rows + 1,
     )
 

@@ -17,17 +17,17 @@ _PROMPT, _CONTEXT = 128, 256
 
 def _ours(params, config, rows: int, context: int) -> Callable:
   """A function (prompts [P, S], count) to sampled ids [P, count]."""
-  sampler = programs.endless(config, rows, context)
-  params = sampler.decode_params(params)
+  compiled = programs.endless(config, rows, context)
+  params = compiled.decode_params(params)
   key, block = jax.random.key(0), programs.BLOCK
 
   def generate(given, count):
     width = given.shape[1]
     chunk = programs.prompts(given, count, temperature=0.0)
-    state = sampler.extend(params, sampler.init_state(), chunk, width)
+    state = compiled.extend(params, compiled.init_state(), chunk, width)
     out = []
     for start in range(0, count, block):
-      state, output = sampler.decode_block(
+      state, output = compiled.decode_block(
         params, state, key, width + start + block, block, leave=rows + 1
       )
       out.append(jax.device_get(output.tokens))

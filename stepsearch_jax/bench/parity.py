@@ -147,13 +147,13 @@ def _rollout(dtype, temperature: float) -> Arrays:
   """Tokens and log-probabilities of a prefill and a block of decode steps."""
   config = small(dtype)
   rows = 4
-  sampler = programs.endless(config, rows, 256)
-  params = sampler.decode_params(_policy(config))
+  compiled = programs.endless(config, rows, 256)
+  params = compiled.decode_params(_policy(config))
   given = np.random.default_rng(5).integers(1, config.vocab_size,
                                             (rows, _PROMPT))
   chunk = programs.prompts(given.astype(np.int32), _STEPS, temperature)
-  state = sampler.extend(params, sampler.init_state(), chunk, _PROMPT)
-  _, output = sampler.decode_block(
+  state = compiled.extend(params, compiled.init_state(), chunk, _PROMPT)
+  _, output = compiled.decode_block(
     params, state, jax.random.key(7), _PROMPT + _STEPS, _STEPS, rows + 1
   )
   output = jax.device_get(output)

@@ -5,37 +5,41 @@ from __future__ import annotations
 import numpy as np
 
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.rollout import device as slots
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import device
+from stepsearch_jax.rollout import programs as rollout_programs
 
 BLOCK = 32
 
 
 def endless(
-  config, rows: int, context: int, kind: type = sampler.Sampler
-) -> sampler.Sampler:
-  """A sampler of some kind whose automaton never stops."""
+  config, rows: int, context: int,
+  kind: type = rollout_programs.RolloutPrograms,
+) -> rollout_programs.RolloutPrograms:
+  """Returns programs of some kind whose automaton never stops."""
   return kind(
-    config, slots.SamplerSpec(rows, context, BLOCK),
+    config,
+    rollout_programs.ProgramSpec(rows, context, BLOCK, top_k=0, top_p=1.0),
     np.zeros((1, config.vocab_size), np.int32), 1, sharding.make_mesh(),
   )
 
 
 def prompts(
   tokens: np.ndarray, budget: int, temperature: float
-) -> slots.Chunk:
+) -> device.Chunk:
   """Prompts [P, S] of equal length for all slots."""
   count, length = tokens.shape
   same = lambda value: np.full(count, value, np.int32)  # noqa: E731
   places = np.arange(count, dtype=np.int32)
-  return slots.Chunk(
+  return device.Chunk(
     slot=places, tokens=tokens, start=same(0), length=same(length),
     begins_turn=np.ones(count, bool), budget=same(budget), episode=places,
     temperature=np.full(count, temperature, np.float32),
   )
 
 
-def speaking(programs: sampler.Sampler, position: int) -> slots.SlotState:
+def speaking(
+  programs: rollout_programs.RolloutPrograms, position: int
+) -> device.SlotState:
   """Every slot in the middle of a long turn at a position."""
   count = programs.spec.slots
   return programs.init_state().replace(

@@ -13,11 +13,17 @@ import time
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.bench import peers, programs
+from stepsearch_jax.bench import peers
+from stepsearch_jax.bench import programs as bench_programs
 from stepsearch_jax.bench.workload import Replay
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import engine, records
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import (
+  engine,
+  observations,
+  programs,
+  recorder,
+  records,
+)
 
 _ROOM = 32
 
@@ -28,83 +34,88 @@ class Shapes:
 
   Attributes:
     rows, tokens: see `records.EngineSpec`.
-    bounds: on the positions that a program attends to, below the context;
-      None = the sampler's own.
+    kv_lengths: bounds on the positions that a program attends to, below the
+      context; None = the programs' own.
   """
 
   rows: tuple[int, ...] = (1, 4, 8)
   tokens: tuple[int, ...] = (64, 160, 256, 448, 512, 576)
-  bounds: tuple[int, ...] | None = None
+  kv_lengths: tuple[int, ...] | None = None
 
 
-class _Lengths:
-  """Tokenizer, environment and retriever whose texts are token counts."""
+class _ReplayedTexts:
+  """Stands in for `TextSide`: every text is a number of random tokens."""
 
-  max_turns, topk = 64, 1
+  topk = 1
 
-  def __init__(self, replays: list[Replay], vocab: int, delay: float):
+  def __init__(self, replays: list[Replay], vocab: int):
     self._replays = replays
     self._rng = np.random.default_rng(0)
     self._vocab = vocab
-    self._delay = delay
 
-  def prompt(self, question: types.Question) -> str:
-    """Length of the question's prompt."""
-    return str(self._replays[int(question.id)].prompt)
-
-  def encode(self, text: str) -> list[int]:
-    """As many tokens as the text says."""
-    count = int(text) if text else 0
+  def _tokens(self, count: int) -> list[int]:
     return self._rng.integers(1, self._vocab, count).tolist()
 
-  encode_prompt = encode
+  def _turn(self, record: recorder.Recorder) -> tuple[int, int]:
+    """Returns the recorded (generated, observed) tokens of a turn."""
+    return self._replays[record.order].turns[len(record.turns)]
+
+  def prompt(self, question: types.Question) -> list[int]:
+    """Returns a prompt of the recorded length."""
+    return self._tokens(self._replays[int(question.id)].prompt)
+
+  def turn_budget(self, record: recorder.Recorder) -> int:
+    """Returns the recorded length of the turn, which ends it there."""
+    return self._turn(record)[0]
+
+  def judge(self, record: recorder.Recorder) -> search_env.Step:
+    """Returns a search for the recorded observation, or the end."""
+    _, observed = self._turn(record)
+    if observed:
+      query = str(observed)
+      return search_env.Step("", types.Action.SEARCH, query, query=query)
+    return search_env.Step("", types.Action.ANSWER, "", done=True)
+
+  def observation(self, documents, turn: int) -> search_env.Observation:
+    """Returns the one retrieved length."""
+    del turn
+    return search_env.Observation(documents[0].text, (), "")
+
+  def encode(
+    self, observation: search_env.Observation, limit: int
+  ) -> observations.Encoded:
+    """Returns as many tokens as the observation says."""
+    del limit
+    return observations.Encoded(self._tokens(int(observation.head)), 0)
 
   def decode(self, tokens) -> str:
-    """Nobody reads it."""
+    """Returns nothing; nobody reads it."""
     del tokens
     return ""
 
-  def observation(self, documents, turn) -> search_env.Observation:
-    """The one retrieved length."""
-    del turn
-    return search_env.Observation("", [documents[0].text], "")
 
-  def search(self, queries, k):
-    """Returns lengths, after the delay of a retriever."""
+class _DelayedLengths:
+  """A retriever that returns each query, after a delay."""
+
+  def __init__(self, seconds: float):
+    self._seconds = seconds
+
+  def search(self, queries, k: int) -> list[list[types.Passage]]:
+    """See `types.Retriever`."""
     del k
-    time.sleep(self._delay)
+    time.sleep(self._seconds)
     return [[types.Passage(q, "", q)] for q in queries]
 
 
-class _ReplayEngine(engine.Engine):
-  """Ends turns at their recorded lengths."""
+class _CountingPrograms(programs.RolloutPrograms):
+  """Remembers (kv_length, steps) of every decode block."""
 
-  def __init__(self, replays, *args):
-    super().__init__(*args)
-    self._replays = replays
-
-  def turn_limit(self, slot) -> int:
-    """Recorded length of the turn."""
-    return self._replays[slot.order].turns[len(slot.turns)][0]
-
-  def judge(self, slot):
-    """A search for the recorded observation, or the end."""
-    _, observed = self._replays[slot.order].turns[len(slot.turns)]
-    if observed:
-      query = str(observed)
-      return "", search_env.Step("search", query, False, query, "")
-    return "", search_env.Step("answer", "", True, None, "")
-
-
-class _Counting(sampler.Sampler):
-  """Remembers (bound on the length, steps) of every decode block."""
-
-  def decode_block(self, params, state, key, upto, limit, leave):
-    """See `Sampler.decode_block`."""
+  def decode_block(self, params, state, key, kv_length, limit, leave):
+    """See `RolloutPrograms.decode_block`."""
     state, output = super().decode_block(
-      params, state, key, upto, limit, leave
+      params, state, key, kv_length, limit, leave
     )
-    self.blocks.append((self._bucket(upto), output.steps))
+    self.blocks.append((self.bucket(kv_length), output.steps))
     return state, output
 
 
@@ -113,7 +124,7 @@ class Ours:
 
   Attributes:
     params: policy in training layout.
-    programs: the sampler; its `blocks` and
+    programs: those of the rollout; their `blocks` and
     stats: are those of the last play.
   """
 
@@ -124,18 +135,20 @@ class Ours:
     self.params, self._count = params, len(replays)
     context = max(r.total for r in replays) + _ROOM
     context += -context % 128
-    texts = _Lengths(replays, config.vocab_size, delay)
-    self.programs = programs.endless(config, slots, context, _Counting)
-    if shapes.bounds is not None:
-      below = (bound for bound in shapes.bounds if bound < context)
+    self.programs = bench_programs.endless(
+      config, slots, context, _CountingPrograms
+    )
+    if shapes.kv_lengths is not None:
+      below = (length for length in shapes.kv_lengths if length < context)
       self.programs.kv_buckets = (*below, context)
     limits = records.EngineSpec(
       max_prompt=context, max_turn=context, max_observation=context,
-      answer_room=1, retrieval_delay=retrieval_delay,
+      answer_room=1, retrieval_delay=retrieval_delay, search_threads=2,
       extend_rows=shapes.rows, extend_tokens=shapes.tokens,
     )
-    self._engine = _ReplayEngine(
-      replays, self.programs, texts, texts, texts, limits, 0
+    self._engine = engine.Engine(
+      self.programs, _ReplayedTexts(replays, config.vocab_size),
+      _DelayedLengths(delay), limits, seed=0,
     )
     self.stats = records.RolloutStats()
 
@@ -144,13 +157,14 @@ class Ours:
     self._engine.compile_ahead()
 
   def play(self) -> list[tuple[int, int]]:
-    """(tokens, sampled tokens) of every trajectory."""
+    """Returns (tokens, sampled tokens) of every trajectory."""
     questions = [types.Question(str(i), "", ("",)) for i in range(self._count)]
     self.programs.blocks = []
-    done, self.stats = self._engine.run(
-      self.params, questions, range(self._count)
-    )
-    return [(len(t.tokens), int(t.policy_mask.sum())) for t in done]
+    played = self._engine.run(self.params, questions, range(self._count))
+    self.stats = played.stats
+    return [
+      (len(t.tokens), int(t.policy_mask.sum())) for t in played.trajectories
+    ]
 
 
 class TurnByTurn:
@@ -174,8 +188,12 @@ class TurnByTurn:
     self._replays, self._vocab = replays, config.vocab_size
     self._fixed = fixed
 
+  def compile_ahead(self) -> None:
+    """Compiles all programs, side by side."""
+    self._engine.compile_ahead()
+
   def play(self) -> list[tuple[int, int]]:
-    """(tokens, sampled tokens) of every trajectory."""
+    """Returns (tokens, sampled tokens) of every trajectory."""
     rng = np.random.default_rng(0)
     contexts = [list(rng.integers(1, self._vocab, r.prompt))
                 for r in self._replays]

@@ -81,25 +81,26 @@ def _bare_decode_seconds(ours: Ours) -> float:
 
   Full slots, as many steps at every length as the play had.
   """
-  sampler, steps = ours.programs, collections.Counter()
-  for bound, count in sampler.blocks:
-    steps[bound] += int(count)
-  params = sampler.decode_params(ours.params)
+  compiled, steps = ours.programs, collections.Counter()
+  for kv_length, count in compiled.blocks:
+    steps[kv_length] += int(count)
+  params = compiled.decode_params(ours.params)
   seconds = 0.0
-  for bound, count in steps.items():
+  for kv_length, count in steps.items():
     seconds += count * min(
-      _seconds_a_step(sampler, params, bound) for _ in range(2)
+      _seconds_a_step(compiled, params, kv_length) for _ in range(2)
     )
   return seconds
 
 
-def _seconds_a_step(sampler, params, bound: int) -> float:
+def _seconds_a_step(compiled, params, kv_length: int) -> float:
   block = programs.BLOCK
-  state = programs.speaking(sampler, bound - block)
+  state = programs.speaking(compiled, kv_length - block)
   jax.block_until_ready(state)
   began = time.perf_counter()
-  _, output = sampler.decode_block(
-    params, state, jax.random.key(0), bound, block, sampler.spec.slots + 1
+  _, output = compiled.decode_block(
+    params, state, jax.random.key(0), kv_length, block,
+    compiled.spec.slots + 1,
   )
   jax.block_until_ready(output)
   return (time.perf_counter() - began) / block

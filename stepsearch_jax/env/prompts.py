@@ -107,8 +107,8 @@ _INVISIBLE = re.compile(
 )
 
 
-def neutralise(text: str) -> str:
-  """Document text that can be read but not taken for protocol.
+def sanitize(text: str) -> str:
+  """Returns text that can be read but not taken for protocol.
 
   Control characters become spaces and invisible ones vanish; protocol tags and
   chat-template markers lose their brackets' meaning by turning into others.
@@ -141,20 +141,20 @@ class Template:
   last_turn: str
 
   def render(self, question: str) -> str:
-    """User message that asks `question`."""
+    """Returns the user message that asks `question`."""
     return self.user.replace("{question}", question)
 
   def format_documents(
-    self, documents: Sequence[types.Passage], hostile: bool = True
+    self, documents: Sequence[types.Passage], sanitized: bool = True
   ) -> list[str]:
-    """One string per document; joined they are the observation's body.
+    """Returns one string per document; joined they are an observation's body.
 
     Args:
       documents: passages in rank order.
-      hostile: neutralise protocol markup inside them; only the reproduction
-        of the released loop switches this off.
+      sanitized: take the meaning of protocol markup inside them; only the
+        reproduction of the released loop switches this off.
     """
-    clean = neutralise if hostile else (lambda text: text)
+    clean = sanitize if sanitized else (lambda text: text)
     lines = [
       self.document.format(
         number=i, title=clean(doc.title), text=clean(doc.text)

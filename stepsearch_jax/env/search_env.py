@@ -1,8 +1,7 @@
 """The search environment: policy text in, observation text out.
 
-It knows the protocol. It must not know JAX, token
-ids or slots; the engine calls the retriever, so that searches overlap with
-decoding.
+It knows the protocol. It must not know JAX, token ids or slots; the engine
+calls the retriever, so that searches overlap with decoding.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ class Step:
   """What the environment makes of one policy turn.
 
   Attributes:
-    action: "search", "answer" or "invalid".
+    text: the turn's text.
+    action: what the turn asks for.
     content: query or answer, stripped.
-    done: the trajectory ends with this turn.
+    done: whether the trajectory ends with this turn.
     query: what to retrieve, None if nothing.
     warning: text to feed back when not done and nothing is retrieved.
   """
 
-  action: str
+  text: str
+  action: types.Action
   content: str
-  done: bool
-  query: str | None
-  warning: str
+  done: bool = False
+  query: str | None = None
+  warning: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,55 +58,57 @@ class SearchEnv:
     template: fixed texts.
     max_turns: turns that may search; one forced answer turn follows.
     topk: passages per search.
-    hostile: treat questions and documents as untrusted (see
-      `prompts.neutralise`).
+    sanitize: treat questions and documents as untrusted (see
+      `prompts.sanitize`).
   """
 
   template: prompts.Template
-  max_turns: int = 5
-  topk: int = 3
-  hostile: bool = True
+  max_turns: int
+  topk: int
+  sanitize: bool = True
 
   def __post_init__(self):
-    if self.max_turns < 0 or self.topk < 1:
-      raise types.UserError(
-        f"need max_turns >= 0 and topk >= 1, got {self.max_turns} and "
-        f"{self.topk}"
-      )
+    """Raises UserError, naming the field of the config."""
+    types.expect(self.max_turns >= 0, "rollout.max_turns", "at least 0",
+                 self.max_turns)
+    types.expect(self.topk >= 1, "retrieval.topk", "at least 1", self.topk)
 
   def prompt(self, question: types.Question) -> str:
-    """User message of a question."""
+    """Returns the user message of a question."""
     # The chat template around it is encoded with its special tokens, so this
     # alone keeps a question from spelling them.
-    text = prompts.neutralise(question.text) if self.hostile else question.text
-    return self.template.render(text)
+    text = question.text
+    return self.template.render(
+      prompts.sanitize(text) if self.sanitize else text
+    )
 
   def is_last(self, turn: int) -> bool:
-    """Whether turn `turn` (from 0) is the forced one that cannot search."""
+    """Returns whether a turn (from 0) is the forced one without search."""
     return turn >= self.max_turns
 
   def step(self, text: str, turn: int) -> Step:
-    """Judges one policy turn."""
-    action = actions.parse(text)
-    if action.kind == "answer" or self.is_last(turn):
-      return Step(action.kind, action.content, True, None, "")
-    if action.kind == "search":
-      return Step("search", action.content, False, action.content, "")
+    """Returns what a policy turn asks for; turns count from 0."""
+    parsed = actions.parse(text)
+    action, content = parsed.action, parsed.content
+    if action is types.Action.ANSWER or self.is_last(turn):
+      return Step(text, action, content, done=True)
+    if action is types.Action.SEARCH:
+      return Step(text, action, content, query=content)
     warning = self.template.invalid + self._notice(turn)
-    return Step("invalid", "", False, None, warning)
+    return Step(text, action, content, warning=warning)
 
   def observation(
     self, documents: Sequence[types.Passage], turn: int
   ) -> Observation:
-    """The reply to the search of turn `turn`."""
+    """Returns the reply to the search of a turn."""
     return Observation(
       self.template.head,
-      self.template.format_documents(documents, self.hostile),
+      self.template.format_documents(documents, self.sanitize),
       self.template.tail + self._notice(turn),
     )
 
   def failure(self, turn: int) -> Observation:
-    """The reply to a search of turn `turn` that failed."""
+    """Returns the reply to the search of a turn that failed."""
     return Observation(
       self.template.head + FAILED, (), self.template.tail + self._notice(turn)
     )

@@ -21,7 +21,7 @@ from stepsearch_jax.rewards import text_match
 
 
 def play(engine, params, questions: Sequence[types.Question]):
-  """Greedy rollouts of `questions`; returns (trajectories, statistics)."""
+  """Returns greedy rollouts of `questions`; see `engine.Engine.run`."""
   return engine.run(params, questions, range(len(questions)), temperature=0.0)
 
 
@@ -38,7 +38,7 @@ def evaluate(
 
   Only the primary process writes.
   """
-  trajectories, _ = play(engine, params, questions)
+  trajectories = play(engine, params, questions).trajectories
   records = [record(t, tokenizer) for t in trajectories]
   card = {
     "settings": {**settings, "n": len(records)},
@@ -85,9 +85,11 @@ def summarise(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
     answer = trajectory.answer or ""
     rows["em"].append(text_match.exact_match(answer, question.answers))
     rows["f1"].append(text_match.answer_f1(answer, question.answers))
-    rows["searches"].append(sum(turn.answered for turn in turns))
+    rows["searches"].append(sum(turn.retrieved for turn in turns))
     rows["failed_searches"].append(sum(turn.failed for turn in turns))
-    rows["invalid"].append(any(turn.action == "invalid" for turn in turns))
+    rows["invalid"].append(
+      any(turn.action == types.Action.INVALID for turn in turns)
+    )
     rows["unanswered"].append(trajectory.answer is None)
     rows["truncated"].append(trajectory.truncated_documents > 0)
     rows["response_length"].append(trajectory.policy_mask.sum())

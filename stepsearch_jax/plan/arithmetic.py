@@ -21,7 +21,7 @@ from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan.machines import GB, Machine
 from stepsearch_jax.ppo import learner, logprobs, variants
 from stepsearch_jax.rollout import layout
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import programs as rollout_programs
 from stepsearch_jax.run.settings import Settings
 
 _STATES = 64  # Upper bound for the stop automaton of the usual tags.
@@ -48,7 +48,7 @@ def model_shape(config) -> decoder.DecoderConfig:
 
 
 def build(config, machine: Machine, devices):
-  """(learner, sampler, largest chunk shape) on described devices."""
+  """(learner, rollout programs, largest chunk shape) on described devices."""
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   model = dataclasses.replace(
     model_shape(config), attention=attention.backend_of(machine.platform)
@@ -56,7 +56,7 @@ def build(config, machine: Machine, devices):
   settings = _settings(config)
   spec = settings.learner(settings.total_steps(1))
   table = np.zeros((_STATES, model.vocab_size), np.int32)
-  programs = sampler.Sampler(
+  programs = rollout_programs.RolloutPrograms(
     model, settings.sampler, table, _STATES - 1, mesh
   )
   rollout = config.rollout

@@ -41,12 +41,12 @@ def compile_programs(config, machine: machines.Machine):
   Returns:
     {program: {"arguments", "outputs", "aliased", "temporary"}}.
   """
-  learner, sampler, chunk = planning.build(
+  learner, rollout, chunk = planning.build(
     config, machine, topology_devices(machine)
   )
   lowered = learner.lowered()
   policy = learner.abstract_state()["policy"]
-  lowered = sampler.lowered(*chunk, policy) | lowered
+  lowered = rollout.lowered(*chunk, policy) | lowered
   found = {}
   bar = tqdm.tqdm(lowered.items(), desc="compile", unit="program")
   for name, program in bar:

@@ -88,7 +88,7 @@ def gold_of_case(
 
 def score_case(
   spec: step_rewards.RewardSpec, case: Mapping[str, Any]
-) -> step_rewards.TurnRewards:
+) -> step_rewards.RewardParts:
   """Scores a row with `response`, `target`, `search_keys`, `support_docs`.
 
   The spec decides whether the text is read as released or as a transcript.
@@ -147,7 +147,7 @@ def step_positions(
 
 
 def reward_row(
-  scores: step_rewards.TurnRewards,
+  scores: step_rewards.RewardParts,
   positions: Sequence[int],
   length: int,
   valid: int,

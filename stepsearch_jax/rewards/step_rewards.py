@@ -147,7 +147,7 @@ class Gold:
 
 
 @dataclasses.dataclass(frozen=True)
-class TurnRewards:
+class RewardParts:
   """Scores of one trajectory; lists have one entry per answered search.
 
   `step_scores` are unscaled; `token_rewards` applies `step_scale`. With the
@@ -228,7 +228,7 @@ def key_score(
   return sum(held) / len(keys)
 
 
-def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> TurnRewards:
+def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> RewardParts:
   """Scores one trajectory.
 
   Raises:
@@ -238,10 +238,10 @@ def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> TurnRewards:
   correct = f1(evidence.answer, gold.answers, spec.f1_decimals)
   if spec.outcome_only:
     outcome = correct if evidence.well_formed else spec.malformed
-    return TurnRewards(outcome, correct, 0.0, [], [], [])
+    return RewardParts(outcome, correct, 0.0, [], [], [])
   if not evidence.well_formed and spec.malformed < 0:
     # The released code returns before it looks at the searches.
-    return TurnRewards(spec.malformed, correct, 0.0, [], None, None)
+    return RewardParts(spec.malformed, correct, 0.0, [], None, None)
   parsed = spec.document_text == "parsed"
   gains, penalties = [], []
   if gold.support:
@@ -266,4 +266,4 @@ def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> TurnRewards:
     outcome = correct
     if spec.search_key_reward:
       outcome += keys * spec.gamma_key
-  return TurnRewards(outcome, correct, keys, steps, gains, penalties)
+  return RewardParts(outcome, correct, keys, steps, gains, penalties)

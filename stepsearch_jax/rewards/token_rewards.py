@@ -21,15 +21,17 @@ def evidence(trajectory: types.Trajectory) -> step_rewards.Evidence:
   turns = trajectory.turns
   last = turns[-1] if turns else None
   return step_rewards.Evidence(
-    queries=[turn.content for turn in turns if turn.action == "search"],
+    queries=[
+      turn.content for turn in turns if turn.action == types.Action.SEARCH
+    ],
     documents=[
       [passage.text for passage in turn.documents]
       for turn in turns
-      if turn.answered
+      if turn.retrieved
     ],
     answer=trajectory.answer,
     well_formed=last is not None
-    and last.action == "answer"
+    and last.action == types.Action.ANSWER
     and last.text.rstrip().endswith("</answer>"),
   )
 
@@ -46,7 +48,7 @@ def gold(question: types.Question) -> step_rewards.Gold:
 def token_rewards(
   spec: step_rewards.RewardSpec,
   trajectory: types.Trajectory,
-  scores: step_rewards.TurnRewards,
+  scores: step_rewards.RewardParts,
   positions: Sequence[int] | None = None,
 ) -> np.ndarray:
   """Spreads the scores of a trajectory over its tokens.
@@ -64,7 +66,7 @@ def token_rewards(
   out = np.zeros(len(trajectory.tokens), np.float32)
   sampled = np.nonzero(trajectory.policy_mask)[0]
   if positions is None:
-    positions = [t.action_position for t in trajectory.turns if t.answered]
+    positions = [t.action_position for t in trajectory.turns if t.retrieved]
   for position, step in zip(positions, scores.step_scores, strict=False):
     if position < len(out):
       out[position] += spec.step_scale * step
@@ -80,7 +82,7 @@ def score_trajectories(
   spec: step_rewards.RewardSpec,
   trajectories: Sequence[types.Trajectory],
   tokenizer,
-) -> tuple[list[step_rewards.TurnRewards], list[np.ndarray]]:
+) -> tuple[list[step_rewards.RewardParts], list[np.ndarray]]:
   """Scores and per-token rewards of a batch of rollouts.
 
   Args:

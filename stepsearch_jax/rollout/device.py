@@ -24,7 +24,7 @@ from stepsearch_jax.rollout import sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerSpec:
+class ProgramSpec:
   """Static shape and filter settings of the compiled programs.
 
   Attributes:
@@ -37,17 +37,19 @@ class SamplerSpec:
 
   slots: int
   context: int
-  block: int = 16
-  top_k: int = 0
-  top_p: float = 1.0
+  block: int
+  top_k: int
+  top_p: float
 
   def __post_init__(self):
-    if not (self.slots > 0 and self.context > 0 and self.block > 0):
-      raise types.UserError(
-        f"slots, context and block must be positive: {self}"
-      )
-    if self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise types.UserError(f"need top_k >= 0 and 0 < top_p <= 1: {self}")
+    """Raises UserError, naming the field of the config."""
+    for name in ("slots", "context", "block"):
+      value = getattr(self, name)
+      types.expect(value >= 1, f"rollout.{name}", "at least 1", value)
+    types.expect(self.top_k >= 0, "rollout.top_k", "at least 0 (0 keeps all)",
+                 self.top_k)
+    types.expect(0 < self.top_p <= 1, "rollout.top_p",
+                 "more than 0 and at most 1", self.top_p)
 
 
 @flax.struct.dataclass
@@ -115,7 +117,7 @@ class Chunk:
   temperature: jax.Array
 
 
-def init_state(config: decoder.DecoderConfig, spec: SamplerSpec) -> SlotState:
+def init_state(config: decoder.DecoderConfig, spec: ProgramSpec) -> SlotState:
   """An empty slot cache with every slot inactive."""
   rows = functools.partial(jnp.zeros, (spec.slots,))
   return SlotState(
@@ -211,7 +213,7 @@ def decode_block(params, state, table, key, limit, leave, *, config, spec,
     limit: [] int32, decode steps at most, up to `spec.block`.
     leave: [] int32, stop as soon as so many slots have stopped.
     config: decoder configuration.
-    spec: sampler settings.
+    spec: shapes and filters.
     first_stop: automaton states from here on end a turn.
     kv_length: static bound on the positions reached inside the block.
 

@@ -6,9 +6,18 @@ documents share what is left fairly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 from stepsearch_jax.env import search_env
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """An observation as tokens; `cut` of its documents were shortened."""
+
+  tokens: list[int]
+  cut: int
 
 
 def fair_shares(sizes: Sequence[int], room: int) -> list[int]:
@@ -30,19 +39,23 @@ def fair_shares(sizes: Sequence[int], room: int) -> list[int]:
   return shares
 
 
-def observation_tokens(
-  observation: search_env.Observation,
-  encode: Callable[[str], list[int]],
-  limit: int,
-) -> tuple[list[int], int]:
-  """Tokens of an observation within `limit`, and how many documents were cut.
+def encode(
+  observation: search_env.Observation, tokenizer, limit: int
+) -> Encoded:
+  """Returns an observation as tokens within `limit`.
 
   Head and tail stay whole: the result is longer than `limit` only when they
   alone are.
+
+  Args:
+    observation: texts.
+    tokenizer: has `encode`.
+    limit: tokens at most.
   """
-  head, tail = encode(observation.head), encode(observation.tail)
-  documents = [encode(text) for text in observation.documents]
-  ends = [encode("\n") if text.endswith("\n") else []
+  encode_text = tokenizer.encode
+  head, tail = encode_text(observation.head), encode_text(observation.tail)
+  documents = [encode_text(text) for text in observation.documents]
+  ends = [encode_text("\n") if text.endswith("\n") else []
           for text in observation.documents]
   sizes = [len(tokens) for tokens in documents]
   shares = fair_shares(sizes, limit - len(head) - len(tail))
@@ -53,4 +66,4 @@ def observation_tokens(
       tokens = tokens[: max(share - len(end), 0)] + end
     body += tokens[:share]
   cut = sum(share < size for share, size in zip(shares, sizes, strict=True))
-  return head + body + tail, cut
+  return Encoded(head + body + tail, cut)

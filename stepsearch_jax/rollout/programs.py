@@ -1,10 +1,11 @@
 """The rollout's compiled programs: their shapes, layouts and number.
 
-`slots` says what they compute. A program is compiled once for each shape of a
-chunk and each bound on the positions it attends to; both come from few
-buckets, so their number is bounded and all can be compiled ahead.
+`device.py` says what they compute. A program is compiled once for each shape
+of a chunk and each `kv_length`, the bound on the positions that it attends to;
+both come from few buckets, so their number is bounded and all can be compiled
+ahead.
 
-Like `slots`, this module must not know tags, strings or retrievers.
+Like `device.py`, this module must not know tags, strings or retrievers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import tqdm
 
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.rollout import device as slots
-from stepsearch_jax.rollout import layout
+from stepsearch_jax.rollout import device, layout
+from stepsearch_jax.rollout.device import ProgramSpec
 
 
-def _state_shardings(mesh, state: slots.SlotState) -> slots.SlotState:
+def _state_shardings(mesh, state: device.SlotState) -> device.SlotState:
   """Where the slots' cache and counters live."""
   rows = jax.tree.map(
     lambda leaf: sharding.named(mesh, ("slots",), leaf.shape),
@@ -36,7 +37,7 @@ def _state_shardings(mesh, state: slots.SlotState) -> slots.SlotState:
 
 
 def _kv_buckets(context: int) -> tuple[int, ...]:
-  """Bounds on what a program attends to, a third to a half apart."""
+  """Returns the values of `kv_length`, a third to a half apart."""
   buckets, length = {context}, context
   while length > 256:
     half = -(-length // 2)
@@ -45,17 +46,18 @@ def _kv_buckets(context: int) -> tuple[int, ...]:
   return tuple(sorted(buckets))
 
 
-class Sampler:
+class RolloutPrograms:
   """The compiled programs for one model and one set of shapes.
 
-  `kv_length` is rounded up to a few buckets, so the number of compiled
-  variants is bounded by `len(kv_buckets)` times the chunk shapes in use.
+  A `kv_length` asked for is rounded up to a few buckets, so the number of
+  compiled variants is bounded by `len(kv_buckets)` times the chunk shapes in
+  use.
   """
 
   def __init__(
     self,
     config: decoder.DecoderConfig,
-    spec: slots.SamplerSpec,
+    spec: ProgramSpec,
     table: np.ndarray,
     first_stop: int,
     mesh,
@@ -68,20 +70,20 @@ class Sampler:
     self._mesh = mesh
     everywhere = sharding.replicated(mesh)
     self._automaton = np.asarray(table, np.int32)
-    init = functools.partial(slots.init_state, config, spec)
+    init = functools.partial(device.init_state, config, spec)
     state = jax.eval_shape(init)
     placed = _state_shardings(mesh, state)
     self._state = sharding.abstract(state, placed)
     self._init = jax.jit(init, out_shardings=placed)
     self._extend = jax.jit(
-      functools.partial(slots.extend, config=config, spec=spec),
+      functools.partial(device.extend, config=config, spec=spec),
       static_argnames="kv_length",
       donate_argnums=1,
       out_shardings=placed,
     )
     self._decode = jax.jit(
       functools.partial(
-        slots.decode_block, config=config, spec=spec, first_stop=first_stop
+        device.decode_block, config=config, spec=spec, first_stop=first_stop
       ),
       static_argnames="kv_length",
       donate_argnums=1,
@@ -121,16 +123,16 @@ class Sampler:
     """
     with sharding.scope(self._mesh):
       cast = self._cast.lower(params)
-    bound = self.spec.context
+    kv_length = self.spec.context
     return {
       "reshard_cast": cast,
-      "extend": self._lower_extend(bound, rows, tokens),
-      "decode_block": self._lower_decode(bound),
+      "extend": self._lower_extend(kv_length, rows, tokens),
+      "decode_block": self._lower_decode(kv_length),
     }
 
-  def _lower_extend(self, bound: int, rows: int, tokens: int):
+  def _lower_extend(self, kv_length: int, rows: int, tokens: int):
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    chunk = slots.Chunk(
+    chunk = device.Chunk(
       slot=row, start=row, length=row, budget=row, episode=row,
       tokens=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
       begins_turn=jax.ShapeDtypeStruct((rows,), jnp.bool_),
@@ -139,10 +141,10 @@ class Sampler:
     chunk = sharding.abstract(chunk, sharding.replicated(self._mesh))
     with sharding.scope(self._mesh):
       return self._extend.lower(
-        self._weights, self._state, chunk, kv_length=bound
+        self._weights, self._state, chunk, kv_length=kv_length
       )
 
-  def _lower_decode(self, bound: int):
+  def _lower_decode(self, kv_length: int):
     one = jax.ShapeDtypeStruct((), jnp.int32)
     table, key, one = sharding.abstract(
       (self._automaton, jax.eval_shape(jax.random.key, 0), one),
@@ -150,11 +152,14 @@ class Sampler:
     )
     with sharding.scope(self._mesh):
       return self._decode.lower(
-        self._weights, self._state, table, key, one, one, kv_length=bound
+        self._weights, self._state, table, key, one, one,
+        kv_length=kv_length,
       )
 
   def _program(self, *shape: int) -> jax.stages.Compiled:
-    """`decode_block` for (bound), `extend` for (bound, rows, tokens)."""
+    """Returns `decode_block` for (kv_length), `extend` for (kv_length, rows,
+    tokens).
+    """
     if shape not in self._compiled:
       lower = self._lower_extend if len(shape) > 1 else self._lower_decode
       self._compiled[shape] = lower(*shape).compile()
@@ -166,12 +171,12 @@ class Sampler:
     Args:
       rows, tokens: bucket sizes of chunks, increasing.
     """
-    shapes = [(bound,) for bound in self.kv_buckets]
+    shapes = [(kv_length,) for kv_length in self.kv_buckets]
     for below, size in zip((0, *tokens), tokens, strict=False):
       # A chunk has this size because a row of it is longer than the last.
-      bounds = [b for b in self.kv_buckets if b > below]
+      lengths = [length for length in self.kv_buckets if length > below]
       shapes += [
-        (bound, count, size) for bound in bounds for count in rows
+        (kv_length, count, size) for kv_length in lengths for count in rows
         if count <= self.spec.slots or count == rows[0]
       ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -181,8 +186,8 @@ class Sampler:
       ):
         pass
 
-  def init_state(self) -> slots.SlotState:
-    """See `init_state`."""
+  def init_state(self) -> device.SlotState:
+    """Returns an empty slot cache; see `device.init_state`."""
     return self._init()
 
   def decode_params(self, params):
@@ -193,22 +198,24 @@ class Sampler:
     """
     return self._cast(jax.tree.map(jnp.asarray, params))
 
-  def _bucket(self, length: int) -> int:
-    length = min(length, self.spec.context)
-    return next(b for b in self.kv_buckets if b >= length)
+  def bucket(self, kv_length: int) -> int:
+    """Returns the smallest compiled `kv_length` that is not below this one."""
+    kv_length = min(kv_length, self.spec.context)
+    return next(b for b in self.kv_buckets if b >= kv_length)
 
   def extend(
-    self, params, state: slots.SlotState, chunk: slots.Chunk, upto: int
-  ) -> slots.SlotState:
-    """Runs `slots.extend`; `upto` bounds the positions of the tokens."""
-    program = self._program(self._bucket(upto), *chunk.tokens.shape)
+    self, params, state: device.SlotState, chunk: device.Chunk,
+    kv_length: int,
+  ) -> device.SlotState:
+    """Runs `device.extend`; `kv_length` bounds the tokens' positions."""
+    program = self._program(self.bucket(kv_length), *chunk.tokens.shape)
     return program(params, state, chunk)
 
   def decode_block(
-    self, params, state: slots.SlotState, key, upto: int, limit: int,
-    leave: int,
-  ) -> tuple[slots.SlotState, slots.BlockOutput]:
-    """Runs `slots.decode_block`; `upto` bounds the positions it may reach."""
-    return self._program(self._bucket(upto))(
+    self, params, state: device.SlotState, key, kv_length: int,
+    limit: int, leave: int,
+  ) -> tuple[device.SlotState, device.BlockOutput]:
+    """Runs `device.decode_block`; `kv_length` bounds what it may reach."""
+    return self._program(self.bucket(kv_length))(
       params, state, self._table, key, np.int32(limit), np.int32(leave)
     )

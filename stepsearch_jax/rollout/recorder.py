@@ -51,8 +51,8 @@ class Recorder:
     self._turn_index.extend([turn] * count)
     self._logprobs.extend([0.0] * count if logprobs is None else logprobs)
 
-  def finish(self, reason: str) -> types.Trajectory:
-    """The finished record; `reason` says why it ended."""
+  def finish(self, reason: types.StopReason) -> types.Trajectory:
+    """Returns the finished record; `reason` says why it ended."""
     return types.Trajectory(
       question=self.question,
       episode=self.episode,

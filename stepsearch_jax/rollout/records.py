@@ -1,4 +1,4 @@
-"""Limits and statistics of a rollout."""
+"""What a rollout is limited by and what it returns."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ class EngineSpec:
   Attributes:
     max_prompt: a longer prompt is an error; questions are never cut.
     max_turn: tokens that the policy may write in one turn.
-    max_observation: an observation's documents are cut to fit this.
+    max_observation: documents are cut so that an observation fits this.
     answer_room: tokens kept free behind an observation; a trajectory whose
       context cannot offer them ends there.
     retrieval_delay: decode steps between asking and reading a search.
-    extend_rows: bucket sizes for rows ingested together.
-    extend_tokens: bucket sizes for the tokens of one ingested chunk.
+    search_threads: host threads that search at the same time.
+    extend_rows: bucket sizes for rows written together.
+    extend_tokens: bucket sizes for the tokens of one written chunk.
   """
 
-  max_prompt: int = 2048
-  max_turn: int = 800
-  max_observation: int = 800
-  answer_room: int = 32
-  retrieval_delay: int = 8
-  extend_rows: tuple[int, ...] = (1, 4, 16)
-  extend_tokens: tuple[int, ...] = (64, 256, 512)
+  max_prompt: int
+  max_turn: int
+  max_observation: int
+  answer_room: int
+  retrieval_delay: int
+  search_threads: int
+  extend_rows: tuple[int, ...]
+  extend_tokens: tuple[int, ...]
 
   def __post_init__(self):
-    if self.retrieval_delay < 1:
-      raise types.UserError(
-        "rollout.retrieval_delay must be at least 1 step, got "
-        f"{self.retrieval_delay}"
-      )
+    """Raises UserError, naming the field of the config."""
+    for name in ("max_prompt", "max_turn", "max_observation", "answer_room",
+                 "retrieval_delay", "search_threads"):
+      value = getattr(self, name)
+      types.expect(value >= 1, f"rollout.{name}", "at least 1", value)
     for name in ("extend_rows", "extend_tokens"):
       sizes = getattr(self, name)
-      if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-        raise types.UserError(
-          f"{name} must be increasing positive sizes: {sizes}"
-        )
-    if self.extend_tokens[-1] < 2:
-      raise types.UserError(
-        "extend_tokens must allow chunks of at least 2 tokens"
+      types.expect(
+        sizes and list(sizes) == sorted(set(sizes)) and sizes[0] >= 1,
+        f"rollout.{name}", "increasing positive sizes", sizes,
       )
+    types.expect(
+      self.extend_tokens[-1] >= 2, "rollout.extend_tokens",
+      "chunks of at least 2 tokens", self.extend_tokens,
+    )
 
 
 @dataclasses.dataclass
@@ -53,17 +55,20 @@ class RolloutStats:
   """What one call of `Engine.run` did, for metrics and benchmarks.
 
   Attributes:
-    policy_tokens, ingested_tokens: sampled, and written from prompts and
-      observations.
-    extend_padding: places of chunks that held no token.
-    decode_steps: calls of the policy for one token in every slot.
-    slot_steps: decode steps times slots; of these
-    idle_slot_steps: those of slots that sampled nothing, and
-    vacant_slot_steps: those of finished trajectories while questions wait.
-    searches, failed_searches: asked, and not answered.
-    seconds: of the whole call, of which
-    retrieval_wait_seconds: nothing but searches was waited for,
-    extend_seconds, decode_seconds: in the device programs.
+    policy_tokens: tokens sampled.
+    ingested_tokens: tokens written from prompts and observations.
+    extend_padding: places of written chunks that held no token.
+    decode_steps: runs of the policy for one token in every slot.
+    slot_steps: decode steps times slots.
+    idle_slot_steps: of these, the ones of slots that sampled nothing.
+    vacant_slot_steps: of these, the ones of finished trajectories while
+      questions waited.
+    searches: searches asked.
+    failed_searches: searches that failed for good.
+    seconds: of the whole call.
+    retrieval_wait_seconds: of these, spent waiting for searches alone.
+    extend_seconds: of these, spent writing into the cache.
+    decode_seconds: of these, spent sampling.
   """
 
   policy_tokens: int = 0
@@ -79,3 +84,16 @@ class RolloutStats:
   retrieval_wait_seconds: float = 0.0
   extend_seconds: float = 0.0
   decode_seconds: float = 0.0
+
+  @property
+  def retrieval_wait_share(self) -> float:
+    """Share of the call that was spent waiting for searches alone."""
+    return self.retrieval_wait_seconds / max(self.seconds, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """Finished trajectories in the order of their questions, and statistics."""
+
+  trajectories: list[types.Trajectory]
+  stats: RolloutStats

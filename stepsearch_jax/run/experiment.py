@@ -31,7 +31,7 @@ from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.ppo import variants
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
-from stepsearch_jax.rollout import automaton, engine, programs
+from stepsearch_jax.rollout import automaton, engine, programs, text_side
 from stepsearch_jax.run import checkpoints
 from stepsearch_jax.run.settings import Settings
 
@@ -206,12 +206,13 @@ class Experiment:
       self.tokenizer.token_bytes(), STOP_TAGS, self.tokenizer.eos_ids
     )
     table = automaton.pad_vocabulary(stops.table, self.model.vocab_size)
-    compiled = programs.Sampler(
+    compiled = programs.RolloutPrograms(
       self.model, self.settings.sampler, table, stops.first_stop, self.mesh
     )
+    rollout = self.settings.rollout
+    texts = text_side.TextSide(self.env, self.tokenizer, rollout.max_turn)
     return engine.Engine(
-      compiled, self.env, self.retriever, self.tokenizer,
-      self.settings.rollout, self.settings.seed,
+      compiled, texts, self.retriever, rollout, self.settings.seed
     )
 
   def initial_policy(self):

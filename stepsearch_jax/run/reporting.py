@@ -19,7 +19,7 @@ def reward_metrics(trajectories, scores) -> dict[str, float]:
   turns = [trajectory.turns for trajectory in trajectories]
   gains = [sum(s.information_gains or ()) for s in scores]
   repeats = [sum(s.redundancy_penalty or ()) for s in scores]
-  invalid = [any(t.action == "invalid" for t in ts) for ts in turns]
+  invalid = [any(t.action == types.Action.INVALID for t in ts) for ts in turns]
   columns = {
     "critic/score/mean": [s.score for s in scores],
     "critic/answer_correct/mean": [s.answer_correct for s in scores],
@@ -27,7 +27,7 @@ def reward_metrics(trajectories, scores) -> dict[str, float]:
     "critic/step_scores/mean": [sum(s.step_scores) for s in scores],
     "critic/information_gain/mean": gains,
     "critic/redundancy/mean": repeats,
-    "env/searches_per_question": [sum(t.answered for t in ts) for ts in turns],
+    "env/searches_per_question": [sum(t.retrieved for t in ts) for ts in turns],
     "env/turns_per_question": [len(ts) for ts in turns],
     "env/invalid_share": invalid,
     "env/unanswered_share": [t.answer is None for t in trajectories],
@@ -50,6 +50,7 @@ def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
     "perf/idle_slot_share": stats.idle_slot_steps / max(stats.slot_steps, 1),
     "timing_s/gen_decode": stats.decode_seconds,
     "timing_s/gen_extend": stats.extend_seconds,
+    "env/retrieval_wait_share": stats.retrieval_wait_share,
     "timing_s/gen_retrieval_wait": stats.retrieval_wait_seconds,
   }
 

@@ -97,7 +97,7 @@ class Settings:
   mesh: specs.MeshSpec
   log: specs.LogSpec
   retrieval: factory.RetrievalSpec
-  sampler: device.SamplerSpec
+  sampler: device.ProgramSpec
   rollout: records.EngineSpec
   reward: step_rewards.RewardSpec
   config: dict[str, Any]
@@ -149,7 +149,7 @@ class Settings:
           encoding.EncodingSpec, config.retrieval.encoding
         ),
       ),
-      sampler=spec_of(device.SamplerSpec, config.rollout),
+      sampler=spec_of(device.ProgramSpec, config.rollout),
       rollout=spec_of(records.EngineSpec, config.rollout),
       reward=_reward(config.reward, algorithm),
       config=config.to_dict(),

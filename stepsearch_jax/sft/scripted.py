@@ -30,9 +30,9 @@ class ScriptMixture:
     whole: searches for the question itself first.
   """
 
-  impatient: float = 0.5
-  repeat: float = 0.1
-  whole: float = 0.1
+  impatient: float
+  repeat: float
+  whole: float
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -109,20 +109,19 @@ def scripted_trajectory(
     if documents is None:
       raise types.SearchError(f"the search for {query!r} failed")
     seen = env.observation(documents, len(record.turns))
-    tokens, cut = observations.observation_tokens(
-      seen, tokenizer.encode, max_observation
-    )
-    record.append(tokens, types.Provenance.OBSERVATION)
-    record.truncated_documents += cut
+    encoded = observations.encode(seen, tokenizer, max_observation)
+    record.append(encoded.tokens, types.Provenance.OBSERVATION)
+    record.truncated_documents += encoded.cut
     record.turns.append(
-      types.Turn(text, "search", query, tuple(documents), seen.text, position,
-                 answered=True)
+      types.Turn(text, types.Action.SEARCH, query, tuple(documents), seen.text,
+                 position, retrieved=True)
     )
   text = f"<answer> {answer} </answer>"
   end = tokenizer.hf.eos_token_id
   record.append([*tokenizer.encode(text), end], types.Provenance.POLICY)
   record.turns.append(
-    types.Turn(text, "answer", answer, (), "", len(record.tokens) - 2)
+    types.Turn(text, types.Action.ANSWER, answer, (), "",
+               len(record.tokens) - 2)
   )
   record.answer = answer
-  return record.finish("answer")
+  return record.finish(types.StopReason.ANSWER)

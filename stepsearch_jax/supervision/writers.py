@@ -16,9 +16,13 @@ from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.retrieval import remote
-from stepsearch_jax.rollout import automaton, engine, records
-from stepsearch_jax.rollout import device as slots_lib
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import (
+  automaton,
+  engine,
+  programs,
+  records,
+  text_side,
+)
 
 _AT_ONCE = 8
 
@@ -33,7 +37,7 @@ class _OneTurn:
 
   def step(self, text: str, turn: int) -> search_env.Step:
     del turn
-    return search_env.Step("answer", text, True, None, "")
+    return search_env.Step(text, types.Action.ANSWER, text, done=True)
 
 
 class LocalWriter:
@@ -65,26 +69,28 @@ class LocalWriter:
       tokenizer.token_bytes(), ("\n\n",), tokenizer.eos_ids
     )
     table = automaton.pad_vocabulary(stops.table, config.vocab_size)
-    programs = sampler.Sampler(
-      config, slots_lib.SamplerSpec(slots, context, block=16), table,
-      stops.first_stop, sharding.make_mesh(),
+    shape = programs.ProgramSpec(slots, context, block=16, top_k=0, top_p=1.0)
+    compiled = programs.RolloutPrograms(
+      config, shape, table, stops.first_stop, sharding.make_mesh()
     )
     limits = records.EngineSpec(
       max_prompt=context - max_tokens, max_turn=max_tokens,
-      answer_room=max_tokens, extend_rows=(slots,), extend_tokens=(64, 128),
+      max_observation=context, answer_room=max_tokens, retrieval_delay=1,
+      search_threads=1, extend_rows=(slots,), extend_tokens=(64, 128),
     )
     self._engine = engine.Engine(
-      programs, _OneTurn(), None, tokenizer, limits, seed=0
+      compiled, text_side.TextSide(_OneTurn(), tokenizer, max_tokens), None,
+      limits, seed=0,
     )
     self._params = jax.device_put(self._params)
 
   def write(self, prompts: Sequence[str]) -> list[str]:
     """See `supervision.Writer.write`."""
     asked = [types.Question(str(i), p, ("-",)) for i, p in enumerate(prompts)]
-    played, _ = self._engine.run(
+    played = self._engine.run(
       self._params, asked, range(len(asked)), self._temperature
     )
-    return [trajectory.turns[-1].text for trajectory in played]
+    return [done.turns[-1].text for done in played.trajectories]
 
 
 class EndpointWriter:

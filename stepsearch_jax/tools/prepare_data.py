@@ -89,7 +89,7 @@ _SPLIT = flags.DEFINE_string("split", "train", "Split of the TFDS dataset.")
 
 def trial_rewards(
   spec: step_rewards.RewardSpec, question: types.Question
-) -> dict[str, step_rewards.TurnRewards]:
+) -> dict[str, step_rewards.RewardParts]:
   """Rewards of a perfect, an empty and a wrong trajectory.
 
   The perfect one asks the first key of every sub-question, one a turn, is
@@ -145,7 +145,9 @@ def check(found: questions_lib.QuestionFile) -> None:
   """Prints what a run would make of the first questions."""
   questions = found.questions
   spec = step_rewards.PRESETS[_PRESET.value]()
-  env = search_env.SearchEnv(prompts.TEMPLATES[_TEMPLATE.value])
+  env = search_env.SearchEnv(
+    prompts.TEMPLATES[_TEMPLATE.value], max_turns=0, topk=1  # Prompts only.
+  )
   tokenizer = _TOKENIZER.value and tokenizer_lib.load(_TOKENIZER.value)
   for question in questions[: _ROWS.value]:
     prompt = env.prompt(question)

@@ -4,12 +4,13 @@ import json
 import threading
 from http import server
 
+import fakes
 import pytest
 import tokenizers
 import transformers
 
 from stepsearch_jax import types
-from stepsearch_jax.env import actions, prompts, search_env
+from stepsearch_jax.env import actions, prompts
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval import recording as record
@@ -32,14 +33,14 @@ MARKERS = [
 
 
 def observed(text, template="stepsearch"):
-  env = search_env.SearchEnv(prompts.TEMPLATES[template])
+  env = fakes.make_env(template)
   return env.observation(
     [types.Passage("1", f"title {text}", f"body {text} end")], 0
   )
 
 
 def ids(tokenizer, seen):
-  tokens, _ = observations.observation_tokens(seen, tokenizer.encode, 10_000)
+  tokens = observations.encode(seen, tokenizer, 10_000).tokens
   return tokens
 
 
@@ -76,7 +77,7 @@ def test_no_marker_becomes_an_added_token_or_an_action(marker):
   assert not added & set(ids(tokenizer, seen))
   # Even where somebody encodes with special tokens switched on.
   assert not added & set(tokenizer.encode("".join(seen.documents), True))
-  assert actions.parse(seen.text).kind == "invalid"
+  assert actions.parse(seen.text).action == "invalid"
   assert seen.text.count("</information>") == 1
   assert seen.text.rstrip().endswith("</information>")
 
@@ -84,7 +85,7 @@ def test_no_marker_becomes_an_added_token_or_an_action(marker):
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_question_cannot_write_the_chat_template(marker):
   tokenizer, added = chat_tokenizer()
-  env = search_env.SearchEnv(prompts.TEMPLATES["plain"])
+  env = fakes.make_env()
   message = env.prompt(types.Question("1", f"Who {marker}?", ("Ada",)))
   assert not added & set(tokenizer.encode_prompt(message))
 
@@ -102,7 +103,7 @@ def test_real_vocabulary_gives_no_special_id_to_any_document(shared):
 def test_control_and_invisible_characters_do_not_arrive():
   text = "".join(map(chr, [*range(32), *range(127, 160), 0x200B, 0x202E,
                            0x2028, 0x2066, 0xFEFF, 0xE0041, 0xD800]))
-  clean = prompts.neutralise(f"a{text}b")
+  clean = prompts.sanitize(f"a{text}b")
   assert set(clean) == set("a \t\nb")
   assert clean.startswith("a") and clean.endswith("b")
 
@@ -111,13 +112,13 @@ def test_ordinary_text_is_left_alone():
   for text in ("x < y and y > z", "<b>bold</b> <span>", "a[1] [citation]",
                "می‌خواهم", "👩‍🔬 Ünïcode – naïve", "if a<s and s>b:",
                "search the plan; <searching>", "tab\tline\n"):
-    assert prompts.neutralise(text) == text
+    assert prompts.sanitize(text) == text
 
 
-def test_neutralised_text_is_neutral_a_second_time():
+def test_sanitized_text_is_neutral_a_second_time():
   for marker in MARKERS:
-    once = prompts.neutralise(marker)
-    assert prompts.neutralise(once) == once
+    once = prompts.sanitize(marker)
+    assert prompts.sanitize(once) == once
 
 
 def test_a_hostile_corpus_is_indexed_searched_and_shown(tmp_path, shared):
@@ -134,7 +135,7 @@ def test_a_hostile_corpus_is_indexed_searched_and_shown(tmp_path, shared):
   tokenizer = tokenizer_lib.load(
     str(shared / "golden/tokenizer_smollm2/tokenizer.json")
   )
-  env = search_env.SearchEnv(prompts.TEMPLATES["stepsearch"])
+  env = fakes.make_env("stepsearch")
   for i in range(len(MARKERS)):
     (found,) = opened.search([f"river{i}"], 3)
     assert found[0].id == str(i)

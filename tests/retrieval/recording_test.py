@@ -10,7 +10,7 @@ from etils import epath
 
 from configs import quickstart
 from stepsearch_jax import files, train, types
-from stepsearch_jax.env.actions import Action
+from stepsearch_jax.env.actions import ParsedTurn
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval import recording as record
@@ -117,14 +117,15 @@ def play(retriever):
   model = fakes.make_model(tokenizer.vocab_size)
   policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
   engine = fakes.make_engine(tokenizer, model, retriever, slots=3)
-  done, stats = engine.run(policy, fakes.make_questions(6), range(6), 1.0)
+  played = engine.run(policy, fakes.make_questions(6), range(6), 1.0)
   engine.close()
-  return done, stats
+  return played.trajectories, played.stats
 
 
 def test_rollouts_from_a_record_are_the_recorded_ones(tmp_path, monkeypatch):
   monkeypatch.setattr(
-    "stepsearch_jax.env.actions.parse", lambda text: Action("search", text)
+    "stepsearch_jax.env.actions.parse",
+    lambda text: ParsedTurn(types.Action.SEARCH, text),
   )
   path = tmp_path / "searches.jsonl"
   recorded, stats = play(record.RecordingRetriever(Flaky(), path))

@@ -68,14 +68,14 @@ def released_observations(url, predictions, active, topk):
   asked = []
   for text, on in zip(predictions, active, strict=True):
     action = actions.parse(text)
-    if on and action.kind == "search":
+    if on and action.action == "search":
       asked.append(action.content)
   payload = {"queries": asked, "topk": topk, "return_scores": True}
   found = iter(httpx2.post(f"{url}/retrieve", json=payload).json()["result"])
   seen = []
   for text, on in zip(predictions, active, strict=True):
     seen.append(None)
-    if on and actions.parse(text).kind == "search":
+    if on and actions.parse(text).action == "search":
       lines = ""
       for i, item in enumerate(next(found), 1):
         title, *rest = item["document"]["contents"].split("\n")

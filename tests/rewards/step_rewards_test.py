@@ -65,7 +65,7 @@ def test_key_score_is_equation_five():
 
 def test_row_step_scale_and_outcome_on_a_step_token():
   trajectory = make_trajectory(["<search> q </search>"])
-  scores = step_rewards.TurnRewards(1.0, 1.0, 0.0, [0.5], [0.5], [0.0])
+  scores = step_rewards.RewardParts(1.0, 1.0, 0.0, [0.5], [0.5], [0.0])
   paper = token_rewards.token_rewards(PAPER, trajectory, scores)
   assert paper[5] == pytest.approx(0.3 + 1.0)  # Added.
   scaled = token_rewards.token_rewards(
@@ -163,7 +163,7 @@ def make_trajectory(texts):
   """Two prompt tokens, then four sampled tokens; the last closes a search."""
   turns = [
     types.Turn(text, "search", "q", (types.Passage("d", "t", "x"),), "", 5,
-               answered=True)
+               retrieved=True)
     for text in texts
   ]
   return types.Trajectory(

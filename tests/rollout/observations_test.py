@@ -3,11 +3,17 @@
 import numpy as np
 
 from stepsearch_jax.env.search_env import Observation
-from stepsearch_jax.rollout.observations import fair_shares, observation_tokens
+from stepsearch_jax.rollout.observations import encode, fair_shares
 
 
-def encode(text):
-  return [ord(c) for c in text]
+class Letters:
+  """A tokenizer whose tokens are letters."""
+
+  def encode(self, text):
+    return [ord(c) for c in text]
+
+  def decode(self, tokens):
+    return "".join(map(chr, tokens))
 
 
 def test_fair_shares_equal_water_filling_by_hand():
@@ -31,15 +37,15 @@ def test_fair_shares_use_all_room_and_favour_nobody():
 
 def test_only_documents_are_cut_and_cuts_are_counted():
   seen = Observation("<i>", ["aaaaaaaa", "bb"], "</i>")
-  tokens, cut = observation_tokens(seen, encode, 13)
-  assert "".join(map(chr, tokens)) == "<i>aaaabb</i>" and cut == 1
-  tokens, cut = observation_tokens(seen, encode, 99)
-  assert "".join(map(chr, tokens)) == seen.text and cut == 0
-  tokens, cut = observation_tokens(seen, encode, 3)
-  assert "".join(map(chr, tokens)) == "<i></i>" and cut == 2
+  done = encode(seen, Letters(), 13)
+  assert Letters().decode(done.tokens) == "<i>aaaabb</i>" and done.cut == 1
+  done = encode(seen, Letters(), 99)
+  assert Letters().decode(done.tokens) == seen.text and done.cut == 0
+  done = encode(seen, Letters(), 3)
+  assert Letters().decode(done.tokens) == "<i></i>" and done.cut == 2
 
 
 def test_a_cut_document_still_ends_its_line():
   seen = Observation("<i>", ["aaaaaaa\n", "bb"], "</i>")
-  tokens, cut = observation_tokens(seen, encode, 13)
-  assert "".join(map(chr, tokens)) == "<i>aaa\nbb</i>" and cut == 1
+  done = encode(seen, Letters(), 13)
+  assert Letters().decode(done.tokens) == "<i>aaa\nbb</i>" and done.cut == 1

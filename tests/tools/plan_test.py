@@ -15,8 +15,7 @@ from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan import arithmetic as planning
 from stepsearch_jax.plan import machines, tpu_compiler
 from stepsearch_jax.ppo import learner, logprobs, records
-from stepsearch_jax.rollout import device as slots
-from stepsearch_jax.rollout import programs as sampler
+from stepsearch_jax.rollout import programs as rollout_programs
 
 VOCAB = 151_936
 MODEL = decoder.DecoderConfig(
@@ -113,8 +112,11 @@ def make_learner(mesh, micro_rows=8, **changes):
 def compiled(tpu):
   """(HLO text, memory analysis) of every program of a small model."""
   ours = make_learner(tpu)
-  programs = sampler.Sampler(
-    MODEL, slots.SamplerSpec(slots=8, context=1024),
+  programs = rollout_programs.RolloutPrograms(
+    MODEL,
+    rollout_programs.ProgramSpec(
+      slots=8, context=1024, block=16, top_k=0, top_p=1.0
+    ),
     np.zeros((8, VOCAB), np.int32), 7, tpu,
   )
   lowered = ours.lowered() | programs.lowered(

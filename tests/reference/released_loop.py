@@ -85,7 +85,7 @@ class ReleasedLoop:
   """One batch through the released protocol.
 
   Attributes:
-    env: texts and rules; build it with `hostile=False`.
+    env: texts and rules; build it with `sanitize=False`.
     retriever: answers a whole turn's searches in one call.
     tokenizer: with `encode`, and `decode` that skips special tokens.
     pad_id: padding, also where the prompt uses it as a token (E4).
@@ -126,9 +126,11 @@ class ReleasedLoop:
       texts, ids = self._respond(context, positions, active, generate)
       steps = [self.env.step(text, turn) if on else None
                for text, on in zip(texts, active, strict=True)]
-      answered = [s is None or s.action == "answer" for s in steps]
-      valid += [s is not None and s.action != "invalid" for s in steps]
-      searched += [s is not None and s.action == "search" for s in steps]
+      answered = [s is None or s.action is types.Action.ANSWER for s in steps]
+      actions = [s and s.action for s in steps]
+      valid += [action not in (None, types.Action.INVALID)
+                for action in actions]
+      searched += [action is types.Action.SEARCH for action in actions]
       if forced:
         active &= ~np.array(answered)
         right, masked = self._append(right, masked, ids, None)
@@ -172,7 +174,7 @@ class ReleasedLoop:
                  if queries else ())
     rows = []
     for step in steps:
-      if step is None or step.action == "answer":
+      if step is None or step.action is types.Action.ANSWER:
         text = ""
       elif step.query is None:
         text = step.warning

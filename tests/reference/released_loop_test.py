@@ -3,11 +3,11 @@
 import json
 
 import numpy as np
+from reference import released_loop
 
 from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import tokenizer as tokenizer_lib
-from stepsearch_jax.rollout import released_loop
 
 
 class RecordedRetriever:
@@ -36,7 +36,7 @@ def test_tensors_and_calls_equal_the_released_loop(shared):
     limits = dict(case["config"])
     env = search_env.SearchEnv(
       prompts.TEMPLATES["stepsearch"], max_turns=limits.pop("max_turns"),
-      hostile=False,
+      topk=3, sanitize=False,
     )
     expected = case["expected"]
     calls = iter(expected["calls"])

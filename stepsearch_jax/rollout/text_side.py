@@ -1,0 +1,68 @@
+"""What the schedule asks of the world of strings.
+
+The engine moves token ids between questions, slots and searches. Whatever
+needs text (prompts, what a turn means, observations) is asked of a `TextSide`.
+Another object with the same methods can stand in its place, for instance one
+that replays recorded lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepsearch_jax import types
+from stepsearch_jax.env import search_env
+from stepsearch_jax.rollout import observations, recorder
+
+
+class TextSide:
+  """A protocol and a tokenizer as one."""
+
+  def __init__(self, env: search_env.SearchEnv, tokenizer, max_turn: int):
+    """Keeps the parts.
+
+    Args:
+      env: texts and rules of the protocol.
+      tokenizer: of the policy.
+      max_turn: tokens that the policy may write in one turn.
+    """
+    self._env = env
+    self._tokenizer = tokenizer
+    self._max_turn = max_turn
+
+  @property
+  def topk(self) -> int:
+    """Passages per search."""
+    return self._env.topk
+
+  def prompt(self, question: types.Question) -> list[int]:
+    """Returns the tokens of a question's prompt."""
+    return self._tokenizer.encode_prompt(self._env.prompt(question))
+
+  def turn_budget(self, record: recorder.Recorder) -> int:
+    """Returns how many tokens the policy may write in the next turn."""
+    del record
+    return self._max_turn
+
+  def judge(self, record: recorder.Recorder) -> search_env.Step:
+    """Returns what the turn that the policy has just ended asks for."""
+    text = self.decode(record.tokens[record.turn_start :])
+    return self._env.step(text, len(record.turns))
+
+  def observation(
+    self, documents: Sequence[types.Passage] | None, turn: int
+  ) -> search_env.Observation:
+    """Returns the reply to the search of a turn; None says that it failed."""
+    if documents is None:
+      return self._env.failure(turn)
+    return self._env.observation(documents, turn)
+
+  def encode(
+    self, observation: search_env.Observation, limit: int
+  ) -> observations.Encoded:
+    """Returns an observation as tokens, its documents cut to fit `limit`."""
+    return observations.encode(observation, self._tokenizer, limit)
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """Returns the text of tokens."""
+    return self._tokenizer.decode(tokens)

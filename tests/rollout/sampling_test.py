@@ -1,0 +1,77 @@
+"""Token choice against distributions worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepsearch_jax.rollout import sampling
+
+
+def test_draws_follow_the_softmax_distribution():
+  logits = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3] + [0.0] * 300))
+  uniform = (jnp.arange(1000, dtype=jnp.float32) + 0.5) / 1000
+  drawn, norm = sampling.sample_tokens(jnp.tile(logits, (1000, 1)), uniform)
+  np.testing.assert_allclose(norm, 0.0, atol=1e-6)
+  counts = np.bincount(np.asarray(drawn), minlength=4)
+  np.testing.assert_allclose(counts[:4], [100, 0, 600, 300], atol=1)
+  edge, _ = sampling.sample_tokens(
+    jnp.tile(logits, (2, 1)), jnp.array([0.0, 1.0 - 2**-24])
+  )
+  assert set(np.asarray(edge).tolist()) == {0, 3}
+
+
+def test_top_k_and_top_p_keep_the_hand_worked_sets():
+  logits = jnp.log(jnp.array([[0.5, 0.05, 0.3, 0.15]]))
+  kept = lambda k, p: np.isfinite(  # noqa: E731
+    np.asarray(sampling.filter_logits(logits, k, p))
+  )[0].tolist()
+  assert kept(0, 1.0) == [True] * 4
+  assert kept(2, 1.0) == [True, False, True, False]
+  assert kept(0, 0.5) == [True, False, False, False]
+  assert kept(0, 0.6) == [True, False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_sharpens_and_flattens_the_distribution(temperature):
+  """p ** (1 / temperature), normalised; its log is what is recorded."""
+  p = np.array([0.5, 0.3, 0.2])
+  want = p ** (1 / temperature)
+  want /= want.sum()
+  uniform = (jnp.arange(1000, dtype=jnp.float32) + 0.5) / 1000
+  drawn, logprobs = sampling.select(
+    jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (1000, 1)),
+    jnp.full(1000, temperature), uniform, 0, 1.0,
+  )
+  drawn = np.asarray(drawn)
+  np.testing.assert_allclose(
+    np.bincount(drawn, minlength=3) / 1000, want, atol=2e-3
+  )
+  np.testing.assert_allclose(logprobs, np.log(want)[drawn], atol=1e-5)
+
+
+def test_filters_shape_the_draw_and_not_the_recorded_log_probability():
+  logits = jnp.log(jnp.tile(jnp.array([0.2, 0.5, 0.3]), (100, 1)))
+  uniform = (jnp.arange(100, dtype=jnp.float32) + 0.5) / 100
+  for top_k, top_p in ((1, 1.0), (0, 0.4)):
+    drawn, logprobs = sampling.select(
+      logits, jnp.ones(100), uniform, top_k, top_p
+    )
+    assert set(np.asarray(drawn).tolist()) == {1}
+    np.testing.assert_allclose(logprobs, np.log(0.5), atol=1e-6)
+
+
+def test_uniforms_depend_on_key_episode_and_position_each():
+  def draw(seed, episode, position):
+    return sampling.uniforms(
+      jax.random.key(seed), jnp.array([episode]), jnp.array([position])
+    ).item()
+
+  assert draw(0, 1, 2) == draw(0, 1, 2)
+  # Episode and position do not stand in for each other either.
+  others = [draw(1, 1, 2), draw(0, 2, 2), draw(0, 1, 3), draw(0, 2, 1)]
+  assert len({draw(0, 1, 2), *others}) == 5
+  both = sampling.uniforms(
+    jax.random.key(0), jnp.array([2, 1]), jnp.array([1, 2])
+  )
+  assert both[1].item() == draw(0, 1, 2)  # Whatever its row.
