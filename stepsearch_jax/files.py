@@ -11,8 +11,10 @@ import gzip
 import io
 import json
 import re
+import threading
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +22,7 @@ from etils import epath
 
 from stepsearch_jax import types
 
+_UPLOAD_SECONDS = 5.0
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -67,6 +70,91 @@ def writing(path: epath.Path) -> Iterator[BinaryIO]:
 def to_jsonl(rows: Iterable[dict]) -> str:
   """Returns rows as JSONL text, one JSON object per line."""
   return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class RowLog:
+  """A JSONL file that grows row by row and goes on after a kill.
+
+  Half a line that a kill left at the end is cut off when the file is opened
+  again, and what comes next begins on a line of its own. Rows reach the file at
+  once. Buckets cannot append: there the file is written anew, at most every few
+  seconds, by `flush` and by `close`.
+  """
+
+  def __init__(self, path: epath.PathLike):
+    """Opens the log at `path`, which need not exist."""
+    self.path = epath.Path(path)
+    self._lock = threading.Lock()
+    self._file = None
+    self._lines: list[str] | None = None  # Of a log in a bucket.
+    self._uploaded = 0.0
+    data = self.path.read_bytes() if self.path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    # A last line without its end may still be a whole row.
+    with contextlib.suppress(ValueError, RecursionError):
+      if isinstance(json.loads(data[len(whole) :]), dict):
+        whole = data + b"\n"
+    if whole != data:
+      with writing(self.path) as file:
+        file.write(whole)
+    if "://" in str(self.path):
+      self._lines = whole.decode().splitlines(keepends=True)
+
+  def rows(self) -> list[dict]:
+    """Returns all rows so far.
+
+    Raises:
+      DataError: a row is malformed, which no kill can cause.
+    """
+    self.flush()
+    if not self.path.exists():
+      return []
+    with self.path.open("rb") as file:
+      found = list(_json(self.path, file, one=False))
+    for _, row in found:
+      if isinstance(row, DataError):
+        raise row
+    return [row for _, row in found]
+
+  def append(self, row: dict) -> None:
+    """Adds a row; safe to call from several threads."""
+    line = to_jsonl([row])
+    with self._lock:
+      if self._lines is not None:
+        self._lines.append(line)
+        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+          self._upload()
+        return
+      if self._file is None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a")
+      self._file.write(line)
+      self._file.flush()
+
+  def keep(self, wanted: Callable[[dict], bool]) -> None:
+    """Drops the rows that are not wanted."""
+    kept = [row for row in self.rows() if wanted(row)]
+    self.close()
+    write_text(self.path, to_jsonl(kept))
+    if self._lines is not None:
+      self._lines = [to_jsonl([row]) for row in kept]
+
+  def flush(self) -> None:
+    """Returns once all rows are in the file, a bucket's included."""
+    with self._lock:
+      if self._lines:
+        self._upload()
+
+  def close(self) -> None:
+    """Writes what is outstanding; appending opens the file again."""
+    self.flush()
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+  def _upload(self) -> None:
+    write_text(self.path, "".join(self._lines))
+    self._uploaded = time.monotonic()
 
 
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import threading
 from collections.abc import Sequence
 
@@ -38,18 +37,16 @@ class RecordingRetriever:
     self._inner = inner
     self._lock = threading.Lock()
     self._found: dict[tuple[str, int], list[types.Passage]] = {}
-    path = epath.Path(path)
-    if path.exists() and _mend(path):
-      about, self._found, _ = _read(path)
+    self._log = files.RowLog(path)
+    if self._log.rows():
+      about, self._found, _ = _read(epath.Path(path))
       if about != inner.describe():
         raise types.UserError(
           f"{path} records {about}, this run searches {inner.describe()}: "
           "choose another retrieval.record"
         )
     else:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps({"searched": inner.describe()}) + "\n")
-    self._file = path.open("a")
+      self._log.append({"searched": inner.describe()})
 
   def search(
     self, queries: Sequence[str], k: int
@@ -71,18 +68,14 @@ class RecordingRetriever:
         if (query, k) in self._found:
           continue
         if documents is None:
-          self._write({"query": query, "k": k, "failed": reason})
+          self._log.append({"query": query, "k": k, "failed": reason})
           continue
         self._found[query, k] = list(documents)
-        self._write({
+        self._log.append({
           "query": query, "k": k,
           "documents": [dataclasses.asdict(d) for d in documents],
         })
       return [self._found.get((query, k)) for query in queries]
-
-  def _write(self, row: dict) -> None:
-    self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    self._file.flush()
 
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
@@ -141,15 +134,6 @@ class ReplayRetriever:
     if self._inner is not None:
       about["misses_searched"] = self._inner.describe()
     return about
-
-
-def _mend(path: epath.Path) -> bool:
-  """Cuts off the half line that a kill can leave; False if nothing remains."""
-  data = path.read_bytes()
-  whole = data.rfind(b"\n") + 1
-  if whole < len(data):
-    path.write_bytes(data[:whole])
-  return whole > 0
 
 
 def _read(path: epath.Path) -> tuple[

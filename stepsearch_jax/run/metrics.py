@@ -8,7 +8,6 @@ the file back to the step it resumes from, so no step appears twice.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 import weakref
@@ -96,7 +95,7 @@ class MetricsWriter:
     if not active:
       return
     workdir = epath.Path(workdir)
-    self._path = workdir / "metrics.jsonl"
+    self._log = files.RowLog(workdir / "metrics.jsonl")
     self._board_folder = str(workdir / "tensorboard")
     self._board = None
     self.rewind(first_step)
@@ -111,7 +110,7 @@ class MetricsWriter:
     """Drops the records of `step` and later."""
     if not self._active:
       return
-    files.write_text(self._path, "".join(_records_before(self._path, step)))
+    self._log.keep(lambda record: record["step"] < step)
     if self._board is not None:
       self._board.close()
     # Here, so that a machine without it can still measure and evaluate.
@@ -126,9 +125,7 @@ class MetricsWriter:
     if not self._active:
       return
     values = {name: float(value) for name, value in metrics.items()}
-    line = json.dumps({"step": step, **values}) + "\n"
-    with self._path.open("a") as file:
-      file.write(line)
+    self._log.append({"step": step, **values})
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     if self._wandb is not None:
@@ -137,23 +134,10 @@ class MetricsWriter:
   def close(self) -> None:
     """Flushes everything to disk."""
     if self._active:
+      self._log.close()
       self._board.close()
       if self._wandb is not None:
         self._wandb.finish()
-
-
-def _records_before(path: epath.Path, step: int) -> list[str]:
-  if not path.exists():
-    return []
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      continue  # A kill can leave half a line at the end.
-    if record["step"] < step:
-      kept.append(line + "\n")
-  return kept
 
 
 class Progress:

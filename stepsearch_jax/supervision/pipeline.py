@@ -15,10 +15,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import math
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -72,19 +70,9 @@ class CachedWriter:
     """Opens the cache of one writer in `folder`."""
     self.name = inner.name
     self._inner = inner
-    self._lock = threading.Lock()
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(inner.name.encode()).hexdigest()[:16]
-    self._path = folder / f"{digest}.jsonl"
-    self._known = {}
-    if self._path.exists():
-      for line in self._path.read_text().splitlines():
-        try:
-          row = json.loads(line)
-        except json.JSONDecodeError:
-          continue  # A kill can leave half a line at the end.
-        self._known[row["prompt"]] = row["text"]
+    self._log = files.RowLog(epath.Path(folder) / f"{digest}.jsonl")
+    self._known = {row["prompt"]: row["text"] for row in self._log.rows()}
 
   def write(self, prompts: Sequence[str]) -> list[str]:
     """See `Writer.write`; new completions are stored batch by batch."""
@@ -96,18 +84,17 @@ class CachedWriter:
     def ask(start):
       part = missing[start : start + size]
       texts = self._inner.write(part)
-      with self._lock, self._path.open("a") as file:
-        for prompt, text in zip(part, texts, strict=True):
-          self._known[prompt] = text
-          row = {"prompt": prompt, "text": text}
-          file.write("\n" * (file.tell() > 0) + json.dumps(row))
-        bar.update(len(part))
+      for prompt, text in zip(part, texts, strict=True):
+        self._log.append({"prompt": prompt, "text": text})
+        self._known[prompt] = text
+      bar.update(len(part))
 
     at_once = getattr(self._inner, "at_once", 1)
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
       # A failure cancels what has not begun; what has is stored.
       collections.deque(pool.map(ask, range(0, len(missing), size)), 0)
     bar.close()
+    self._log.close()
     return [self._known[prompt] for prompt in prompts]
 
 
@@ -169,16 +156,8 @@ def _parse_hops(text: str) -> tuple[types.SubQuestion, ...]:
 
 
 def resolved(question: types.Question) -> list[str]:
-  """Sub-questions with #1, #2 replaced by the answers they stand for."""
-  answers = [hop.answer for hop in question.decomposition]
-
-  def answer(match):
-    place = int(match[1]) - 1
-    return answers[place] if place < len(answers) else match[0]
-
-  return [
-    re.sub(r"#(\d+)", answer, hop.question) for hop in question.decomposition
-  ]
+  """Returns the sub-questions with #1, #2 replaced by earlier answers."""
+  return types.resolved(question.decomposition)
 
 
 def parse_queries(text: str, count: int) -> list[str]:
@@ -385,17 +364,13 @@ def write_rows(path: epath.Path, rows: Sequence[dict]) -> None:
   Raises:
     files.DataError: another file type.
   """
-  temporary = path.with_name(path.name + ".tmp")
   if path.name.endswith(".parquet"):
     import pyarrow
     from pyarrow import parquet
 
-    with temporary.open("wb") as file:
+    with files.writing(path) as file:
       parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
   elif path.name.endswith(".jsonl"):
-    temporary.write_text(
-      "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
+    files.write_text(path, files.to_jsonl(rows))
   else:
     raise files.DataError(f"{path}: expected .jsonl or .parquet")
-  temporary.replace(path)

@@ -7,7 +7,7 @@ import json
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import files, types
 from stepsearch_jax.retrieval import bm25, remote
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import build as index_build
@@ -95,7 +95,8 @@ def supervise(
   kept, report = supervision.filter_queries(ready, written, retrievers, topk)
   rows = [supervision.released_row(q) for q in kept]
   supervision.write_rows(output, rows)
-  output.with_name(output.name + ".report.json").write_text(
-    json.dumps(report, indent=2) + "\n"
+  files.write_text(
+    output.with_name(output.name + ".report.json"),
+    json.dumps(report, indent=2) + "\n",
   )
   return supervision.render_report(report, list(retrievers))
