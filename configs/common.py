@@ -78,6 +78,12 @@ def _data():
   # Question file, or "world" for the embedded world.
   data.train = "world"
   data.eval = ""  # Empty = held-out part of the world, or of data.train.
+  data.split = "heldout"  # Of the world: heldout | validation.
+  # Size and shape of the embedded world (see data/world.py).
+  data.world = ml_collections.ConfigDict(dict(
+    seed=0, train=4000, validation=200, heldout=200, entities=1200,
+    alias_share=0.15, rare_wording=0.25,
+  ))
   data.corpus = ""  # Empty = all paragraphs of the question files.
   data.limit = 0  # Read only this many training questions; 0 = all.
   data.eval_limit = 0
@@ -195,17 +201,22 @@ def _ppo():
 
 
 def _warm_start():
-  """Imitation of scripted trajectories before step 0; 0 steps = none."""
+  """Where the policy starts: imitation, another run, or neither."""
   warm_start = ml_collections.ConfigDict()
+  # Work directory of a run whose first policy this run starts from too.
+  warm_start.policy = ""
+  # Imitation of scripted demonstrations before step 0; 0 steps = none.
   warm_start.steps = 0
   warm_start.rows = 32
   warm_start.row_length = 4096
   warm_start.lr = 1e-3
   warm_start.trajectories = 4000
-  # How the scripted demonstrator errs, per hop (see rollout/scripted.py).
-  warm_start.impatient = 0.5
-  warm_start.repeat = 0.05
-  warm_start.whole = 0.05
+  # How the demonstrators search (see sft/scripted.py): what they know about
+  # the corpus' words (any | usual | exact), and the shares of their errors.
+  warm_start.wording = "any"
+  warm_start.whole = 0.1
+  warm_start.repeat = 0.1
+  warm_start.give_up = 0.1
   return warm_start
 
 

@@ -48,9 +48,10 @@ def get_config(arg=None):
   config.warm_start.row_length = 1024
   config.warm_start.lr = 2e-4
   config.warm_start.trajectories = 64
-  config.warm_start.impatient = 0.0
-  config.warm_start.repeat = 0.0
+  config.warm_start.wording = "usual"
   config.warm_start.whole = 0.0
+  config.warm_start.repeat = 0.0
+  config.warm_start.give_up = 0.0
 
   config.batch.questions = 8
   config.ppo.mini_batch = 8

@@ -17,33 +17,32 @@ def get_config(arg=None):
   arg = common.parse_arg(arg, algorithm="steppo", runlocal=False)
   config = common.base()
   config.algorithm = arg.algorithm
-  config.total_steps = 36
+  config.total_steps = 60
 
   config.model.dtype = "float32"
-  config.model.remat = True  # On this CPU faster than keeping activations.
+  config.model.remat = False
   config.model.size = dict(
     family="qwen2", hidden=128, mlp=256, layers=3, heads=4, kv_heads=2,
-    vocab=2048, tied=True,
+    vocab=1536, tied=True,
   )
 
-  config.retrieval.topk = 2
+  config.retrieval.topk = 1  # One sentence: the query decides.
   config.rollout.template = "plain"
-  config.rollout.max_turns = 5
+  config.rollout.max_turns = 6
   config.rollout.retrieval_delay = 8
   config.rollout.slots = 64
-  config.rollout.context = 512
+  config.rollout.context = 384
   config.rollout.block = 8
-  config.rollout.max_prompt = 128
-  config.rollout.max_turn = 32
-  config.rollout.max_observation = 192
+  config.rollout.max_prompt = 32
+  config.rollout.max_turn = 24
+  config.rollout.max_observation = 128
   config.rollout.answer_room = 16
   config.rollout.extend_rows = (4, 16, 64)
-  config.rollout.extend_tokens = (64, 128)
+  config.rollout.extend_tokens = (32, 128)
 
-  config.warm_start.steps = 550
+  config.warm_start.steps = 300
   config.warm_start.lr = 3e-3
-  config.warm_start.trajectories = 9000
-  config.warm_start.impatient = 0.6
+  config.warm_start.trajectories = 4000
   config.warm_start.rows = 16
   config.warm_start.row_length = 512
 

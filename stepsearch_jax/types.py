@@ -120,6 +120,8 @@ class Question:
     support: the gold paragraphs; empty where the dataset has none (step
       rewards are then 0).
     decomposition: the hops in order; empty where unknown.
+    phrasings: per sub-question, all queries that a person might try, in the
+      order in which they are likely to help; empty = the search keys.
     extra: fields of the source row that nothing here interprets.
   """
 
@@ -130,6 +132,7 @@ class Question:
   search_keys: tuple[tuple[str, ...], ...] = ()
   support: tuple[Passage, ...] = ()
   decomposition: tuple[SubQuestion, ...] = ()
+  phrasings: tuple[tuple[str, ...], ...] = ()
   extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 

@@ -44,7 +44,8 @@ _HOPS = ("question_decomposition", "decomposition")
 # All that is read in a row, for messages.
 ACCEPTED = (
   *_TEXT, "prompt", *_ID, *_SOURCE, "final_answer", "reward_model", *_ANSWERS,
-  *_ALIASES, "search_keys", "sub_searchs", *_HOPS, *paragraphs.SUPPORTING,
+  *_ALIASES, "search_keys", "sub_searchs", "phrasings", *_HOPS,
+  *paragraphs.SUPPORTING,
   "paragraphs", "supporting_facts", "context", "extra_info", "metadata",
   "answerable", "pseudo_support", "extra",
 )
@@ -214,6 +215,7 @@ def _parse(where: str, values: Mapping[str, Any], number: int) -> _Parsed:
     search_keys=_keys(row, model, hops),
     support=support.passages,
     decomposition=hops,
+    phrasings=row.groups("phrasings"),
     extra=_extra(row),
   )
   return _Parsed(question, support, cut, row.used, set(row.names()) - row.used)

@@ -1,11 +1,18 @@
 """The embedded world: a deterministic multi-hop benchmark in MuSiQue's schema.
 
-Entities of seven types are linked by ten relations; every entity has a short
-passage that states its facts in varied sentences. Questions are walks of two
-to four relations, phrased as nested noun phrases. Some passages share a title
-with an entity of another kind, some mention an entity without the fact.
-Training and held-out questions share no chain. The files look like real data
-and go through the same loaders, index and rewards.
+Reading is easy in it and searching is hard. A passage is one sentence; a name
+is one word. What decides is which query to ask and when to stop:
+
+- Each relation has several wordings. Questions use any, passages one or two of
+  them, and a query in another wording finds something else about that name.
+- Entities of different kinds share names, so that a name alone finds nothing.
+- Some passages name an entity by an alias; its facts stand under its name.
+- Some words of a question stand for two relations in a row.
+- Every entity has a passage without facts, some names are mentioned elsewhere.
+
+Training, validation and held-out questions are about different entities: they
+share no fact, hence no part of a chain in either direction. The files look
+like real data and go through the same loaders, index and rewards.
 """
 
 from __future__ import annotations
@@ -16,17 +23,74 @@ import json
 import numpy as np
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.data import world_text as text
+
+SPLITS = ("train", "validation", "heldout")
+_SHARES = (0.6, 0.15, 0.25)  # Of the entities.
+_HOP_SHARES = {2: 0.5, 3: 0.3, 4: 0.2}
+_TRIES = 200  # Walks per wanted question before a world counts as too small.
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSpec:
+  """Size and shape of a world.
+
+  Attributes:
+    seed: same spec, same world.
+    train, validation, heldout: questions of each split.
+    entities: of all splits together.
+    alias_share: entities that have a second name.
+    rare_wording: passages that use a relation's second wording.
+  """
+
+  seed: int
+  train: int
+  validation: int
+  heldout: int
+  entities: int = 1200
+  alias_share: float = 0.15
+  rare_wording: float = 0.25
+
+  def __post_init__(self):
+    for name in SPLITS:
+      if getattr(self, name) < 0:
+        raise types.UserError(
+          f"data.world.{name} must be >= 0, got {getattr(self, name)}"
+        )
+    if not 200 <= self.entities <= 2000:
+      raise types.UserError(
+        "data.world.entities must be between 200 and 2000 (there are 1,000 "
+        f"names), got {self.entities}"
+      )
+    if not 0 <= self.alias_share <= 0.25:
+      raise types.UserError(
+        "data.world.alias_share must be in [0, 0.25], got "
+        f"{self.alias_share}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Entity:
-  """A node: `kind` is its type, `alias` another accepted name or ""."""
+  """A node: `kind` is its type, `alias` another name or ""."""
 
   number: int
+  split: str
   kind: str
   name: str
-  alias: str = ""
+  alias: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+  """An edge. `called` is the object's name or alias, as its passage says."""
+
+  subject: int
+  relation: str
+  object: int
+  called: str
+  word: str
+  passage: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,156 +106,258 @@ class World:
   """Everything that is written out; rows are JSON-able."""
 
   train: list[dict]
+  validation: list[dict]
   heldout: list[dict]
   passages: list[dict]
 
 
-class _Graph:
-  """Entities, facts {(entity, relation): entity} and their passages."""
+class Graph:
+  """Entities, facts by subject and relation, and the passages about them."""
 
-  def __init__(self, rng: np.random.Generator):
-    self.entities: list[Entity] = []
-    self.facts: dict[tuple[int, str], int] = {}
-    self.by_kind: dict[str, list[int]] = {kind: [] for kind in text.COUNTS}
-    for kind, count in text.COUNTS.items():
-      for name, alias in text.names(kind, count, rng):
-        entity = Entity(len(self.entities), kind, name, alias)
-        self.entities.append(entity)
-        self.by_kind[kind].append(entity.number)
-    for relation, (kind, target, share) in text.RELATIONS.items():
-      for number in self.by_kind[kind]:
-        if rng.random() < share:
-          choices = self.by_kind[target]
-          other = int(choices[rng.integers(len(choices))])
-          if other != number:
-            self.facts[number, relation] = other
+  def __init__(self, spec: WorldSpec, rng: np.random.Generator):
+    """Draws a world without questions."""
+    self.wordings = text.Wordings(spec.rare_wording, rng)
+    self.entities = _entities(spec, rng)
+    self.passages: list[dict] = []
+    self.facts: dict[tuple[int, str], Fact] = {}
+    self.alias_passages: dict[int, int] = {}
+    members: dict[tuple[str, str], list[Entity]] = {}
+    for entity in self.entities:
+      members.setdefault((entity.split, entity.kind), []).append(entity)
+    for entity in self.entities:
+      self._describe(entity, members, rng)
 
-  def outgoing(self, number: int) -> list[str]:
-    kind = self.entities[number].kind
-    return [
-      relation
-      for relation, (source, _, _) in text.RELATIONS.items()
-      if source == kind and (number, relation) in self.facts
-    ]
+  def _add(self, title: str, content: str) -> int:
+    number = len(self.passages)
+    self.passages.append({"id": str(number), "title": title, "text": content})
+    return number
 
-  def passage(self, number: int, rng: np.random.Generator) -> dict:
-    entity = self.entities[number]
-    lines = [text.introduction(entity.kind, entity.name, entity.alias, rng)]
-    for relation in self.outgoing(number):
-      target = self.entities[self.facts[number, relation]].name
-      lines.append(text.sentence(relation, entity.name, target, rng))
-    return {"title": entity.name, "text": " ".join(lines)}
+  def _describe(self, entity, members, rng) -> None:
+    """Writes the passages of one entity."""
+    name = entity.name
+    self._add(name, text.introduction(entity.kind, name, rng))
+    if rng.random() < 0.25:
+      self._add(**{
+        {"text": "content"}.get(key, key): value
+        for key, value in text.memorial(name, rng).items()
+      })
+    if entity.alias:
+      self.alias_passages[entity.number] = self._add(
+        entity.alias, text.also_called(entity.alias, name)
+      )
+    for relation, (kind, target, _) in text.RELATIONS.items():
+      if kind != entity.kind:
+        continue
+      others = [
+        e for e in members[entity.split, target]
+        if e.number != entity.number and e.name != name
+      ]
+      other = others[rng.integers(len(others))]
+      called = other.name
+      if other.alias and rng.random() < 0.5:
+        called = other.alias
+      word = self.wordings.of_passage(relation, rng)
+      number = self._add(name, text.fact(word, name, called, rng))
+      self.facts[entity.number, relation] = Fact(
+        entity.number, relation, other.number, called, word, number
+      )
 
-  def walk(self, hops: int, rng: np.random.Generator) -> Chain | None:
-    start = node = int(rng.integers(len(self.entities)))
-    seen, relations = {start}, []
-    for _ in range(hops):
-      options = self.outgoing(node)
-      if not options:
-        return None
+  def follow(self, chain: Chain) -> list[Fact]:
+    """The facts of a chain in order."""
+    found, node = [], chain.start
+    for relation in chain.relations:
+      found.append(self.facts[node, relation])
+      node = found[-1].object
+    return found
+
+  def hops(self, facts: list[Fact]) -> int:
+    """Searches that a chain needs: its facts, and aliases on the way."""
+    return len(facts) + sum(
+      fact.called != self.entities[fact.object].name for fact in facts[:-1]
+    )
+
+  def walk(
+    self, starts: list[Entity], length: int, rng: np.random.Generator
+  ) -> Chain | None:
+    """A random chain of `length` relations that visits nobody twice."""
+    start = starts[rng.integers(len(starts))]
+    node, seen, relations = start, {start.number}, []
+    for _ in range(length):
+      options = [
+        relation for relation, (kind, _, _) in text.RELATIONS.items()
+        if kind == node.kind
+      ]
       relation = options[rng.integers(len(options))]
-      node = self.facts[node, relation]
-      if node in seen:
+      node = self.entities[self.facts[node.number, relation].object]
+      if node.number in seen:
         return None
-      seen.add(node)
+      seen.add(node.number)
       relations.append(relation)
-    return Chain(start, tuple(relations))
+    return Chain(start.number, tuple(relations))
 
 
-def make_world(
-  seed: int, train: int = 3000, heldout: int = 200
-) -> World:
-  """Builds the world of a seed.
+def _entities(spec: WorldSpec, rng: np.random.Generator) -> list[Entity]:
+  """All entities; one name belongs to one entity of each kind at most.
 
-  Args:
-    seed: same seed, same world.
-    train: training questions.
-    heldout: held-out questions, as many as possible equally split over hops.
+  Names of later splits also occur in training, with entities of other kinds:
+  a policy that starts from nothing has seen every word.
+  """
+  pool = text.name_pool(rng)
+  count = int(len(pool) * 0.25)
+  aliases, pool = pool[:count], pool[count:]
+  made: list[Entity] = []
+  used = {kind: set() for kind in text.KINDS}
+  trained: list[str] = []
+  for split, share in zip(SPLITS, _SHARES, strict=True):
+    for kind, part in text.KINDS.items():
+      free = [
+        name for name in (pool if split == "train" else trained)
+        if name not in used[kind]
+      ]
+      wanted = max(round(spec.entities * share * part), 3)
+      for i in rng.permutation(len(free))[:wanted]:
+        alias = ""
+        if aliases and rng.random() < spec.alias_share:
+          alias = aliases.pop()
+        made.append(Entity(len(made), split, kind, free[i], alias))
+        used[kind].add(free[i])
+    if split == "train":
+      trained = sorted({entity.name for entity in made})
+  return made
+
+
+def make_world(spec: WorldSpec) -> World:
+  """Builds the world of a spec.
 
   Returns:
-    The world; 2-, 3- and 4-hop questions in both parts.
+    The world; half of each split's questions need two searches, three tenths
+    three, a fifth four.
+
+  Raises:
+    UserError: the world is too small for so many questions.
   """
-  rng = np.random.default_rng(seed)
-  graph = _Graph(rng)
-  passages = [graph.passage(e.number, rng) for e in graph.entities]
-  passages += text.distractors(graph.entities, rng)
-  for number, passage in enumerate(passages):
-    passage["id"] = str(number)
+  rng = np.random.default_rng(spec.seed)
+  graph = Graph(spec, rng)
+  rows = {}
+  for split in SPLITS:
+    chains = _chains(graph, split, getattr(spec, split), rng)
+    rows[split] = [
+      _question(graph, chain, f"{split}_{number}", rng)
+      for number, chain in enumerate(chains)
+    ]
+  return World(passages=graph.passages, **rows)
+
+
+def _chains(graph: Graph, split: str, count: int, rng) -> list[Chain]:
+  """Distinct chains of a split in random order."""
+  starts = [entity for entity in graph.entities if entity.split == split]
   chains: dict[Chain, None] = {}
-  for hops, share in zip((2, 3, 4), text.HOP_SHARES, strict=True):
-    wanted = len(chains) + int(round((train + heldout) * share))
-    while len(chains) < wanted:
-      chain = graph.walk(hops, rng)
-      if chain is not None:
+  share = 0.0
+  for hops, part in _HOP_SHARES.items():
+    share += part
+    wanted = round(count * share)
+    for _ in range(_TRIES * max(wanted - len(chains), 0)):
+      if len(chains) == wanted:
+        break
+      chain = graph.walk(starts, int(rng.integers(2, hops + 1)), rng)
+      if chain is not None and graph.hops(graph.follow(chain)) == hops:
         chains.setdefault(chain)
-  ordered = [list(chains)[i] for i in rng.permutation(len(chains))]
-  rows = [
-    _question(graph, passages, chain, number, rng)
-    for number, chain in enumerate(ordered)
-  ]
-  return World(rows[heldout:], rows[:heldout], passages)
+    if len(chains) < wanted:
+      raise types.UserError(
+        f"data.world.{split} = {count} is more than this world holds: found "
+        f"{len(chains)} questions; give it more data.world.entities"
+      )
+  ordered = list(chains)
+  return [ordered[i] for i in rng.permutation(len(ordered))]
 
 
-def _question(graph, passages, chain: Chain, number: int, rng) -> dict:
+def _steps(graph: Graph, facts: list[Fact]) -> list[dict]:
+  """What has to be searched for: facts, and names behind aliases.
+
+  Returns:
+    Per search: question, answer, passage, the wording that finds it and all
+    that a person might try.
+  """
+  steps = []
+  for place, fact in enumerate(facts):
+    subject = graph.entities[fact.subject]
+    before = facts[place - 1].called if place else subject.name
+    if before != subject.name:
+      queries = graph.wordings.queries(fact.relation, before)
+      steps.append({
+        "question": f"Who is {before}?",
+        "answer": subject.name,
+        "passage": graph.alias_passages[subject.number],
+        "keys": queries,
+        "phrasings": queries,
+      })
+    name = f"#{len(steps)}" if steps else subject.name
+    steps.append({
+      "question": f"What is the {fact.word} of {name}?",
+      "answer": fact.called,
+      "passage": fact.passage,
+      "keys": [f"{subject.name} {fact.word}"],
+      "phrasings": graph.wordings.queries(fact.relation, subject.name),
+    })
+  return steps
+
+
+def _question(graph: Graph, chain: Chain, name: str, rng) -> dict:
   """One row in MuSiQue's schema, with search keys per hop."""
-  nodes = [chain.start]
-  for relation in chain.relations:
-    nodes.append(graph.facts[nodes[-1], relation])
-  names = [graph.entities[node].name for node in nodes]
+  facts = graph.follow(chain)
+  steps = _steps(graph, facts)
   start = graph.entities[chain.start]
-  phrase = text.mention(start.kind, start.name)
-  for relation in chain.relations[:-1]:
-    phrase = text.noun_phrase(relation, phrase, rng)
-  asked = text.question(chain.relations[-1], phrase, rng)
-  # Supporting passages among distractors, as MuSiQue gives twenty.
-  support = nodes[:-1]
-  others = [int(i) for i in rng.integers(len(passages), size=12)]
+  asked = text.question(
+    chain.relations, text.mention(start.kind, start.name), graph.wordings, rng
+  )
+  # Supporting passages among distractors, as in MuSiQue.
+  support = [step["passage"] for step in steps]
+  others = rng.integers(len(graph.passages), size=6).tolist()
   listed = list(dict.fromkeys([*support, *others]))
   order = [listed[i] for i in rng.permutation(len(listed))]
-  hops = []
-  for i, relation in enumerate(chain.relations):
-    subject = names[i] if i == 0 else f"#{i}"
-    hops.append({
-      "id": number * 10 + i,
-      "question": text.question(relation, subject, rng),
-      "answer": names[i + 1],
-      "paragraph_support_idx": order.index(support[i]),
-    })
-  answer = graph.entities[nodes[-1]]
+  end = graph.entities[facts[-1].object]
+  names = {facts[-1].called, end.name, end.alias} - {""}
   return {
-    "id": f"{len(hops)}hop__world_{number}",
+    "id": f"{len(steps)}hop__world_{name}",
     "data_source": "world",
     "paragraphs": [
       {
         "idx": i,
-        "title": passages[p]["title"],
-        "paragraph_text": passages[p]["text"],
+        "title": graph.passages[p]["title"],
+        "paragraph_text": graph.passages[p]["text"],
         "is_supporting": p in support,
       }
       for i, p in enumerate(order)
     ],
     "question": asked,
-    "question_decomposition": hops,
-    "answer": answer.name,
-    "answer_aliases": [answer.alias] if answer.alias else [],
-    "answerable": True,
-    "search_keys": [
-      text.search_keys(relation, names[i])
-      for i, relation in enumerate(chain.relations)
+    "question_decomposition": [
+      {
+        "id": i,
+        "question": step["question"],
+        "answer": step["answer"],
+        "paragraph_support_idx": order.index(step["passage"]),
+      }
+      for i, step in enumerate(steps)
     ],
+    "answer": facts[-1].called,
+    "answer_aliases": sorted(names - {facts[-1].called}),
+    "answerable": True,
+    "search_keys": [step["keys"] for step in steps],
+    "phrasings": [step["phrasings"] for step in steps],
   }
 
 
-def write_world(folder: epath.PathLike, seed: int) -> None:
-  """Writes train.jsonl, heldout.jsonl and corpus.jsonl, all or nothing."""
+def write_world(folder: epath.PathLike, spec: WorldSpec) -> None:
+  """Writes each split and corpus.jsonl, all or nothing."""
   folder = epath.Path(folder)
-  world = make_world(seed)
+  world = make_world(spec)
   temporary = folder.with_name(folder.name + ".partial")
   if temporary.exists():
     temporary.rmtree()
   temporary.mkdir(parents=True)
-  for name, rows in (("train", world.train), ("heldout", world.heldout),
-                     ("corpus", world.passages)):
+  for name in (*SPLITS, "passages"):
+    rows = getattr(world, name)
     lines = (json.dumps(row) + "\n" for row in rows)
+    name = "corpus" if name == "passages" else name
     (temporary / f"{name}.jsonl").write_text("".join(lines))
   temporary.rename(folder)

@@ -55,12 +55,12 @@ class Experiment:
 
     def write():
       if not (folder / "corpus.jsonl").exists():
-        world.write_world(folder, seed=0)
+        world.write_world(folder, data.world)
 
     distributed.in_turn(write)
     return {
       "train": str(folder / "train.jsonl"),
-      "eval": data.eval or str(folder / "heldout.jsonl"),
+      "eval": data.eval or str(folder / f"{data.split}.jsonl"),
       "corpus": data.corpus or str(folder / "corpus.jsonl"),
     }
 
@@ -169,7 +169,9 @@ class Experiment:
     for question in self.train_questions:
       texts.append(env.prompt(question))
       texts += [
-        f"<search> {group[0]} </search>" for group in question.search_keys
+        f"<search> {query} </search>"
+        for group in question.phrasings or question.search_keys
+        for query in group
       ]
       texts.append(f"<answer> {question.answers[0]} </answer>")
     return texts

@@ -27,7 +27,8 @@ from stepsearch_jax.parallel import distributed
 # where it runs, and never what it learns. Questions count by their content,
 # so a file may move.
 FREE = (
-  "checkpoint", "data.eval", "data.eval_limit", "data.train", "eval", "log",
+  "checkpoint", "data.eval", "data.eval_limit", "data.split",
+  "data.train", "eval", "log",
   "mesh", "model.remat", "retrieval.cache", "retrieval.patience",
   "retrieval.record", "rollout.compile_ahead", "rollout.search_threads",
 )

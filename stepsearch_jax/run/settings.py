@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts
 from stepsearch_jax.models import adapters, decoder
 from stepsearch_jax.ppo import records as ppo_records
@@ -125,14 +126,17 @@ class Settings:
         specs.ModelSpec, config.model,
         size=spec_of(specs.SizeSpec, config.model.size),
       ),
-      data=spec_of(specs.DataSpec, config.data),
+      data=spec_of(
+        specs.DataSpec, config.data,
+        world=spec_of(world.WorldSpec, config.data.world),
+      ),
       batch=spec_of(specs.BatchSpec, config.batch),
       protocol=spec_of(
         specs.ProtocolSpec, config.rollout, topk=config.retrieval.topk
       ),
       warm_start=spec_of(
         specs.WarmStartSpec, config.warm_start,
-        mixture=spec_of(scripted.ScriptMixture, config.warm_start),
+        habits=spec_of(scripted.Habits, config.warm_start),
       ),
       evaluation=spec_of(specs.EvalSpec, config.eval),
       checkpoint=spec_of(specs.CheckpointSpec, config.checkpoint),
@@ -237,6 +241,11 @@ def _check_together(settings: Settings, devices: int) -> None:
   """Checks that span several sections; raises UserError."""
   batch, ppo = settings.batch, settings.config["ppo"]
   rollout = settings.config["rollout"]
+  expect(
+    settings.schedule.trains or settings.warm_start.steps > 0,
+    "total_steps, total_epochs",
+    "one of the two to be positive where warm_start.steps = 0", (0, 0),
+  )
   expect(
     settings.algorithm.estimator != "grpo" or batch.rollouts > 1,
     "batch.rollouts", "2 or more, because grpo compares rollouts of one "

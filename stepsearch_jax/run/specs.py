@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from stepsearch_jax.data import world
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.sft import scripted
@@ -20,7 +21,8 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How long a run trains; exactly one of the two is positive.
+  """How long a run trains; one of the two is 0, and both where it only
+  imitates.
 
   Attributes:
     steps: training steps.
@@ -32,13 +34,19 @@ class Schedule:
 
   def __post_init__(self):
     expect(
-      (self.steps > 0) != (self.epochs > 0), "total_steps, total_epochs",
-      "exactly one of the two to be positive", (self.steps, self.epochs),
+      min(self.steps, self.epochs) == 0 <= max(self.steps, self.epochs),
+      "total_steps, total_epochs", "one of the two to be positive",
+      (self.steps, self.epochs),
     )
+
+  @property
+  def trains(self) -> bool:
+    """Whether anything follows the warm start."""
+    return self.steps > 0 or self.epochs > 0
 
   def total(self, questions: int, per_step: int) -> int:
     """Training steps; an epoch asks every question at least once."""
-    if self.steps:
+    if not self.epochs:
       return self.steps
     return max(math.ceil(self.epochs * questions / per_step), 1)
 
@@ -95,8 +103,12 @@ class DataSpec:
   limit: int
   eval_limit: int
   holdout: float
+  split: str
+  world: world.WorldSpec
 
   def __post_init__(self):
+    expect(self.split in world.SPLITS, "data.split",
+           f"one of {world.SPLITS}", self.split)
     for name in ("limit", "eval_limit"):
       value = getattr(self, name)
       expect(value >= 0, f"data.{name}", "0 (all) or more", value)
@@ -138,14 +150,22 @@ class ProtocolSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartSpec:
-  """Imitation before step 0; `steps` 0 leaves it out."""
+  """Where the policy starts: another run's, imitation (or neither).
 
+  Attributes:
+    policy: work directory of the other run, empty for none.
+    steps: of imitation; 0 leaves it out.
+    rows, row_length, lr, trajectories: of imitation.
+    habits: how the demonstrators search.
+  """
+
+  policy: str
   steps: int
   rows: int
   row_length: int
   lr: float
   trajectories: int
-  mixture: scripted.ScriptMixture
+  habits: scripted.Habits
 
   def __post_init__(self):
     expect(self.steps >= 0, "warm_start.steps", "0 (none) or more", self.steps)

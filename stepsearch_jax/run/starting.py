@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.ppo import batching
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.run import checkpoints
+from stepsearch_jax.run import checkpoints, identity
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.state import RunState
 from stepsearch_jax.sft import imitation, scripted
@@ -26,8 +29,12 @@ def start(
   fresh = RunState(0, learner.start(policy, key), reference=None)
   found = saver.restore(fresh)
   if found is None:
-    if experiment.settings.warm_start.steps:
+    spec = experiment.settings.warm_start
+    if spec.policy:
+      policy = policy_of(experiment, spec.policy)
+    if spec.steps:
       policy = warm_start(experiment, policy)
+    if spec.policy or spec.steps:
       fresh.learner = learner.start(policy, key)
     checkpoints.save_reference(
       experiment.workdir, policy, experiment.model.dtype
@@ -41,6 +48,36 @@ def start(
   return found
 
 
+def policy_of(experiment: Experiment, workdir: str):
+  """Returns the newest policy of another run.
+
+  Raises:
+    UserError: it is no run, or one with another model or tokenizer.
+  """
+  theirs, ours = (
+    identity.flat({name: config[name] for name in ("model", "policy")})
+    for config in (
+      identity.read(workdir)["config"], experiment.settings.config
+    )
+  )
+  for field, value in ours.items():
+    types.expect(
+      identity.is_free(field) or theirs.get(field) == value,
+      "warm_start.policy", f"a run with {field} = {value!r}",
+      f"{workdir} with {theirs.get(field)!r}",
+    )
+  other = dataclasses.replace(experiment, workdir=epath.Path(workdir))
+  types.expect(
+    other.tokenizer.hf.get_vocab() == experiment.tokenizer.hf.get_vocab(),
+    "warm_start.policy", "a run with the same tokenizer",
+    f"{workdir}, whose tokens differ (trained on another world or other "
+    "questions?)",
+  )
+  step, policy = other.trained_policy()
+  logging.info("starting from the policy of %s, step %d", workdir, step)
+  return policy
+
+
 def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
   """Scripted trajectories over the training questions.
 
@@ -51,17 +88,12 @@ def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
   rng = np.random.default_rng((settings.seed, 1))
   questions = experiment.train_questions
   order = rng.integers(len(questions), size=spec.trajectories)
-  trajectories, failed = [], 0
-  for i in order:
-    try:
-      trajectories.append(scripted.scripted_trajectory(
-        questions[i], experiment.env, experiment.retriever,
-        experiment.tokenizer, spec.mixture, rng,
-        settings.rollout.max_observation,
-      ))
-    except types.SearchError as error:
-      failed += 1  # Nobody should imitate a search without a result.
-      logging.log_first_n(logging.WARNING, "warm start: %s", 3, error)
+  recorded = scripted.demonstrate(
+    [questions[i] for i in order], spec.habits, experiment.env,
+    experiment.retriever, experiment.tokenizer,
+    settings.rollout.max_observation, rng,
+  )
+  trajectories, failed = recorded.trajectories, recorded.failed
   if failed:
     logging.warning("warm start: %d of %d scripts left out, their searches "
                     "failed", failed, len(order))
