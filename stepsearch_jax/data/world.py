@@ -29,6 +29,8 @@ from stepsearch_jax.data import world_text as text
 SPLITS = ("train", "validation", "heldout")
 _SHARES = (0.6, 0.15, 0.25)  # Of the entities.
 _HOP_SHARES = {2: 0.5, 3: 0.3, 4: 0.2}
+_MEMORIALS = 0.25  # Of the entities are mentioned somewhere else.
+_ALIASED = 0.5  # Of the mentions of an entity with an alias use it.
 _TRIES = 200  # Walks per wanted question before a world counts as too small.
 
 
@@ -67,6 +69,11 @@ class WorldSpec:
       raise types.UserError(
         "data.world.alias_share must be in [0, 0.25], got "
         f"{self.alias_share}"
+      )
+    if not 0 <= self.rare_wording <= 0.5:
+      raise types.UserError(
+        "data.world.rare_wording must be in [0, 0.5], got "
+        f"{self.rare_wording}"
       )
 
 
@@ -136,11 +143,8 @@ class Graph:
     """Writes the passages of one entity."""
     name = entity.name
     self._add(name, text.introduction(entity.kind, name, rng))
-    if rng.random() < 0.25:
-      self._add(**{
-        {"text": "content"}.get(key, key): value
-        for key, value in text.memorial(name, rng).items()
-      })
+    if rng.random() < _MEMORIALS:
+      self._add(*text.memorial(name, rng))
     if entity.alias:
       self.alias_passages[entity.number] = self._add(
         entity.alias, text.also_called(entity.alias, name)
@@ -154,7 +158,7 @@ class Graph:
       ]
       other = others[rng.integers(len(others))]
       called = other.name
-      if other.alias and rng.random() < 0.5:
+      if other.alias and rng.random() < _ALIASED:
         called = other.alias
       word = self.wordings.of_passage(relation, rng)
       number = self._add(name, text.fact(word, name, called, rng))
@@ -179,9 +183,9 @@ class Graph:
   def walk(
     self, starts: list[Entity], length: int, rng: np.random.Generator
   ) -> Chain | None:
-    """A random chain of `length` relations that visits nobody twice."""
+    """A random chain of `length` relations that meets no name twice."""
     start = starts[rng.integers(len(starts))]
-    node, seen, relations = start, {start.number}, []
+    node, seen, relations = start, {start.name}, []
     for _ in range(length):
       options = [
         relation for relation, (kind, _, _) in text.RELATIONS.items()
@@ -189,9 +193,9 @@ class Graph:
       ]
       relation = options[rng.integers(len(options))]
       node = self.entities[self.facts[node.number, relation].object]
-      if node.number in seen:
+      if node.name in seen:
         return None
-      seen.add(node.number)
+      seen.add(node.name)
       relations.append(relation)
     return Chain(start.number, tuple(relations))
 

@@ -8,10 +8,9 @@ files, which are `world`'s matter.
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
-
-from stepsearch_jax import types
 
 # Share of each kind among a split's entities.
 KINDS = {
@@ -90,10 +89,6 @@ class Wordings:
 
   def __init__(self, rare: float, rng: np.random.Generator):
     """Draws the order of every relation's wordings."""
-    if not 0 <= rare <= 1:
-      raise types.UserError(
-        f"data.world.rare_wording must be a share in [0, 1], got {rare}"
-      )
     self.rare = rare
     self.ordered = {
       relation: tuple(rng.permutation(words.split()).tolist())
@@ -131,13 +126,20 @@ def also_called(alias: str, name: str) -> str:
   return f"{alias} is another name of {name}."
 
 
-def memorial(name: str, rng: np.random.Generator) -> dict[str, str]:
+class Passage(NamedTuple):
+  """Title and text."""
+
+  title: str
+  text: str
+
+
+def memorial(name: str, rng: np.random.Generator) -> Passage:
   """A passage that mentions `name` and tells nothing about it."""
   thing = rng.choice(_THINGS)
-  return {
-    "title": f"The {thing} of {name}",
-    "text": f"Visitors like the {thing}, which is named after {name}.",
-  }
+  return Passage(
+    f"The {thing} of {name}",
+    f"Visitors like the {thing}, which is named after {name}.",
+  )
 
 
 def mention(kind: str, name: str) -> str:

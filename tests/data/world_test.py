@@ -1,0 +1,206 @@
+"""The embedded world: what it promises to those who train on it."""
+
+import collections
+import re
+
+import pytest
+from etils import epath
+
+from stepsearch_jax import types
+from stepsearch_jax.data import questions, world, world_text
+from stepsearch_jax.retrieval.index import encoder as encoder_lib
+
+SPEC = world.WorldSpec(seed=0, train=600, validation=100, heldout=200)
+
+
+@pytest.fixture(scope="module")
+def made():
+  return world.make_world(SPEC)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = epath.Path(tmp_path_factory.mktemp("made")) / "world"
+  world.write_world(folder, SPEC)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def heldout(files):
+  return questions.load_questions(str(files / "heldout.jsonl"))
+
+
+def gold(rows):
+  return {
+    paragraph["paragraph_text"] for row in rows
+    for paragraph in row["paragraphs"] if paragraph["is_supporting"]
+  }
+
+
+def test_the_same_spec_gives_the_same_world(made):
+  assert world.make_world(SPEC) == made
+  other = world.WorldSpec(seed=1, train=600, validation=100, heldout=200)
+  assert world.make_world(other).heldout != made.heldout
+
+
+def test_each_split_has_as_many_questions_as_asked_for(made):
+  assert len(made.train) == 600
+  assert len(made.validation) == 100
+  assert len(made.heldout) == 200
+  asked = [
+    row["id"] for row in made.train + made.validation + made.heldout
+  ]
+  assert len(set(asked)) == 900
+
+
+def test_half_of_the_questions_need_two_searches_a_fifth_four(made):
+  hops = collections.Counter(
+    len(row["question_decomposition"]) for row in made.heldout
+  )
+  assert hops == {2: 100, 3: 60, 4: 40}
+
+
+def test_splits_share_no_fact_hence_no_part_of_a_chain(made):
+  trained, chosen, held = (
+    gold(rows) for rows in (made.train, made.validation, made.heldout)
+  )
+  assert trained and chosen and held
+  assert not trained & held
+  assert not trained & chosen
+  assert not chosen & held
+
+
+def test_each_hop_starts_where_the_last_one_ended(heldout):
+  for question in heldout:
+    subject = question.search_keys[0][0].split()[0]
+    assert f" {subject}" in question.text
+    for hop, keys in zip(
+      question.decomposition, question.search_keys, strict=True
+    ):
+      passage = question.support[hop.support]
+      assert passage.title == subject
+      assert {key.split()[0] for key in keys} == {subject}
+      assert re.search(rf"\b{hop.answer}\b", passage.text)
+      subject = hop.answer
+    assert subject == question.answers[0]
+
+
+def test_a_question_names_nobody_but_its_start(heldout):
+  for question in heldout:
+    words = set(re.findall(r"\w+", question.text))
+    assert not words & {hop.answer for hop in question.decomposition}
+
+
+def test_a_key_finds_its_passage_first_and_another_wording_does_not(
+  made, heldout
+):
+  encoder = encoder_lib.load_encoder("hashed_tfidf")
+  passages = [
+    types.Passage(row["id"], row["title"], row["text"])
+    for row in made.passages
+  ]
+  encoder.fit(passages)
+  vectors = encoder.encode(
+    [encoder_lib.passage_text(p) for p in passages], "passage"
+  )
+  asked, wanted, right = [], [], []
+  for question in heldout:
+    for hop, keys, phrasings in zip(
+      question.decomposition, question.search_keys, question.phrasings,
+      strict=True,
+    ):
+      if len(keys) == 1:  # Any wording finds an alias.
+        asked += phrasings
+        wanted += [question.support[hop.support].text] * len(phrasings)
+        right += [query == keys[0] for query in phrasings]
+  best = (encoder.encode(asked, "query") @ vectors.T).argmax(axis=1)
+  hits = collections.defaultdict(list)
+  for is_key, text, place in zip(right, wanted, best, strict=True):
+    hits[is_key].append(passages[place].text == text)
+  assert sum(hits[True]) > 0.97 * len(hits[True])
+  assert sum(hits[False]) < 0.06 * len(hits[False])
+
+
+def test_passages_use_two_of_four_wordings_questions_all(made):
+  relations = {
+    word: name for name, (_, _, words) in world_text.RELATIONS.items()
+    for word in words.split()
+  }
+  said, asked = (
+    {
+      name: collections.Counter(
+        word for text in texts for word in re.findall(r"\w+", text)
+        if relations.get(word) == name
+      ) for name in world_text.RELATIONS
+    } for texts in (gold(made.train), [r["question"] for r in made.train])
+  )
+  for name, counts in said.items():
+    assert len(counts) <= 2, counts
+    share = counts.most_common(1)[0][1] / counts.total()
+    assert share > 0.5, (name, counts)
+  assert sum(map(len, asked.values())) > 0.9 * len(relations)
+
+
+def test_names_are_shared_by_entities_of_several_kinds(made):
+  kinds = collections.defaultdict(set)
+  for row in made.passages:
+    found = re.fullmatch(r"(\w+) is a (\w+) with a \w+\.", row["text"])
+    if found:
+      assert found[2] not in kinds[found[1]]  # But not twice of one kind.
+      kinds[found[1]].add(found[2])
+  assert sum(len(k) > 1 for k in kinds.values()) > len(kinds) / 3
+
+
+def test_every_name_of_a_heldout_question_occurs_in_training(made, heldout):
+  trained = {
+    word for text in gold(made.train) for word in re.findall(r"\w+", text)
+  } | {row["title"] for row in made.passages}
+  for question in heldout:
+    assert {hop.answer for hop in question.decomposition} <= trained
+
+
+def test_some_hops_are_hidden_behind_an_alias_or_a_word_for_two(heldout):
+  behind = [
+    question for question in heldout
+    if any(len(keys) > 1 for keys in question.search_keys)
+  ]
+  assert 0.03 * len(heldout) < len(behind) < 0.4 * len(heldout)
+  for question in behind:
+    place = [len(k) > 1 for k in question.search_keys].index(True)
+    hop = question.decomposition[place]
+    text = question.support[hop.support].text
+    assert text.endswith(f" is another name of {hop.answer}.")
+  short = [
+    question for question in heldout
+    if any(f" {word} of" in question.text
+           for word in world_text.COMPOSITES.values())
+  ]
+  assert len(short) > 0.02 * len(heldout)
+
+
+def test_an_answer_is_accepted_under_each_of_its_names(made, heldout):
+  named = {
+    row["title"]: row["text"].split()[-1].rstrip(".")
+    for row in made.passages if "another name of" in row["text"]
+  }
+  for question in heldout:
+    for alias in set(question.answers) & set(named):
+      assert named[alias] in question.answers
+
+
+def test_a_world_too_small_for_its_questions_says_so():
+  spec = world.WorldSpec(
+    seed=0, train=0, validation=0, heldout=5000, entities=200
+  )
+  with pytest.raises(types.UserError, match="data.world.heldout = 5000"):
+    world.make_world(spec)
+
+
+@pytest.mark.parametrize("field, value", [
+  ("train", -1), ("entities", 10), ("entities", 5000), ("alias_share", 0.9),
+  ("rare_wording", 1.5),
+])
+def test_a_bad_size_is_refused_by_field(field, value):
+  sizes = dict(seed=0, train=1, validation=1, heldout=1) | {field: value}
+  with pytest.raises(types.UserError, match=f"data.world.{field}"):
+    world.WorldSpec(**sizes)
