@@ -27,24 +27,24 @@ def get_config(arg=None):
   )
 
   config.retrieval.topk = 1  # One sentence: the query decides.
-  config.rollout.template = "plain"
+  config.rollout.template = "compact"
   config.rollout.max_turns = 6
   config.rollout.retrieval_delay = 8
   config.rollout.slots = 64
-  config.rollout.context = 384
+  config.rollout.context = 256
   config.rollout.block = 8
   config.rollout.max_prompt = 32
   config.rollout.max_turn = 24
-  config.rollout.max_observation = 128
+  config.rollout.max_observation = 48
   config.rollout.answer_room = 16
   config.rollout.extend_rows = (4, 16, 64)
-  config.rollout.extend_tokens = (32, 128)
+  config.rollout.extend_tokens = (32,)
 
   config.warm_start.steps = 300
   config.warm_start.lr = 3e-3
-  config.warm_start.trajectories = 4000
-  config.warm_start.rows = 16
-  config.warm_start.row_length = 512
+  config.warm_start.trajectories = 8000
+  config.warm_start.rows = 32
+  config.warm_start.row_length = 256
 
   config.batch.questions = 64
   config.ppo.mini_batch = 32

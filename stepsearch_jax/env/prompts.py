@@ -181,6 +181,16 @@ TEMPLATES = {
     Template("stepsearch", _STEPSEARCH, **_RELEASED),
     Template("stepsearch_think", _STEPSEARCH_THINK, **_RELEASED),
     Template("plain", "Question: {question}\n", **_RELEASED),
+    # For small models on small machines: few tokens besides the texts.
+    Template(
+      "compact",
+      "Question: {question}\n",
+      document="{text}\n",
+      head="\n<information> ",
+      tail=" </information>\n",
+      invalid="\n<warning> Invalid. </warning>\n",
+      last_turn="<warning> Answer now. </warning>\n",
+    ),
     Template(
       "search_r1",
       _SEARCH_R1,
