@@ -53,7 +53,8 @@ def watch(habits, turns=6, count=1, retriever=None, seed=0):
 
 
 def queries(trajectory):
-  return [t.content for t in trajectory.turns if t.action == "search"]
+  return [turn.content for turn in trajectory.turns
+          if turn.action == types.Action.SEARCH]
 
 
 def test_who_knows_each_passage_asks_its_keys_and_answers():
