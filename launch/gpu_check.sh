@@ -14,6 +14,7 @@
 #   decode     share of bandwidth, 64 slots
 #   prefill    share of peak
 #   attention  kernels side by side
+#   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
 #   real       trains configs/musique_smollm2.py:gpu from --model=x.gguf, where
 #              that file is there (its packages must be too)
@@ -22,11 +23,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=gpu_check stages=parity,update,decode,prefill,attention,replay,real
+out=gpu_check stages=parity,update,decode,prefill,attention,train,replay,real
 seconds=540 tiny="" model="" python=python3 platform=cuda,cpu
 declare -A limits=(
   [parity]=150 [update]=150 [decode]=90 [prefill]=120 [attention]=70
-  [replay]=170 [real]=480
+  [train]=90 [replay]=170 [real]=480
 )
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -43,7 +44,7 @@ while [ $# -gt 0 ]; do
         limits[${pair%%:*}]="${pair#*:}"
       done ;;
     --tiny) tiny=1 platform=cpu ;;
-    --help | -h) sed -n '2,25p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,24p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: unknown argument $1" >&2; exit 1 ;;
   esac
   shift
@@ -102,6 +103,8 @@ figures update accelerator "training:"
 figures decode accelerator decode
 figures prefill accelerator prefill
 figures attention attention
+stage train "$python" -m stepsearch_jax.train --workdir="$(mktemp -d)/run" \
+  --config=configs/quickstart.py:runlocal
 figures replay accelerator replay
 if [ -n "$model" ] && [ -f "$model" ]; then
   run="$(mktemp -d)/musique"
