@@ -52,6 +52,7 @@ def _model():
   model.reference = ""
   model.tokenizer = ""  # Empty = the model's own.
   model.dtype = "bfloat16"  # Compute type; master weights are float32.
+  # Compute activations again in the backward pass: slower, far less memory.
   model.remat = True
   # Of a new model, and of the reference for tools/plan.
   model.size = ml_collections.ConfigDict(
@@ -66,9 +67,9 @@ def _model():
 def _adapters(kind):
   """Whether all of a model is trained, or low-rank adapters (LoRA)."""
   trained = ml_collections.ConfigDict()
-  trained.kind = kind
-  trained.rank = 32
-  trained.alpha = 32.0
+  trained.kind = kind  # Of what is trained; see above.
+  trained.rank = 32  # Of the adapters.
+  trained.alpha = 32.0  # Adapters count alpha / rank times.
   return trained
 
 
@@ -86,7 +87,7 @@ def _data():
   ))
   data.corpus = ""  # Empty = all paragraphs of the question files.
   data.limit = 0  # Read only this many training questions; 0 = all.
-  data.eval_limit = 0
+  data.eval_limit = 0  # Likewise of evaluation questions.
   data.holdout = 0.1  # Share of data.train held out when data.eval is empty.
   return data
 
@@ -120,7 +121,7 @@ def _retrieval():
   retrieval.record = ""  # Write every search to this JSONL file.
   retrieval.replay = ""  # Answer from such a file; needs no index.
   retrieval.replay_miss = "error"  # error | search: what is not on record.
-  retrieval.topk = 3
+  retrieval.topk = 3  # Passages per search.
   retrieval.cache = 65536  # Remembered queries.
   return retrieval
 
@@ -128,15 +129,16 @@ def _retrieval():
 def _rollout():
   """The protocol and its limits, in tokens."""
   rollout = ml_collections.ConfigDict()
+  # stepsearch | stepsearch_think | search_r1 | plain; see env/prompts.py.
   rollout.template = "stepsearch"
   rollout.max_turns = 5  # Searching turns; one forced answer turn follows.
-  rollout.slots = 128
-  rollout.context = 4096
+  rollout.slots = 128  # Trajectories that are decoded side by side.
+  rollout.context = 4096  # Longest trajectory, prompt included.
   rollout.block = 32  # Decode steps between two looks of the host.
-  rollout.max_prompt = 2048
-  rollout.max_turn = 800
-  rollout.max_observation = 800
-  rollout.answer_room = 64
+  rollout.max_prompt = 2048  # A longer question is refused at the start.
+  rollout.max_turn = 800  # Sampled tokens per turn.
+  rollout.max_observation = 800  # Beyond it, documents are cut.
+  rollout.answer_room = 64  # Kept free of observations for the answer.
   # Decode steps until a search is read. A slot that searches idles for so
   # long, but whatever the retriever needs beyond it is time that the whole
   # rollout waits: 32 for accelerators, whose steps take 1 to 2 ms; 8 is plenty
@@ -145,23 +147,25 @@ def _rollout():
   rollout.search_threads = 16  # Requests that are under way at the same time.
   # Compile every rollout program at the start, so that no step stops for one.
   rollout.compile_ahead = True
+  # Prefill is compiled for each of these numbers of slots ...
   rollout.extend_rows = (1, 4, 16)
+  # ... times each of these numbers of tokens.
   rollout.extend_tokens = (64, 256, 512)
-  rollout.temperature = 1.0
-  rollout.top_k = 0
-  rollout.top_p = 1.0
+  rollout.temperature = 1.0  # Of training; evaluation is greedy.
+  rollout.top_k = 0  # Sample from the k likeliest tokens; 0 = all.
+  rollout.top_p = 1.0  # From the likeliest of this total probability.
   return rollout
 
 
 def _reward():
   """Preset and the four ablation switches of the released code."""
   reward = ml_collections.ConfigDict()
-  reward.preset = "paper"  # paper | released: sets every row of the table.
-  reward.information_gain = True
-  reward.redundancy_penalty = True
-  reward.search_steps_reward = True
-  reward.search_key_reward = True
-  reward.gamma_key = 0.618
+  reward.preset = "paper"  # paper | released: see stepsearch_jax/README.md.
+  reward.information_gain = True  # In the step reward.
+  reward.redundancy_penalty = True  # In the step reward.
+  reward.search_steps_reward = True  # False: no step rewards at all.
+  reward.search_key_reward = True  # In the outcome.
+  reward.gamma_key = 0.618  # Weight of the search keys in the outcome.
   return reward
 
 
@@ -205,18 +209,19 @@ def _warm_start():
   warm_start = ml_collections.ConfigDict()
   # Work directory of a run whose first policy this run starts from too.
   warm_start.policy = ""
-  # Imitation of scripted demonstrations before step 0; 0 steps = none.
+  # Imitation of scripted demonstrations before step 0, in optimizer steps.
   warm_start.steps = 0
-  warm_start.rows = 32
-  warm_start.row_length = 4096
-  warm_start.lr = 1e-3
-  warm_start.trajectories = 4000
-  # How the demonstrators search (see sft/scripted.py): what they know about
-  # the corpus' words (any | usual | exact), and the shares of their errors.
+  warm_start.rows = 32  # Packed rows per step.
+  warm_start.row_length = 4096  # Tokens per packed row.
+  warm_start.lr = 1e-3  # Learning rate.
+  warm_start.trajectories = 4000  # Demonstrations that are made.
+  # What the demonstrators know about the corpus' words: any | usual | exact.
   warm_start.wording = "any"
+  # Shares of the demonstrators' errors (see sft/scripted.py): searching for
+  # the whole question, ...
   warm_start.whole = 0.1
-  warm_start.repeat = 0.1
-  warm_start.give_up = 0.1
+  warm_start.repeat = 0.1  # ... repeating a query, ...
+  warm_start.give_up = 0.1  # ... giving up.
   return warm_start
 
 
@@ -230,8 +235,8 @@ def _eval():
 def _checkpoint():
   """How often to save and how many to keep."""
   checkpoint = ml_collections.ConfigDict()
-  checkpoint.every = 50
-  checkpoint.keep = 2
+  checkpoint.every = 50  # Training steps between two.
+  checkpoint.keep = 2  # Newest ones that stay.
   return checkpoint
 
 
@@ -247,18 +252,18 @@ def _sentinel():
   sentinel.grad_norm = 1000.0  # At most, before clipping.
   sentinel.reward_drop = 0.4  # Below the best mean score, at most.
   # rollback: back to the newest checkpoint before the trouble, with both
-  # learning rates times this; a run that needs more rollbacks halts.
+  # learning rates times this.
   sentinel.lr_factor = 0.5
-  sentinel.rollbacks = 3
+  sentinel.rollbacks = 3  # A run that needs more of them halts.
   return sentinel
 
 
 def _mesh():
   """Device axes; -1 = all devices that the other axes leave."""
   mesh = ml_collections.ConfigDict()
-  mesh.data = -1
-  mesh.fsdp = 1
-  mesh.tensor = 1
+  mesh.data = -1  # Copies of the models, each with its part of the batch.
+  mesh.fsdp = 1  # Parts of every weight, gathered when it is used.
+  mesh.tensor = 1  # Parts of heads, MLP and vocabulary.
   # Changes to parallel/sharding.py's table of what is split over which of
   # these, for instance "vocab=fsdp,mlp=tensor+fsdp,embed=".
   mesh.rules = ""
@@ -268,7 +273,7 @@ def _mesh():
 def _log():
   """Where metrics go besides the work directory."""
   log = ml_collections.ConfigDict()
-  log.wandb_project = ""
+  log.wandb_project = ""  # Empty = no Weights & Biases.
   # (first, last) training step of a profile in the run's profile/; () = none.
   log.profile = ()
   return log
@@ -277,10 +282,10 @@ def _log():
 def base():
   """The defaults: method and optimiser as released, sizes for one host."""
   config = ml_collections.ConfigDict()
-  config.seed = 0
-  # Exactly one of the two is positive.
+  config.seed = 0  # Of the world, the demonstrations, sampling and batches.
+  # Training steps, or 0 and total_epochs: exactly one of the two is positive.
   config.total_steps = 0
-  config.total_epochs = 0.0
+  config.total_epochs = 0.0  # Passes over data.train; may be a fraction.
   # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
   config.algorithm = "steppo"
   config.model = _model()

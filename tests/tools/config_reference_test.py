@@ -1,0 +1,42 @@
+"""The reference of all config fields is what the config file says."""
+
+import pathlib
+
+from configs import common
+from stepsearch_jax.tools import config_reference
+
+README = pathlib.Path(common.__file__).parent / "README.md"
+
+
+def fields(node, prefix=""):
+  for name, value in node.items():
+    if hasattr(value, "items"):
+      yield from fields(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def test_the_reference_in_the_readme_is_up_to_date():
+  text = README.read_text()
+  assert config_reference.updated(text) == text, (
+    "run python -m stepsearch_jax.tools.config_reference"
+  )
+
+
+def test_the_reference_holds_every_field_with_its_default():
+  text = config_reference.render()
+  for field in fields(common.base()):
+    assert text.count(f"| `{field}` | ") == 1, field
+  assert "| `ppo.mini_batch` | `32` | " in text
+  assert "| `retrieval.remote` | empty | " in text
+
+
+def test_comments_above_and_behind_a_field_are_its_meaning():
+  source = (
+    "# First.\n# Second.\na.x = dict(\n  y=1,  # Third.\n)\n\na.z = 2  # Last.\n"
+  )
+  found = config_reference.comments(source)
+  assert found == {
+    1: ("First.", False), 2: ("Second.", False), 4: ("Third.", True),
+    7: ("Last.", True),
+  }
