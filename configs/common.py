@@ -187,7 +187,8 @@ def _ppo():
   ppo.entropy_coef = 0.001
   # Weight of the KL to the reference: in the reward, with grpo in the loss.
   ppo.kl_coef = 0.001
-  ppo.kl_estimator = "kl"  # kl | abs | mse | low_var_kl
+  ppo.kl_estimator = "kl"  # In the reward: kl | abs | mse | low_var_kl
+  ppo.kl_loss_estimator = "low_var_kl"  # In the loss: low_var_kl | abs | mse
   ppo.kl_controller = "fixed"  # fixed | adaptive
   ppo.kl_target = 0.1
   ppo.kl_horizon = 10000
@@ -288,6 +289,9 @@ def base():
   config.total_epochs = 0.0  # Passes over data.train; may be a fraction.
   # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
   config.algorithm = "steppo"
+  # From rewards to advantages; empty = the algorithm's own. A name of
+  # ppo/estimators, or your own "module:function".
+  config.estimator = ""
   config.model = _model()
   config.policy = _adapters("full")  # full | lora.
   config.value = _adapters("full")  # full | adapter (on the reference).

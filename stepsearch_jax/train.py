@@ -232,7 +232,7 @@ class Job:
         ]
         first = state.step * len(asked)
         rollout = self.experiment.engine.run(
-          self.learner.policy(state.learner, state.reference), asked,
+          self.learner.whole_policy(state.learner), asked,
           range(first, first + len(asked)),
           settings.config["rollout"]["temperature"],
         )
@@ -243,12 +243,11 @@ class Job:
         )
         batch = batching.trajectories_to_batch(
           trajectories, per_token, settings.sampler.context, tokenizer.pad_id,
+          settings.batch.rollouts,
           tokenizer.eos_ids if settings.reward.eos == "dropped" else (),
         )
       with watch.time("adv"):
-        experience, seen = self.learner.prepare(
-          state.learner, state.reference, batch
-        )
+        experience, seen = self.learner.prepare(state.learner, batch)
       with watch.time("update"):
         state.learner, updated = self.learner.update(
           state.learner, experience,
@@ -306,7 +305,7 @@ class Job:
     """Plays the held-out questions; returns the metrics, named val/..."""
     state, workdir = self.state, self.experiment.workdir
     card = reporting.evaluate(
-      self.experiment, self.learner.policy(state.learner, state.reference),
+      self.experiment, self.learner.whole_policy(state.learner),
       f"{workdir} step {state.step}",
       workdir / "evaluations" / f"step_{state.step:06d}",
     )

@@ -7,6 +7,7 @@ Axis letters used in shapes throughout the project:
   D  model width           V  vocabulary
   L  layers                K  passages of one search
   N  anything flattened    P  parallel slots of the rollout cache
+  U  turns of a trajectory (padded)
 
 This module holds data only. It knows nothing of JAX, tokenizers or files.
 """
@@ -232,11 +233,24 @@ class RolloutBatch:
     lengths: [B] int32, tokens of each row (not the loss mask's sum).
     policy_mask: [B, T] float32, 1 exactly on sampled tokens.
     token_rewards: [B, T] float32, non-zero on policy tokens only.
-    group: [B] int32, equal for rollouts of one question (GRPO).
+    rollout_logp: [B, T] float32, log-probability of each sampled token under
+      the distribution that it was sampled from; 0 elsewhere.
+    group: [B] int32, equal for rollouts of one question.
+    turn: [B, T] int32, turn of each sampled token from 0 on; -1 elsewhere.
+    anchor: [B, U] int32, state in which each turn began: equal numbers are
+      the same last observation of the same question (the prompt for the first
+      turn); -1 for a turn that did not happen.
+    searches: [B] int32, searches that were answered.
+    answer_turn: [B] int32, the turn that answers; -1 where none does.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
   policy_mask: np.ndarray
   token_rewards: np.ndarray
+  rollout_logp: np.ndarray
   group: np.ndarray
+  turn: np.ndarray
+  anchor: np.ndarray
+  searches: np.ndarray
+  answer_turn: np.ndarray

@@ -10,12 +10,13 @@ import fakes
 import jax
 import numpy as np
 import optax
+from ppo import parts
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import batching, learner, records
+from stepsearch_jax.ppo import batching, learner
 
 CONTEXT = 192
 
@@ -31,14 +32,14 @@ def main(output, data, fsdp, tensor):
   # Two kv heads and an odd vocabulary: neither divides a tensor axis of 4.
   model = fakes.make_model(tokenizer.vocab_size + 1, hidden_size=64)
   policy = fakes.make_policy(model)
-  spec = records.LearnerSpec(
-    mini_batch=16, micro_rows=8, row_length=CONTEXT, policy_lr=2e-4,
-    value_lr=2e-4,
+  spec = parts.learner_spec(
+    batch__mini_batch=16, batch__micro_rows=8, batch__row_length=CONTEXT,
+    adam__learning_rate=2e-4, kl__coef=0.001,
   )
   ours = learner.Learner(model, model, spec, mesh)
   state = ours.init_state(policy, heads.value_from_policy(
     policy, jax.random.key(1)
-  ))
+  ), policy)
   limits = fakes.engine_spec(extend_rows=(8,))
   found = {}
   for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
@@ -47,7 +48,7 @@ def main(output, data, fsdp, tensor):
       mesh=mesh, spec=limits,
     )
     played = player.run(
-      state.policy, fakes.make_questions(16), range(16), temperature
+      state.policy.params, fakes.make_questions(16), range(16), temperature
     ).trajectories
     player.close()
     found[f"{name}/tokens"] = np.concatenate([t.tokens for t in played])
@@ -61,15 +62,16 @@ def main(output, data, fsdp, tensor):
   batch = batching.trajectories_to_batch(
     played, rewards, CONTEXT, tokenizer.pad_id
   )
-  experience, seen = ours.prepare(state, policy, batch)
+  experience, seen = ours.prepare(state, batch)
   state, updated = ours.update(state, experience)
   found |= {
     f"metric/{name}": value for name, value in {**seen, **updated}.items()
     if not name.startswith("timing_s/")
   }
   for kind in ("policy", "value"):
-    leaves = jax.tree_util.tree_leaves_with_path(getattr(state, kind))
-    moments = optax.tree_utils.tree_get(getattr(state, f"{kind}_opt"), "mu")
+    trained = getattr(state, kind)
+    leaves = jax.tree_util.tree_leaves_with_path(trained.params)
+    moments = optax.tree_utils.tree_get(trained.opt, "mu")
     moments = jax.tree_util.tree_leaves(moments)
     for (path, leaf), moment in zip(leaves, moments, strict=True):
       found[f"{kind}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)

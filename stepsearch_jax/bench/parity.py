@@ -25,7 +25,7 @@ from stepsearch_jax import types
 from stepsearch_jax.bench import duel, programs, replay, update, workload
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import learner, records
+from stepsearch_jax.ppo import learner
 
 Arrays = dict[str, np.ndarray]
 
@@ -95,37 +95,34 @@ def _replays() -> list[workload.Replay]:
 
 
 def _trained(dtype, estimator: str):
-  """(learner, state, reference, batch) of the small model."""
+  """(learner, state, batch) of the small model."""
   config = small(dtype)
   batch = update.batch_of(_replays(), config.vocab_size)
-  spec = records.LearnerSpec(
-    estimator=estimator, mini_batch=len(batch.tokens), micro_rows=2,
-    row_length=384, kl_in_reward=False, policy_lr=1e-3, value_lr=1e-3,
-  )
+  spec = update.learner_spec(estimator, len(batch.tokens), 2, 384, 1e-3)
   trainer = learner.Learner(config, config, spec, sharding.make_mesh())
   params = _policy(config)
-  state = trainer.start(params, jax.random.key(1))
   reference = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-  return trainer, state, reference, batch
+  state = trainer.start(params, reference, jax.random.key(1))
+  return trainer, state, batch
 
 
 def _scores(dtype) -> Arrays:
   """Log-probabilities and values of a batch in packed rows."""
-  trainer, state, reference, batch = _trained(dtype, "gae")
-  found, _ = trainer.prepare(state, reference, batch)
+  trainer, state, batch = _trained(dtype, "gae")
+  found, _ = trainer.prepare(state, batch)
   return {"logp": found.logp, "reference": found.reference_logp,
           "values": found.values}
 
 
 def _update(dtype) -> Arrays:
   """Losses, gradient norms and the step of one PPO update."""
-  trainer, state, reference, batch = _trained(dtype, "gae")
-  before = jax.device_get(state.policy)
-  found, _ = trainer.prepare(state, reference, batch)
+  trainer, state, batch = _trained(dtype, "gae")
+  before = jax.device_get(state.policy.params)
+  found, _ = trainer.prepare(state, batch)
   state, metrics = trainer.update(state, found)
-  after = jax.device_get(state.policy)
+  after = jax.device_get(state.policy.params)
   moments = [
-    leaf for leaf in jax.tree.leaves(jax.device_get(state.policy_opt))
+    leaf for leaf in jax.tree.leaves(jax.device_get(state.policy.opt))
     if leaf.ndim
   ]
   return {

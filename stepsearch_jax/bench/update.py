@@ -14,7 +14,7 @@ import numpy as np
 from stepsearch_jax import types
 from stepsearch_jax.bench import duel, peers, workload
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import learner, records
+from stepsearch_jax.ppo import learner, records, specs
 
 _PEAK_ROWS = 2  # Of 1,024 tokens; for 4 torch alone takes 23 GB.
 _SHARE = 0.13  # Of a search rollout's tokens that the policy wrote.
@@ -46,9 +46,50 @@ def batch_of(replays, vocab: int) -> types.RolloutBatch:
   lengths = np.array([r.total for r in replays], np.int32)
   rewards = np.zeros(tokens.shape, np.float32)
   rewards[np.arange(len(replays)), lengths - 1] = rng.random(len(replays))
+  count = len(replays)
   return types.RolloutBatch(
-    tokens, lengths, mask, rewards * mask,
-    np.arange(len(replays), dtype=np.int32),
+    tokens=tokens, lengths=lengths, policy_mask=mask,
+    token_rewards=rewards * mask, rollout_logp=np.zeros_like(mask),
+    group=np.arange(count, dtype=np.int32),
+    turn=np.where(mask > 0, 0, -1).astype(np.int32),
+    anchor=np.zeros((count, 8), np.int32),
+    searches=np.zeros(count, np.int32),
+    answer_turn=np.full(count, -1, np.int32),
+  )
+
+
+def learner_spec(
+  estimator: str, mini_batch: int, micro_rows: int, row_length: int,
+  learning_rate: float = 1e-6,
+) -> specs.LearnerSpec:
+  """Settings of the released train.sh, without KL in the reward."""
+  def adamw(role):
+    return specs.OptimizerSpec(
+      role=role, learning_rate=learning_rate, warmup=0, first_rate_zero=False,
+      weight_decay=0.01, grad_clip=1.0, adapter=None,
+    )
+
+  return specs.LearnerSpec(
+    estimator=specs.EstimatorSpec(
+      name=estimator, gamma=1.0, lam=1.0, scope="policy"
+    ),
+    loss=specs.LossSpec(
+      clip_ratio=0.2, value_clip=0.5, entropy_coef=0.001,
+      micro_weighting="token",
+    ),
+    kl=specs.KlSpec(
+      in_reward=True, coef=0.0, estimator="kl",
+      loss_estimator="low_var_kl", controller="fixed", target=0.1,
+      horizon=10000.0,
+    ),
+    policy=adamw("policy"),
+    value=adamw("value"),
+    batch=specs.BatchSpec(
+      epochs=1, mini_batch=mini_batch, micro_rows=micro_rows,
+      row_length=row_length,
+    ),
+    temperature=1.0,
+    critic_warmup=0,
   )
 
 
@@ -59,23 +100,18 @@ class Ours:
                row_length: int):
     """Places the models; `micro_rows` packed rows are one pass."""
     self._batch = batch
-    spec = records.LearnerSpec(
-      estimator=estimator, mini_batch=len(batch.tokens),
-      micro_rows=micro_rows, row_length=row_length, kl_in_reward=False,
-      policy_lr=1e-6, value_lr=1e-6,
+    spec = learner_spec(
+      estimator, len(batch.tokens), micro_rows, row_length
     )
     self._learner = learner.Learner(
       config, config, spec, sharding.make_mesh()
     )
-    self._reference = params
     masters = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
-    self._state = self._learner.start(masters, jax.random.key(1))
+    self._state = self._learner.start(masters, params, jax.random.key(1))
 
   def scores(self) -> records.Experience:
     """The batch under policy, reference and value model."""
-    experience, _ = self._learner.prepare(
-      self._state, self._reference, self._batch
-    )
+    experience, _ = self._learner.prepare(self._state, self._batch)
     return experience
 
   def update(self, experience) -> dict[str, float]:
@@ -86,9 +122,11 @@ class Ours:
   def experience(self, old, advantages):
     """Made-up scores around the batch."""
     zeros = np.zeros_like(old)
+    masks = records.Masks.of(self._batch, "policy")
     return records.Experience(
-      self._batch, old, old, zeros, advantages, zeros,
-      self._batch.policy_mask, 0.0, self._reference,
+      batch=self._batch, masks=masks, logp=old, reference_logp=old,
+      values=zeros, advantages=advantages, returns=zeros,
+      value_weights=masks.value, kl=0.0,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan.machines import GB, Machine
-from stepsearch_jax.ppo import learner, logprobs, variants
+from stepsearch_jax.ppo import estimators, learner, logprobs, trainable
 from stepsearch_jax.rollout import layout
 from stepsearch_jax.rollout import programs as rollout_programs
 from stepsearch_jax.run.settings import Settings
@@ -80,17 +80,16 @@ def resident(config) -> dict[str, float]:
   mesh = sharding.abstract_mesh(**config.mesh)
   settings = _settings(config)
   spec = settings.learner(settings.total_steps(1))
-  adapters = {"policy": spec.policy_adapter, "value": spec.value_adapter}
+  adapters = {"policy": spec.policy.adapter, "value": spec.value.adapter}
   parts = {}
-  kinds = ["policy", "value"] if spec.estimator == "gae" else ["policy"]
+  needs_values = estimators.find(spec.estimator.name).needs_values
+  kinds = ["policy", "value"] if needs_values else ["policy"]
   for kind in kinds:
-    variant = variants.Variant(kind, model, adapters[kind])
-    shapes = variant.shapes()
-    placed = sharding.tree_shardings(mesh, variant.axes(), shapes)
-    parts[kind] = _bytes(shapes, placed)
+    part = trainable.Trainable(kind, model, adapters[kind])
+    parts[kind] = _bytes(part.shapes(), part.shardings(mesh))
     # Two float32 moments, sharded like the parameters.
     parts[f"{kind} optimiser"] = 2 * parts[kind]
-  frozen = variants.abstract_reference(model, mesh)
+  frozen = trainable.abstract_reference(model, mesh)
   parts["reference"] = _bytes(
     frozen, jax.tree.map(lambda x: x.sharding, frozen)
   )

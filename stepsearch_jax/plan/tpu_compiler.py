@@ -45,7 +45,7 @@ def compile_programs(config, machine: machines.Machine):
     config, machine, topology_devices(machine)
   )
   lowered = learner.lowered()
-  policy = learner.abstract_state()["policy"]
+  policy = learner.abstract_state().policy.params
   lowered = rollout.lowered(*chunk, policy) | lowered
   found = {}
   bar = tqdm.tqdm(lowered.items(), desc="compile", unit="program")

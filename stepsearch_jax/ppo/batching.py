@@ -13,21 +13,26 @@ import numpy as np
 
 from stepsearch_jax import types
 
+_TURNS = 8  # Turns are padded to a multiple, so that shapes rarely change.
+
 
 def trajectories_to_batch(
   trajectories: Sequence[types.Trajectory],
   rewards: Sequence[np.ndarray],
   max_length: int,
   pad_id: int,
+  rollouts: int = 1,
   dropped_ids: Sequence[int] = (),
 ) -> types.RolloutBatch:
   """Right-pads trajectories to [B, max_length].
 
   Args:
-    trajectories: finished rollouts.
+    trajectories: finished rollouts, those of one question side by side.
     rewards: [T] float32 per trajectory.
     max_length: T of the batch.
     pad_id: fills `tokens`.
+    rollouts: trajectories per question. Groups go by place and not by the
+      question's id, which another question may share.
     dropped_ids: sampled tokens to leave out of the policy mask (the released
       preset drops end-of-text).
 
@@ -35,29 +40,67 @@ def trajectories_to_batch(
     UserError: a trajectory is longer than `max_length`.
   """
   rows = len(trajectories)
-  tokens = np.full((rows, max_length), pad_id, np.int32)
-  mask = np.zeros((rows, max_length), np.float32)
-  spread = np.zeros((rows, max_length), np.float32)
   lengths = np.array([len(t.tokens) for t in trajectories], np.int32)
   if lengths.max(initial=0) > max_length:
     raise types.UserError(
       f"a trajectory has {lengths.max()} tokens, rollout.context is "
       f"{max_length}"
     )
-  groups: dict[str, int] = {}
+  if rows % rollouts:
+    raise ValueError(f"{rows} trajectories are no whole groups of {rollouts}")
+  shape = (rows, max_length)
+  turns = max((_turns(t) for t in trajectories), default=1)
+  batch = types.RolloutBatch(
+    tokens=np.full(shape, pad_id, np.int32),
+    lengths=lengths,
+    policy_mask=np.zeros(shape, np.float32),
+    token_rewards=np.zeros(shape, np.float32),
+    rollout_logp=np.zeros(shape, np.float32),
+    group=np.arange(rows, dtype=np.int32) // rollouts,
+    turn=np.full(shape, -1, np.int32),
+    anchor=np.full((rows, -(-turns // _TURNS) * _TURNS), -1, np.int32),
+    searches=np.array(
+      [sum(turn.answered for turn in t.turns) for t in trajectories], np.int32
+    ),
+    answer_turn=np.array([_answer_turn(t) for t in trajectories], np.int32),
+  )
+  states: dict[tuple[int, bytes], int] = {}
   for row, (trajectory, reward) in enumerate(
     zip(trajectories, rewards, strict=True)
   ):
     size = lengths[row]
-    tokens[row, :size] = trajectory.tokens
     sampled = trajectory.policy_mask
     if len(dropped_ids):
       sampled = sampled & ~np.isin(trajectory.tokens, dropped_ids)
-    mask[row, :size] = sampled
-    spread[row, :size] = reward
-    groups.setdefault(trajectory.question.id, len(groups))
-  group = np.array([groups[t.question.id] for t in trajectories], np.int32)
-  return types.RolloutBatch(tokens, lengths, mask, spread, group)
+    batch.tokens[row, :size] = trajectory.tokens
+    batch.policy_mask[row, :size] = sampled
+    batch.token_rewards[row, :size] = reward
+    batch.rollout_logp[row, :size] = np.where(sampled, trajectory.logprobs, 0)
+    batch.turn[row, :size] = np.where(sampled, trajectory.turn_index, -1)
+    for turn in range(_turns(trajectory)):
+      state = batch.group[row], _state(trajectory, turn)
+      batch.anchor[row, turn] = states.setdefault(state, len(states))
+  return batch
+
+
+def _turns(trajectory: types.Trajectory) -> int:
+  """Turns that have tokens, one that was cut off included; at least 1."""
+  return max(int(trajectory.turn_index.max(initial=0)) + 1, 1)
+
+
+def _answer_turn(trajectory: types.Trajectory) -> int:
+  """Number of the turn that answers, -1 where none does."""
+  turns = trajectory.turns
+  return len(turns) - 1 if turns and turns[-1].action == "answer" else -1
+
+
+def _state(trajectory: types.Trajectory, turn: int) -> bytes:
+  """What the policy saw last before a turn: an observation, or the prompt."""
+  if turn == 0:
+    return b""
+  seen = trajectory.provenance == types.Provenance.OBSERVATION
+  seen &= trajectory.turn_index == turn - 1
+  return b"observation" + np.asarray(trajectory.tokens)[seen].tobytes()
 
 
 @dataclasses.dataclass(frozen=True)

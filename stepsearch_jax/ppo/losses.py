@@ -1,55 +1,66 @@
-"""Clipped policy and value losses as sums over masked tokens.
+"""Losses per token: pure functions of arrays, without averages.
 
-Every function returns sums, so that micro-batches divided by the token count
-of the whole mini-batch add up to its mean exactly.
+What a micro-batch makes of them is in `model_losses.py`.
 """
 
 from __future__ import annotations
 
+import flax.struct
+import jax
 import jax.numpy as jnp
 
 
-def _total(x, mask):
+@flax.struct.dataclass
+class TokenLoss:
+  """A clipped loss per token, and 1.0 where the clipped branch was larger."""
+
+  loss: jax.Array
+  clipped: jax.Array
+
+
+def masked_sum(x, mask):
+  """Sum over masked-in entries; what lies elsewhere never matters."""
   return jnp.where(mask > 0, x, 0.0).sum()
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip_ratio: float):
-  """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), summed.
+def policy_loss(log_ratio, advantages, clip_ratio: float) -> TokenLoss:
+  """PPO's clipped surrogate per token (arXiv 1707.06347, eq. 7).
 
-    -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = exp(logp - old_logp)
+    -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = exp(log_ratio)
 
   Args:
-    logp, old_logp, advantages, mask: [B, T] float32.
+    log_ratio: log-probability now minus before; finite everywhere.
+    advantages: of the same shape.
     clip_ratio: eps.
-
-  Returns:
-    (loss sum, count of clipped tokens, sum of old_logp - logp), scalars.
   """
-  assert logp.shape == old_logp.shape == advantages.shape == mask.shape
-  gap = jnp.where(mask > 0, logp - old_logp, 0.0)
-  ratio = jnp.exp(gap)
+  assert log_ratio.shape == advantages.shape
+  ratio = jnp.exp(log_ratio)
   plain = -advantages * ratio
   clipped = -advantages * jnp.clip(ratio, 1 - clip_ratio, 1 + clip_ratio)
-  loss = _total(jnp.maximum(plain, clipped), mask)
-  hit = _total((clipped > plain).astype(jnp.float32), mask)
-  return loss, hit, _total(-gap, mask)
+  return TokenLoss(
+    jnp.maximum(plain, clipped), (clipped > plain).astype(jnp.float32)
+  )
 
 
-def value_loss(values, old_values, returns, mask, clip: float):
-  """Clipped squared error of the value model, summed.
+def value_loss(values, old_values, returns, clip: float) -> TokenLoss:
+  """Clipped squared error of the value model per token.
 
     0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
 
-  Returns:
-    (loss sum, count of clipped tokens), scalars.
+  Args:
+    values: now.
+    old_values: before the update.
+    returns: what they are fitted to.
+    clip: c.
   """
-  assert values.shape == old_values.shape == returns.shape == mask.shape
+  assert values.shape == old_values.shape == returns.shape
   near = jnp.clip(values, old_values - clip, old_values + clip)
   plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-  loss = 0.5 * _total(jnp.maximum(plain, clipped), mask)
-  return loss, _total((clipped > plain).astype(jnp.float32), mask)
+  return TokenLoss(
+    0.5 * jnp.maximum(plain, clipped), (clipped > plain).astype(jnp.float32)
+  )
 
 
 def imitation_loss(logp, mask):
   """Negative log-likelihood of the masked tokens, summed."""
-  return -_total(logp, mask)
+  return -masked_sum(logp, mask)

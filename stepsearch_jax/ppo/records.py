@@ -1,4 +1,7 @@
-"""Settings, state and batches of the learner."""
+"""State of the learner, and batches on their way through it.
+
+Shapes use the axis letters of `stepsearch_jax.types`.
+"""
 
 from __future__ import annotations
 
@@ -10,143 +13,162 @@ import jax
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.models import adapters
-from stepsearch_jax.ppo import advantages as adv
+from stepsearch_jax.ppo import specs
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnerSpec:
-  """Settings of the update; see `configs/common.py` for the plain ones.
+@flax.struct.dataclass
+class Trained:
+  """One model in training.
 
   Attributes:
-    estimator: "gae" (StePPO, PPO), "grpo" or "reinforce".
-    kl_in_reward: subtract kl_coef * KL from every token's reward.
-    kl_loss_coef: weight of KL as a loss (GRPO).
-    mini_batch: trajectories per optimiser step.
-    micro_rows, row_length: shape of one forward/backward pass.
-    policy_warmup, value_warmup: optimiser steps.
-    critic_warmup: training steps that leave the policy alone.
-    mask_scope: "policy" tokens, or "attended" response tokens, for GAE,
-      whitening and value loss (released: C1, C2, C10).
-    micro_weighting: "token", or "micro_mean" (released: C8).
-    first_lr_zero: released warm-up (C9).
-    policy_adapter, value_adapter: train adapters on the reference instead of
-      the whole model.
+    params: what is trained of it (see `trainable.Trainable`).
+    opt: state of its optimiser.
   """
 
-  estimator: str = "gae"
-  gamma: float = 1.0
-  lam: float = 1.0
-  clip_ratio: float = 0.2
-  value_clip: float = 0.5
-  entropy_coef: float = 0.001
-  kl_coef: float = 0.001
-  kl_estimator: str = "kl"
-  kl_controller: str = "fixed"
-  kl_target: float = 0.1
-  kl_horizon: float = 10000.0
-  kl_in_reward: bool = True
-  kl_loss_coef: float = 0.0
-  ppo_epochs: int = 1
-  mini_batch: int = 32
-  micro_rows: int = 16
-  row_length: int = 4096
-  temperature: float = 1.0
-  policy_lr: float = 5e-7
-  value_lr: float = 5e-7
-  policy_warmup: int = 0
-  value_warmup: int = 0
-  weight_decay: float = 0.01
-  grad_clip: float = 1.0
-  critic_warmup: int = 0
-  mask_scope: str = "policy"
-  micro_weighting: str = "token"
-  first_lr_zero: bool = False
-  policy_adapter: adapters.AdapterSpec | None = None
-  value_adapter: adapters.AdapterSpec | None = None
-
-  def __post_init__(self):
-    for field, allowed in (
-      ("estimator", ("gae", "grpo", "reinforce")),
-      ("kl_estimator", adv.KL_ESTIMATORS),
-      ("kl_controller", ("fixed", "adaptive")),
-      ("mask_scope", ("policy", "attended")),
-      ("micro_weighting", ("token", "micro_mean")),
-    ):
-      if getattr(self, field) not in allowed:
-        raise types.UserError(
-          f"ppo.{field} must be one of {allowed}, got {getattr(self, field)!r}"
-        )
+  params: Any
+  opt: Any
 
 
 @flax.struct.dataclass
 class LearnerState:
-  """Everything that training changes.
+  """Everything that an update reads and changes, and the frozen reference.
 
   Attributes:
-    step: [] int32, calls of `update`.
-    policy: what is trained of the policy (see `variants.Variant`).
-    value: likewise of the value model; None without one.
-    policy_opt, value_opt: optimiser states.
-    kl_coef: [] float32.
+    step: [] int32, calls of `Learner.update`.
+    kl_coef: [] float32, weight of the KL in the reward.
+    policy: the policy.
+    value: the value model; None where the estimator needs none.
+    reference: parameters of the frozen policy, in the compute type.
   """
 
   step: jax.Array
-  policy: Any
-  value: Any
-  policy_opt: Any
-  value_opt: Any
   kl_coef: jax.Array
+  policy: Trained
+  value: Trained | None
+  reference: Any
+
+  def split(self) -> SavedState:
+    """Returns the parts that a checkpoint stores: all but the reference."""
+    return SavedState(
+      policy=self.policy.params,
+      rest=self.replace(
+        policy=self.policy.replace(params=None), reference=None
+      ),
+    )
+
+
+@flax.struct.dataclass
+class SavedState:
+  """A learner state as checkpoints keep it.
+
+  The policy lies apart, so that evaluation reads nothing else. The reference
+  never changes: a run writes it once, beside its checkpoints.
+
+  Attributes:
+    policy: `LearnerState.policy.params`.
+    rest: the state without policy parameters and reference.
+  """
+
+  policy: Any
+  rest: LearnerState
+
+  def join(self, reference) -> LearnerState:
+    """Returns the state that was split, around the run's reference."""
+    return self.rest.replace(
+      policy=self.rest.policy.replace(params=self.policy), reference=reference
+    )
+
+
+@flax.struct.dataclass
+class Masks:
+  """Which tokens take part in what, [B, T] float32 each.
+
+  All three are the policy mask, except in the released preset.
+
+  Attributes:
+    policy: sampled tokens; policy loss, KL and entropy.
+    advantage: where advantages are whitened and measured.
+    value: where values exist; the recursion of the estimator and value loss.
+  """
+
+  policy: np.ndarray
+  advantage: np.ndarray
+  value: np.ndarray
+
+  @classmethod
+  def of(cls, batch: types.RolloutBatch, scope: str) -> Masks:
+    """Builds the masks of a batch; the only place that does.
+
+    With the released scope, advantages are about all response tokens and
+    values, whose mask the released code shifts by one, also about the token
+    behind them (C1, C2, C10: see the quirk table in
+    stepsearch_jax/README.md).
+
+    Args:
+      batch: rollouts.
+      scope: a `specs.MaskScope`.
+    """
+    policy = batch.policy_mask
+    if scope == specs.MaskScope.POLICY:
+      return cls(policy, policy, policy)
+    steps = np.arange(batch.tokens.shape[1])[None]
+    first = (policy > 0).argmax(axis=1)[:, None]
+    inside = (steps >= first) & (steps < batch.lengths[:, None])
+    inside &= policy.any(axis=1)[:, None]
+    late = inside.copy()
+    late[:, 1:] |= inside[:, :-1]
+    return cls(policy, inside.astype(np.float32), late.astype(np.float32))
 
 
 @dataclasses.dataclass
 class Experience:
-  """A scored batch: [B, T] float32 host arrays by token, and its mean KL.
+  """A batch with everything that an update needs of it.
 
-  `scope` masks the value loss; it is the policy mask except in the released
-  preset (see `scopes`). `reference` holds the frozen policy's parameters.
+  Attributes:
+    batch: the rollouts.
+    masks: which tokens take part.
+    logp: [B, T] log-probabilities under the policy before the update.
+    reference_logp: [B, T] likewise under the reference.
+    values: [B, T] values before the update; zeros without a value model.
+    advantages: [B, T], 0 where the policy mask is.
+    returns: [B, T], what values are fitted to.
+    value_weights: [B, T], weight of each token in the value loss.
+    kl: mean KL to the reference, per token.
   """
 
   batch: types.RolloutBatch
+  masks: Masks
   logp: np.ndarray
   reference_logp: np.ndarray
   values: np.ndarray
   advantages: np.ndarray
   returns: np.ndarray
-  scope: np.ndarray
+  value_weights: np.ndarray
   kl: float
-  reference: Any
-
-
-def scopes(
-  batch: types.RolloutBatch, mask_scope: str
-) -> tuple[np.ndarray, np.ndarray]:
-  """Masks [B, T] of (GAE and whitening, value model and its loss).
-
-  Both are the policy mask, unless the released code's are asked for
-  ("attended"): all response tokens, and for the value model, whose mask is
-  shifted by one there, also the token behind them (C2, C10).
-  """
-  if mask_scope == "policy":
-    return batch.policy_mask, batch.policy_mask
-  steps = np.arange(batch.tokens.shape[1])[None]
-  first = (batch.policy_mask > 0).argmax(axis=1)[:, None]
-  inside = (steps >= first) & (steps < batch.lengths[:, None])
-  inside &= batch.policy_mask.any(axis=1)[:, None]
-  late = inside.copy()
-  late[:, 1:] |= inside[:, :-1]
-  return inside.astype(np.float32), late.astype(np.float32)
 
 
 @flax.struct.dataclass
-class Micro:
-  """One packed micro-batch, all [micro_rows, row_length]."""
+class MicroBatch:
+  """Packed rows of one pass, all [R, S].
+
+  Attributes:
+    tokens: int32.
+    segment_ids: int32, 1.. for the trajectories of a row, 0 for padding.
+    positions: int32, place within the trajectory.
+    policy_mask: float32, sampled tokens.
+    value_weights: float32, weight of each token in the value loss.
+    logp: float32, log-probabilities before the update.
+    reference_logp: float32, likewise under the reference.
+    values: float32, values before the update.
+    advantages: float32.
+    returns: float32.
+  """
 
   tokens: jax.Array
   segment_ids: jax.Array
   positions: jax.Array
-  mask: jax.Array
-  scope: jax.Array
+  policy_mask: jax.Array
+  value_weights: jax.Array
   logp: jax.Array
   reference_logp: jax.Array
   values: jax.Array

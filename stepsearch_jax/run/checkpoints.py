@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.ppo import records
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.run.state import RunState
 
@@ -61,11 +62,12 @@ class Checkpointer:
     if state.step in self._manager.all_steps():
       return
     is_best = state.best is not None and state.best["step"] == state.step
+    saved = state.learner.split()
     self._manager.save(
       state.step,
       args=ocp.args.Composite(
-        policy=ocp.args.StandardSave(state.learner.policy),
-        rest=ocp.args.StandardSave(state.learner.replace(policy=None)),
+        policy=ocp.args.StandardSave(saved.policy),
+        rest=ocp.args.StandardSave(saved.rest),
         progress=ocp.args.JsonSave(state.progress()),
       ),
       metrics={"em": state.best["em"]} if is_best else None,
@@ -109,21 +111,19 @@ class Checkpointer:
     return None
 
   def _read(self, step: int, like: RunState) -> RunState:
-    learner = like.learner
-    _check_shapes(self._folder / str(step) / "policy", learner.policy)
+    saved = like.learner.split()
+    _check_shapes(self._folder / str(step) / "policy", saved.policy)
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        policy=ocp.args.StandardRestore(_abstract(learner.policy)),
-        rest=ocp.args.StandardRestore(
-          _abstract(learner.replace(policy=None))
-        ),
+        policy=ocp.args.StandardRestore(_abstract(saved.policy)),
+        rest=ocp.args.StandardRestore(_abstract(saved.rest)),
         progress=ocp.args.JsonRestore(),
       ),
     )
+    found = records.SavedState(items["policy"], items["rest"])
     return RunState(
-      step, items["rest"].replace(policy=items["policy"]), like.reference,
-      **items["progress"],
+      step, found.join(like.learner.reference), **items["progress"]
     )
 
   def _set_aside(self, step: int) -> None:

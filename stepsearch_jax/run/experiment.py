@@ -28,7 +28,7 @@ from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf
 from stepsearch_jax.parallel import distributed, sharding
-from stepsearch_jax.ppo import variants
+from stepsearch_jax.ppo import estimators, trainable
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.rollout import automaton, engine, programs, text_side
@@ -231,18 +231,15 @@ class Experiment:
       UserError: no such checkpoint, or one of another model.
     """
     spec = self.settings.learner(steps=1)
-    variant = variants.Variant("policy", self.model, spec.policy_adapter)
-    shapes = variant.shapes()
-    like = sharding.abstract(
-      shapes, sharding.tree_shardings(self.mesh, variant.axes(), shapes)
-    )
+    policy = trainable.Trainable("policy", self.model, spec.policy.adapter)
+    like = sharding.abstract(policy.shapes(), policy.shardings(self.mesh))
     step, params = checkpoints.load_policy(self.workdir, like, step)
-    if spec.policy_adapter is None:
+    if spec.policy.adapter is None:
       return step, params
     reference = checkpoints.load_reference(
-      self.workdir, variants.abstract_reference(self.model, self.mesh)
+      self.workdir, trainable.abstract_reference(self.model, self.mesh)
     )
-    return step, variants.whole_model(variant, params, reference)
+    return step, trainable.whole_model(policy, params, reference)
 
   def describe(self, steps: int) -> None:
     """Logs what a run of so many steps is about to do, with sizes."""
@@ -260,7 +257,7 @@ class Experiment:
       len(self.train_questions), len(self.eval_questions), len(self.corpus),
     )
     spec = settings.learner(steps)
-    placed = variants.abstract_reference(self.model, self.mesh)
+    placed = trainable.abstract_reference(self.model, self.mesh)
     per_chip = sum(
       np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(placed)
@@ -268,12 +265,12 @@ class Experiment:
     logging.info(
       "policy of %.4gM parameters in %s, %.4g MB per chip; value model: %s",
       parameters / 1e6, settings.model.dtype, per_chip / 1e6,
-      "yes" if spec.estimator == "gae" else "none",
+      "yes" if estimators.find(spec.estimator.name).needs_values else "none",
     )
-    minis = settings.batch.trajectories // spec.mini_batch
+    minis = settings.batch.trajectories // spec.batch.mini_batch
     logging.info(
       "%s, %d steps of %d trajectories, %d optimizer steps each, forward and "
       "backward passes of %d rows of %d tokens", settings.name, steps,
-      settings.batch.trajectories, minis * spec.ppo_epochs, spec.micro_rows,
-      spec.row_length,
+      settings.batch.trajectories, minis * spec.batch.epochs,
+      spec.batch.micro_rows, spec.batch.row_length,
     )

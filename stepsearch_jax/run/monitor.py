@@ -244,6 +244,6 @@ def first_nonfinite_of(experience, learner) -> str:
     reference_logp=experience.reference_logp,
     values=experience.values,
     advantages=experience.advantages,
-    policy=learner.policy,
-    value=learner.value,
+    policy=learner.policy.params,
+    value=None if learner.value is None else learner.value.params,
   )

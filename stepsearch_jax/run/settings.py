@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts
 from stepsearch_jax.models import adapters, decoder
-from stepsearch_jax.ppo import records as ppo_records
+from stepsearch_jax.ppo import estimators
+from stepsearch_jax.ppo import specs as ppo_specs
 from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.rewards import step_rewards
@@ -35,7 +36,7 @@ class Algorithm:
   """What `config.algorithm` stands for.
 
   Attributes:
-    estimator: of advantages.
+    estimator: its own; `config.estimator` may name another.
     outcome_only: only the answer's F1 is rewarded.
     kl_in_reward: the KL penalty is part of the reward, else of the loss.
   """
@@ -164,9 +165,9 @@ class Settings:
     settings.learner(steps=1)  # Its records check themselves.
     return settings
 
-  def learner(self, steps: int) -> ppo_records.LearnerSpec:
+  def learner(self, steps: int) -> ppo_specs.LearnerSpec:
     """Settings of the update in a run of `steps` training steps."""
-    return _learner(self, self.config["ppo"], steps)
+    return _learner(self, steps)
 
   def total_steps(self, questions: int) -> int:
     """Training steps of a run over so many training questions."""
@@ -213,43 +214,72 @@ def _adapter(role: str, section) -> adapters.AdapterSpec | None:
   return adapters.AdapterSpec(section["rank"], section["alpha"])
 
 
-def _learner(settings: Settings, ppo, steps: int) -> ppo_records.LearnerSpec:
-  """See `Settings.learner`; warm-up ratios become optimiser steps."""
-  algorithm = settings.algorithm
-  minis = settings.batch.trajectories // ppo["mini_batch"]
+def _learner(settings: Settings, steps: int) -> ppo_specs.LearnerSpec:
+  """See `Settings.learner`."""
+  config, algorithm = settings.config, settings.algorithm
+  ppo = config["ppo"]
+  released = config["reward"]["preset"] == "released"
+  return ppo_specs.LearnerSpec(
+    estimator=spec_of(
+      ppo_specs.EstimatorSpec, ppo,
+      name=config["estimator"] or algorithm.estimator,
+      scope="attended" if released else "policy",
+    ),
+    loss=spec_of(
+      ppo_specs.LossSpec, ppo,
+      micro_weighting="micro_mean" if released else "token",
+    ),
+    kl=ppo_specs.KlSpec(
+      in_reward=algorithm.kl_in_reward,
+      coef=ppo["kl_coef"],
+      estimator=ppo["kl_estimator"],
+      loss_estimator=ppo["kl_loss_estimator"],
+      controller=ppo["kl_controller"],
+      target=ppo["kl_target"],
+      horizon=ppo["kl_horizon"],
+    ),
+    policy=_optimizer("policy", settings, steps),
+    value=_optimizer("value", settings, steps),
+    batch=spec_of(
+      ppo_specs.BatchSpec, ppo, row_length=settings.sampler.context
+    ),
+    temperature=config["rollout"]["temperature"],
+    critic_warmup=ppo["critic_warmup"],
+  )
+
+
+def _optimizer(
+  role: str, settings: Settings, steps: int
+) -> ppo_specs.OptimizerSpec:
+  """Optimizer of a model; its warm-up ratio becomes optimizer steps."""
+  ppo = settings.config["ppo"]
+  minis = settings.batch.trajectories // max(ppo["mini_batch"], 1)
   updates = steps * ppo["epochs"] * minis
-  released = settings.config["reward"]["preset"] == "released"
   return spec_of(
-    ppo_records.LearnerSpec, ppo,
-    estimator=algorithm.estimator,
-    kl_in_reward=algorithm.kl_in_reward,
-    kl_loss_coef=0.0 if algorithm.kl_in_reward else ppo["kl_coef"],
-    ppo_epochs=ppo["epochs"],
-    row_length=settings.sampler.context,
-    temperature=settings.config["rollout"]["temperature"],
-    policy_warmup=int(updates * ppo["policy_warmup_ratio"]),
-    value_warmup=int(updates * ppo["value_warmup_ratio"]),
-    mask_scope="attended" if released else "policy",
-    micro_weighting="micro_mean" if released else "token",
-    first_lr_zero=released,
-    policy_adapter=_adapter("policy", settings.config["policy"]),
-    value_adapter=_adapter("value", settings.config["value"]),
+    ppo_specs.OptimizerSpec, ppo,
+    role=role,
+    learning_rate=ppo[f"{role}_lr"],
+    warmup=int(updates * ppo[f"{role}_warmup_ratio"]),
+    first_rate_zero=settings.config["reward"]["preset"] == "released",
+    adapter=_adapter(role, settings.config[role]),
   )
 
 
 def _check_together(settings: Settings, devices: int) -> None:
   """Checks that span several sections; raises UserError."""
   batch, ppo = settings.batch, settings.config["ppo"]
-  rollout = settings.config["rollout"]
+  estimator = estimators.find(
+    settings.config["estimator"] or settings.algorithm.estimator
+  )
   expect(
     settings.schedule.trains or settings.warm_start.steps > 0,
     "total_steps, total_epochs",
     "one of the two to be positive where warm_start.steps = 0", (0, 0),
   )
   expect(
-    settings.algorithm.estimator != "grpo" or batch.rollouts > 1,
-    "batch.rollouts", "2 or more, because grpo compares rollouts of one "
-    "question", batch.rollouts,
+    not estimator.needs_groups or batch.rollouts > 1, "batch.rollouts",
+    f"2 or more, because {estimator.name} compares rollouts of one question",
+    batch.rollouts,
   )
   mini = ppo["mini_batch"]
   expect(
@@ -267,18 +297,8 @@ def _check_together(settings: Settings, devices: int) -> None:
       f"a multiple of the mesh's {shards} data shards (mesh.data * mesh.fsdp)",
       value,
     )
-  expect(
-    settings.algorithm.kl_in_reward or ppo["kl_controller"] == "fixed",
-    "ppo.kl_controller",
-    f"fixed, because {settings.name} has its KL in the loss",
-    ppo["kl_controller"],
-  )
   expect(settings.protocol.template in prompts.TEMPLATES, "rollout.template",
          f"one of {sorted(prompts.TEMPLATES)}", settings.protocol.template)
-  expect(
-    rollout["temperature"] > 0, "rollout.temperature",
-    "more than 0 (evaluation is greedy by itself)", rollout["temperature"],
-  )
   room = settings.rollout.answer_room
   expect(
     settings.sampler.context > room, "rollout.context",

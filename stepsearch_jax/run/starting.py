@@ -26,7 +26,7 @@ def start(
   """Returns the newest checkpoint's state, or that of a fresh run."""
   key = jax.random.key(experiment.settings.seed)
   policy = experiment.initial_policy()
-  fresh = RunState(0, learner.start(policy, key), reference=None)
+  fresh = RunState(0, learner.start(policy, None, key))
   found = saver.restore(fresh)
   if found is None:
     spec = experiment.settings.warm_start
@@ -35,16 +35,17 @@ def start(
     if spec.steps:
       policy = warm_start(experiment, policy)
     if spec.policy or spec.steps:
-      fresh.learner = learner.start(policy, key)
+      fresh.learner = learner.start(policy, None, key)
     checkpoints.save_reference(
       experiment.workdir, policy, experiment.model.dtype
     )
     found = fresh
   else:
     logging.info("resumed at step %d", found.step)
-  found.reference = checkpoints.load_reference(
-    experiment.workdir, learner.abstract_reference()
+  reference = checkpoints.load_reference(
+    experiment.workdir, learner.abstract_state().reference
   )
+  found.learner = found.learner.replace(reference=reference)
   return found
 
 

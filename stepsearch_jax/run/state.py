@@ -14,9 +14,7 @@ class RunState:
 
   Attributes:
     step: training steps done.
-    learner: models, optimisers and controllers.
-    reference: the frozen policy that KL is measured against; written once a
-      run, beside the checkpoints.
+    learner: models, optimisers, controllers and the frozen reference.
     baseline: metrics of the evaluation before the first step; None before it.
     best: {"step", "em"} of the best evaluation; None before the first.
     latest: metrics of the newest evaluation; None before the first.
@@ -26,7 +24,6 @@ class RunState:
 
   step: int
   learner: records.LearnerState
-  reference: Any
   baseline: dict[str, float] | None = None
   best: dict[str, float] | None = None
   latest: dict[str, float] | None = None
@@ -35,10 +32,10 @@ class RunState:
 
   def progress(self) -> dict[str, Any]:
     """The JSON-able part: all but the arrays and the step."""
-    arrays = ("step", "learner", "reference")
     return {
       field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self) if field.name not in arrays
+      for field in dataclasses.fields(self)
+      if field.name not in ("step", "learner")
     }
 
   def note_evaluation(self, metrics: dict[str, float]) -> None:

@@ -13,16 +13,17 @@ import tqdm
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import batching, losses, records, scores
+from stepsearch_jax.ppo import batching, forward, losses, records
 
 
 def _step(params, opt, micro, *, config, tx):
   """One optimiser step on the masked tokens of packed rows."""
 
   def loss(params):
-    logp, _ = scores.of_policy(params, micro, config, 1.0)
-    count = (micro.mask > 0).sum(dtype=jnp.float32)
-    return losses.imitation_loss(logp, micro.mask) / jnp.maximum(count, 1.0)
+    logp = forward.policy(params, micro, config, 1.0).logp
+    mask = micro.policy_mask
+    count = (mask > 0).sum(dtype=jnp.float32)
+    return losses.imitation_loss(logp, mask) / jnp.maximum(count, 1.0)
 
   value, grads = jax.value_and_grad(loss)(params)
   updates, opt = tx.update(grads, opt, params)
@@ -38,7 +39,7 @@ def _micros(batch, steps, rows, row_length, seed):
   )
   packed = {
     "tokens": packing.pack(batch.tokens),
-    "mask": packing.pack(batch.policy_mask),
+    "policy_mask": packing.pack(batch.policy_mask),
     "segment_ids": packing.segment_ids,
     "positions": packing.positions,
   }
@@ -48,8 +49,8 @@ def _micros(batch, steps, rows, row_length, seed):
   ])
   zeros = np.zeros((rows, row_length), np.float32)
   for chosen in places[: steps * rows].reshape(steps, rows):
-    yield records.Micro(
-      scope=zeros, logp=zeros, reference_logp=zeros, values=zeros,
+    yield records.MicroBatch(
+      value_weights=zeros, logp=zeros, reference_logp=zeros, values=zeros,
       advantages=zeros, returns=zeros,
       **{name: array[chosen] for name, array in packed.items()},
     )

@@ -13,7 +13,7 @@ from etils import epath
 from stepsearch_jax import train
 from stepsearch_jax.models import adapters, decoder, heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import variants
+from stepsearch_jax.ppo import trainable
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -50,23 +50,23 @@ def test_merge_adds_scaled_products_to_every_layer_matrix():
 
 def test_fresh_adapters_change_nothing_and_untouched_tensors_stay():
   policy = heads.init_policy(MODEL, jax.random.key(0))
-  variant = variants.Variant("policy", MODEL, SPEC)
-  params = variant.init(policy, jax.random.key(3))
-  whole = variant.model(params, policy)
+  part = trainable.Trainable("policy", MODEL, SPEC)
+  params = part.init(policy, jax.random.key(3))
+  whole = part.whole(params, policy)
   jax.tree.map(np.testing.assert_array_equal, whole, policy)
-  value = variants.Variant("value", MODEL, SPEC)
+  value = trainable.Trainable("value", MODEL, SPEC)
   parts = value.init(policy, jax.random.key(3))
   assert set(parts) == {"adapters", "value_head"}
   tokens = jnp.arange(8, dtype=jnp.int32)[None]
   hidden, _ = decoder.Decoder(MODEL).apply(
-    {"params": value.model(parts, policy)["trunk"]}, tokens, tokens
+    {"params": value.whole(parts, policy)["trunk"]}, tokens, tokens
   )
-  assert heads.values(value.model(parts, policy), hidden).shape == (1, 8)
+  assert heads.values(value.whole(parts, policy), hidden).shape == (1, 8)
 
 
 def test_axes_follow_the_matrices():
-  variant = variants.Variant("value", MODEL, SPEC)
-  axes, shapes = variant.axes(), variant.shapes()
+  part = trainable.Trainable("value", MODEL, SPEC)
+  axes, shapes = part.axes(), part.shapes()
   sharding.tree_shardings(sharding.make_mesh(), axes, shapes)  # Same tree.
   assert axes["adapters"]["o_kernel"] == {
     "a": ("layers", "heads", "head_dim", "rank"),

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ppo import parts
 
-from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import logprobs, losses, optimizer
+from stepsearch_jax.ppo import (
+  estimators,
+  kl,
+  logprobs,
+  losses,
+  masked,
+  optimizer,
+  records,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +47,36 @@ def close(ours, theirs, where=None):
   np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def estimate(name, rewards, values, masks, group=None, **settings):
+  batch = parts.rollout_batch(np.asarray(masks.policy))
+  return estimators.find(name)(
+    estimators.Inputs(
+      rewards=f32(rewards), values=f32(values),
+      logp=jnp.zeros(rewards.shape), masks=masks,
+      group=batch.group if group is None else jnp.asarray(group, jnp.int32),
+      turn=batch.turn, anchor=batch.anchor, searches=batch.searches,
+    ),
+    parts.learner_spec(
+      **{f"estimator__{k}": v for k, v in settings.items()}
+    ).estimator,
+  )
+
+
 def test_released_gae_and_whitening(cases):
   for params, given, want in cases["compute_gae_advantage_return"]:
     mask = f32(given["eos_mask"])
     on = np.asarray(mask) > 0
     if on.sum() < 2:
       continue  # The released code raises; ours only removes the mean.
-    advantages, returns = adv.gae_released(
-      f32(given["token_level_rewards"]), f32(given["values"]), mask,
-      params["gamma"], params["lam"],
+    # Its recursion runs over every position, whatever the mask says.
+    everywhere = jnp.ones_like(mask)
+    found = estimate(
+      "gae", given["token_level_rewards"], given["values"],
+      records.Masks(mask, mask, everywhere), gamma=params["gamma"],
+      lam=params["lam"],
     )
-    close(returns, want["returns"], on)
-    close(adv.whiten(advantages, mask), want["advantages"], on)
+    close(found.returns, want["returns"], on)
+    close(found.advantages, want["advantages"], on)
 
 
 def test_grpo(cases):
@@ -61,7 +87,10 @@ def test_grpo(cases):
     rewards = f32(given["token_level_rewards"]).sum(-1, keepdims=True)
     first = (jnp.cumsum(mask, axis=-1) == 1) & (mask > 0)
     spread = jnp.where(first, rewards, 0.0)
-    ours = adv.grpo(spread, mask, jnp.asarray(group, jnp.int32))
+    ours = estimate(
+      "grpo", spread, jnp.zeros(mask.shape), records.Masks(mask, mask, mask),
+      group,
+    ).advantages
     rows = np.asarray(mask).sum(-1) > 0
     if rows.all():
       close(ours, want["advantages"], np.asarray(mask) > 0)
@@ -75,11 +104,13 @@ def test_policy_loss_with_gradient(cases):
     )
 
     def loss(new, old=old, advantages=advantages, mask=mask, params=params):
-      parts = losses.policy_loss(
-        new, old, advantages, mask, params["cliprange"]
+      log_ratio = jnp.where(mask > 0, new - old, 0.0)
+      token = losses.policy_loss(log_ratio, advantages, params["cliprange"])
+      value, hit, kl = (
+        losses.masked_sum(x, mask) / mask.sum()
+        for x in (token.loss, token.clipped, -log_ratio)
       )
-      parts = [part / mask.sum() for part in parts]
-      return parts[0], parts[1:]
+      return value, (hit, kl)
 
     (value, (hit, kl)), grad = jax.value_and_grad(loss, has_aux=True)(new)
     close(value, want["pg_loss"])
@@ -95,10 +126,12 @@ def test_value_loss_with_gradient(cases):
     )
 
     def loss(new, old=old, returns=returns, mask=mask, params=params):
-      value, hit = losses.value_loss(
-        new, old, returns, mask, params["cliprange_value"]
+      token = losses.value_loss(new, old, returns, params["cliprange_value"])
+      value, hit = (
+        losses.masked_sum(x, mask) / mask.sum()
+        for x in (token.loss, token.clipped)
       )
-      return value / mask.sum(), hit / mask.sum()
+      return value, hit
 
     (value, hit), grad = jax.value_and_grad(loss, has_aux=True)(new)
     close(value, want["vf_loss"])
@@ -123,7 +156,7 @@ def test_entropy_with_gradient(cases):
     def loss(logits, mask=mask):
       targets = jnp.zeros(mask.shape, jnp.int32)
       entropy = through_logits(logits, targets, jnp.ones_like(mask))[1]
-      return adv.masked_mean(entropy, mask), entropy
+      return masked.mean(entropy, mask), entropy
 
     (value, entropy), grad = jax.value_and_grad(loss, has_aux=True)(logits)
     close(value, want["entropy_loss"])
@@ -149,22 +182,25 @@ def test_kl_estimators_with_gradient(cases):
   for params, given, want in cases["kl_penalty"]:
     logp, reference = f32(given["logprob"]), f32(given["ref_logprob"])
     kind = params["kl_penalty"]
-    close(adv.kl_penalty(logp, reference, kind), want["kl"])
+    close(kl.penalty(logp, reference, kind), want["kl"])
     grad = jax.grad(
-      lambda x, r=reference, k=kind: adv.kl_penalty(x, r, k).sum()
+      lambda x, r=reference, k=kind: kl.penalty(x, r, k).sum()
     )(logp)
     close(grad, want["grad_logprob_of_sum"])
 
 
 def test_adaptive_kl_controller(cases):
   for params, given, want in cases["AdaptiveKLController"]:
-    controller = adv.KlController(
-      "adaptive", params["target_kl"], params["horizon"]
-    )
+    spec = parts.learner_spec(
+      kl__controller="adaptive", kl__target=params["target_kl"],
+      kl__horizon=params["horizon"],
+    ).kl
     values = [params["init_kl_coef"]]
     steps = np.broadcast_to(given["n_steps"], given["current_kl"].shape)
-    for kl, count in zip(given["current_kl"], steps, strict=True):
-      values.append(controller.update(values[-1], float(kl), int(count)))
+    for gap, count in zip(given["current_kl"], steps, strict=True):
+      values.append(
+        kl.next_coefficient(spec, values[-1], float(gap), int(count))
+      )
     close(values, want["values"])
 
 
@@ -172,8 +208,8 @@ def test_whitening_and_masked_mean(cases):
   name = "masked_mean/masked_sum/masked_var/masked_whiten"
   for _, given, want in cases[name]:
     x, mask = f32(given["values"]), f32(given["mask"])
-    close(adv.masked_mean(x, mask), want["mean"])
-    close(adv.whiten(x, mask), want["whiten"], np.asarray(mask) > 0)
+    close(masked.mean(x, mask), want["mean"])
+    close(masked.whiten(x, mask), want["whiten"], np.asarray(mask) > 0)
 
 
 def test_released_learning_rate_schedule(cases):

@@ -1,28 +1,23 @@
 """The assembled update: packing changes nothing, nothing recompiles."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ppo import parts
+from reference import ppo as naive
 
-from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import learner, records
+from stepsearch_jax.ppo import learner
 from stepsearch_jax.sft import imitation
 
 pytestmark = pytest.mark.slow  # Each learner compiles for some ten seconds.
 
 MODEL = decoder.DecoderConfig(
   "qwen2", 60, 16, 24, 2, 2, 1, 8, qkv_bias=True, remat=False
-)
-SPEC = records.LearnerSpec(
-  mini_batch=4, micro_rows=2, row_length=48, policy_lr=1e-2, value_lr=1e-2,
-  kl_coef=0.1,
 )
 LENGTHS = [10, 31, 24, 48, 9, 17, 40, 12]
 
@@ -36,7 +31,7 @@ def optax_promotes():
 
 @functools.cache
 def make_learner(**changes):
-  spec = dataclasses.replace(SPEC, **changes)
+  spec = parts.learner_spec(**changes)
   return learner.Learner(MODEL, MODEL, spec, sharding.make_mesh())
 
 
@@ -60,23 +55,19 @@ def make_batch(seed, lengths=LENGTHS, width=48):
   mask[:, 3] = True
   rewards = np.where(mask, rng.normal(size=mask.shape), 0)
   tokens = np.where(inside, rng.integers(0, 60, mask.shape), 0)
-  return types.RolloutBatch(
-    tokens=tokens.astype(np.int32),
-    lengths=lengths,
-    policy_mask=mask.astype(np.float32),
-    token_rewards=rewards.astype(np.float32),
-    group=np.arange(len(lengths), dtype=np.int32) // 2,
+  return parts.rollout_batch(
+    mask, rewards, tokens.astype(np.int32), lengths
   )
 
 
 def step(ours, state, batch):
-  experience, seen = ours.prepare(state, models()[2], batch)
+  experience, seen = ours.prepare(state, batch)
   state, updated = ours.update(state, experience)
   return state, experience, {**seen, **updated}
 
 
 def fresh(ours):
-  return ours.init_state(*models()[:2])
+  return ours.init_state(*models())
 
 
 @functools.cache
@@ -120,16 +111,16 @@ def test_scores_equal_a_plain_forward_pass_of_unpacked_rows():
 
 def test_one_update_equals_unpacked_whole_batch_autodiff():
   """Losses written out over padded rows, one jax.grad, textbook Adam."""
-  spec = dataclasses.replace(SPEC, mini_batch=8, policy_warmup=1)
-  ours = make_learner(mini_batch=8)
+  ours = make_learner(batch__mini_batch=8)
   batch, (policy, value, reference) = make_batch(0), models()
   state, experience, metrics = step(ours, fresh(ours), batch)
   mask = jnp.asarray(batch.policy_mask)
   old, _ = logps(policy, batch)
   values = heads.values(value, states(value, batch))
   shaped = batch.token_rewards - 0.1 * (old - logps(reference, batch)[0]) * mask
-  advantages, returns = adv.gae(shaped, values, mask, 1.0, 1.0)
-  advantages = adv.whiten(advantages, mask)
+  raw, returns = naive.gae(*map(np.asarray, (shaped, values, mask)), 1.0, 1.0)
+  picked = raw[batch.policy_mask > 0]
+  advantages = (raw - picked.mean()) / picked.std(ddof=1)
   count = mask.sum()
 
   def loss(policy, value):
@@ -156,20 +147,18 @@ def test_one_update_equals_unpacked_whole_batch_autodiff():
     )
     for (path, g), a, b in zip(
       jax.tree_util.tree_leaves_with_path(grad),
-      jax.tree.leaves(getattr(state, kind)), jax.tree.leaves(want),
+      jax.tree.leaves(getattr(state, kind).params), jax.tree.leaves(want),
       strict=True,
     ):
       sure = np.abs(g) * scale > 1e-4  # Below it Adam amplifies rounding.
       np.testing.assert_allclose(
         np.asarray(a)[sure], np.asarray(b)[sure], atol=1e-4, err_msg=str(path)
       )
-  assert metrics["actor/lr"] == metrics["critic/lr"] == np.float32(
-    spec.policy_lr
-  )
+  assert metrics["actor/lr"] == metrics["critic/lr"] == np.float32(1e-2)
 
 
 @pytest.mark.parametrize(
-  "changes", [dict(micro_rows=4), dict(row_length=96)], ids=str
+  "changes", [dict(batch__micro_rows=4), dict(batch__row_length=96)], ids=str
 )
 def test_packing_and_micro_batches_do_not_change_the_update(changes):
   one, ours, metrics = baseline()
@@ -177,7 +166,8 @@ def test_packing_and_micro_batches_do_not_change_the_update(changes):
   other, theirs, again = step(learner_b, fresh(learner_b), make_batch(0))
   np.testing.assert_allclose(ours.logp, theirs.logp, atol=1e-5)
   np.testing.assert_allclose(ours.advantages, theirs.advantages, atol=1e-4)
-  for a, b in zip(jax.tree.leaves(one.policy), jax.tree.leaves(other.policy),
+  for a, b in zip(jax.tree.leaves(one.policy.params),
+                  jax.tree.leaves(other.policy.params),
                   strict=True):
     # Adam divides by the gradient's size: noise in tiny entries is amplified.
     np.testing.assert_allclose(a, b, atol=2e-3)
@@ -199,36 +189,37 @@ def test_critic_warmup_trains_the_value_model_only():
   ours = make_learner(critic_warmup=1)
   policy, value, _ = models()
   state, _, _ = step(ours, fresh(ours), make_batch(0))
-  jax.tree.map(np.testing.assert_array_equal, policy, state.policy)
+  jax.tree.map(np.testing.assert_array_equal, policy, state.policy.params)
   moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), value,
-                       state.value)
+                       state.value.params)
   assert moved["trunk"]["embedding"] > 0
   state, _, _ = step(ours, state, make_batch(0))
-  assert float(abs(state.policy["trunk"]["embedding"]
+  assert float(abs(state.policy.params["trunk"]["embedding"]
                    - policy["trunk"]["embedding"]).max()) > 0
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce"])
 def test_estimators_without_value_model_raise_rewarded_tokens(estimator):
   ours = make_learner(
-    estimator=estimator, kl_in_reward=False, entropy_coef=0.0, mini_batch=8
+    estimator__name=estimator, kl__in_reward=False, loss__entropy_coef=0.0,
+    batch__mini_batch=8,
   )
   policy, _, reference = models()
-  state = ours.init_state(policy, None)
+  state = ours.init_state(policy, None, reference)
   batch = make_batch(0)
   state, experience, metrics = step(ours, state, batch)
   assert state.value is None and "critic/vf_loss" not in metrics
   assert all(np.isfinite(v) for v in metrics.values())
-  after, _ = ours.prepare(state, reference, batch)
+  after, _ = ours.prepare(state, batch)
   gain = (after.logp - experience.logp) * experience.advantages
   assert gain.sum() > 0
 
 
 def test_released_scope_bootstraps_from_the_token_behind_the_response():
   """C1, C2, C10 against a loop over the padded rows."""
-  ours = make_learner(mask_scope="attended")
+  ours = make_learner(estimator__scope="attended")
   batch = make_batch(0, [10, 31, 24, 48, 9, 17, 40, 12])
-  experience, _ = ours.prepare(fresh(ours), models()[2], batch)
+  experience, _ = ours.prepare(fresh(ours), batch)
   values = np.asarray(heads.values(models()[1], states(models()[1], batch)))
   first = batch.policy_mask.argmax(1)
   raw, inside = np.zeros_like(values), np.zeros_like(values)
@@ -238,7 +229,7 @@ def test_released_scope_bootstraps_from_the_token_behind_the_response():
     inside[b, first[b] : n] = 1
     stop = min(n + 1, 48)
     np.testing.assert_array_equal(
-      np.nonzero(experience.scope[b])[0], np.arange(first[b], stop)
+      np.nonzero(experience.value_weights[b])[0], np.arange(first[b], stop)
     )
     value = np.zeros(49)
     value[first[b] : stop] = values[b, first[b] : stop]
@@ -254,7 +245,9 @@ def test_released_scope_bootstraps_from_the_token_behind_the_response():
 
 
 def test_adaptive_controller_follows_the_measured_kl():
-  ours = make_learner(kl_controller="adaptive", kl_target=1e-3, kl_horizon=100)
+  ours = make_learner(
+    kl__controller="adaptive", kl__target=1e-3, kl__horizon=100
+  )
   state, _, metrics = step(ours, fresh(ours), make_batch(0))
   error = np.clip(metrics["critic/kl"] / 1e-3 - 1, -0.2, 0.2)
   assert float(state.kl_coef) == pytest.approx(0.1 * (1 + error * 8 / 100))

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ppo import parts
 from reference import ppo as reference
 
-from stepsearch_jax.ppo import advantages as adv
-from stepsearch_jax.ppo import logprobs, losses, optimizer
+from stepsearch_jax.ppo import kl, logprobs, losses, masked, optimizer
+from stepsearch_jax.ppo.estimators import gae
 
 
 def arrays(seed, count, shape=(4, 17), density=0.5):
@@ -31,36 +32,36 @@ def compact(mask, *xs):
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8), (0.99, 0.0)])
 def test_gae_equals_the_naive_loop_over_policy_tokens(gamma, lam):
   mask, rewards, values = arrays(0, 2)
-  ours = jax.jit(adv.gae, static_argnums=(3, 4))(
+  ours = jax.jit(gae.gae, static_argnums=(3, 4))(
     rewards, values, mask, gamma, lam
   )
-  want = reference.gae(rewards, values, mask, gamma, lam)
-  np.testing.assert_allclose(ours[0], want[0], rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(ours[1], want[1], rtol=1e-5, atol=1e-5)
+  want, _ = reference.gae(rewards, values, mask, gamma, lam)
+  np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gae_worked_by_hand_across_an_observation():
   rewards = jnp.array([[1.0, 9.0, 2.0]])
   values = jnp.array([[0.5, 7.0, 0.25]])
   mask = jnp.array([[1.0, 0.0, 1.0]])
-  advantages, returns = adv.gae(rewards, values, mask, 0.5, 0.5)
+  advantages = gae.gae(rewards, values, mask, 0.5, 0.5)
   # delta_2 = 2 - .25 = 1.75; delta_0 = 1 + .5*.25 - .5 = .625; + .25*1.75
   np.testing.assert_allclose(advantages, [[1.0625, 0.0, 1.75]])
-  np.testing.assert_allclose(returns, [[1.5625, 0.0, 2.0]])
+
+
+def policy_loss(logp, old, advantages, mask):
+  log_ratio = jnp.where(mask > 0, logp - old, 0.0)
+  return losses.masked_sum(
+    losses.policy_loss(log_ratio, advantages, 0.2).loss, mask
+  )
 
 
 MASKED_OPS = {
-  "gae": lambda m, x, y, z: adv.gae(x, y, m, 0.9, 0.8)[0],
-  "returns": lambda m, x, y, z: adv.gae(x, y, m, 0.9, 0.8)[1],
-  "grpo": lambda m, x, y, z: adv.grpo(x, m, jnp.array([0, 0, 1, 1])),
-  "reinforce": lambda m, x, y, z: adv.reinforce(x, m, 0.9),
-  "whiten": lambda m, x, y, z: adv.whiten(x, m),
-  "mean": lambda m, x, y, z: adv.masked_mean(x, m),
-  "policy_loss": lambda m, x, y, z: jnp.stack(
-    losses.policy_loss(x, y, z, m, 0.2)
-  ),
-  "value_loss": lambda m, x, y, z: jnp.stack(
-    losses.value_loss(x, y, z, m, 0.5)
+  "gae": lambda m, x, y, z: gae.gae(x, y, m, 0.9, 0.8),
+  "whiten": lambda m, x, y, z: masked.whiten(x, m),
+  "mean": lambda m, x, y, z: masked.mean(x, m),
+  "policy_loss": lambda m, x, y, z: policy_loss(x, y, z, m),
+  "value_loss": lambda m, x, y, z: losses.masked_sum(
+    losses.value_loss(x, y, z, 0.5).loss, m
   ),
   "imitation": lambda m, x, y, z: losses.imitation_loss(x, m),
 }
@@ -87,8 +88,8 @@ def test_losses_give_no_nan_gradient_through_masked_positions():
   huge = jnp.where(mask > 0, x, 1e4)
 
   def loss(x):
-    policy = losses.policy_loss(x, y, z, mask, 0.2)[0]
-    return policy + losses.value_loss(x, y, z, mask, 0.5)[0]
+    value = losses.value_loss(x, y, z, 0.5).loss
+    return policy_loss(x, y, z, mask) + losses.masked_sum(value, mask)
 
   grads = jax.grad(loss)(huge)
   assert jnp.isfinite(grads).all()
@@ -161,7 +162,9 @@ def test_warmup_starts_at_a_full_first_step_unless_released():
 
 
 def test_adaptive_kl_controller_clips_the_error():
-  controller = adv.KlController("adaptive", 6.0, 1000.0)
-  assert controller.update(0.2, 100.0, 1000) == pytest.approx(0.24)
-  assert controller.update(0.2, 6.0, 1000) == pytest.approx(0.2)
-  assert adv.KlController("fixed").update(0.2, 100.0, 10) == 0.2
+  spec = parts.learner_spec(
+    kl__controller="adaptive", kl__target=6.0, kl__horizon=1000.0
+  ).kl
+  assert kl.next_coefficient(spec, 0.2, 100.0, 1000) == pytest.approx(0.24)
+  assert kl.next_coefficient(spec, 0.2, 6.0, 1000) == pytest.approx(0.2)
+  assert kl.next_coefficient(parts.SPEC.kl, 0.2, 100.0, 10) == 0.2

@@ -111,8 +111,8 @@ def test_nan_is_located_and_nothing_of_it_saved(tmp_path, monkeypatch):
   def poisoned(self, state, experience, lr_scale=1.0):
     state, metrics = update(self, state, experience, lr_scale)
     policy = jax.tree.map(lambda x: x, state.policy)
-    scale = policy["trunk"]["final_norm"]["scale"]
-    policy["trunk"]["final_norm"]["scale"] = scale.at[0].set(jnp.nan)
+    norm = policy.params["trunk"]["final_norm"]
+    norm["scale"] = norm["scale"].at[0].set(jnp.nan)
     return state.replace(policy=policy), metrics | {"actor/param_norm": np.nan}
 
   monkeypatch.setattr(learner_lib.Learner, "update", poisoned)

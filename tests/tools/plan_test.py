@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ppo import parts
 
 from configs import quickstart, stepsearch_qwen2_5_3b
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan import arithmetic as planning
 from stepsearch_jax.plan import machines, tpu_compiler
-from stepsearch_jax.ppo import learner, logprobs, records
+from stepsearch_jax.ppo import learner, logprobs
 from stepsearch_jax.rollout import programs as rollout_programs
 
 VOCAB = 151_936
@@ -101,9 +102,9 @@ def tpu():
   return sharding.make_mesh(1, 4, 2, tpu_compiler.topology_devices(machine))
 
 
-def make_learner(mesh, micro_rows=8, **changes):
-  spec = records.LearnerSpec(
-    mini_batch=32, micro_rows=micro_rows, row_length=1024, **changes
+def make_learner(mesh, micro_rows=8):
+  spec = parts.learner_spec(
+    batch__mini_batch=32, batch__micro_rows=micro_rows, batch__row_length=1024
   )
   return learner.Learner(MODEL, MODEL, spec, mesh)
 
@@ -120,7 +121,7 @@ def compiled(tpu):
     np.zeros((8, VOCAB), np.int32), 7, tpu,
   )
   lowered = ours.lowered() | programs.lowered(
-    8, 256, ours.abstract_state()["policy"]
+    8, 256, ours.abstract_state().policy.params
   )
   found = {}
   for name, program in lowered.items():
@@ -203,7 +204,7 @@ def test_update_lowers_for_cuda():
   model = dataclasses.replace(
     MODEL, attention="xla", vocab_size=512, num_layers=1
   )
-  spec = records.LearnerSpec(mini_batch=4, micro_rows=2, row_length=256)
+  spec = parts.learner_spec(batch__row_length=256)
   ours = learner.Learner(model, model, spec, mesh)
   for program in ours.lowered(platforms=("cuda",)).values():
     assert "stablehlo" in program.as_text()

@@ -13,7 +13,7 @@ from stepsearch_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class Trainable:
   """Policy or value model, whole or as adapters.
 
   Attributes:
@@ -57,8 +57,12 @@ class Variant:
       found["value_head"] = whole["value_head"]
     return found
 
-  def model(self, params, reference) -> Any:
-    """The whole model, from what is trained and the frozen reference policy."""
+  def shardings(self, mesh) -> Any:
+    """Places of `init`'s result."""
+    return sharding.tree_shardings(mesh, self.axes(), self.shapes())
+
+  def whole(self, params, reference) -> Any:
+    """The whole model, from what is trained and the frozen reference."""
     if self.adapter is None:
       return params
     trunk = adapters.merge(
@@ -70,16 +74,16 @@ class Variant:
 
 def abstract_reference(config: decoder.DecoderConfig, mesh) -> Any:
   """Shape and place of the frozen policy, in the compute type."""
-  whole = Variant("policy", config)
+  policy = Trainable("policy", config)
   shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), whole.shapes()
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), policy.shapes()
   )
   return sharding.abstract(
-    shapes, sharding.tree_shardings(mesh, whole.axes(), shapes)
+    shapes, sharding.tree_shardings(mesh, policy.axes(), shapes)
   )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole_model(variant: Variant, params, reference):
-  """`Variant.model` as a program of its own, for rollouts and export."""
-  return variant.model(params, reference)
+def whole_model(trainable: Trainable, params, reference):
+  """`Trainable.whole` as a program of its own, for rollouts and export."""
+  return trainable.whole(params, reference)

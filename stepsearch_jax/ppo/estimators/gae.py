@@ -1,0 +1,65 @@
+"""Generalised advantage estimation over policy tokens (arXiv 1506.02438)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax.ppo import masked, specs
+from stepsearch_jax.ppo.estimators import interface
+
+
+def gae(rewards, values, mask, gamma: float, lam: float):
+  """Computes advantages token by token, from the last to the first.
+
+    delta_t = r_t + gamma V(next) - V_t
+    A_t     = delta_t + gamma lambda A(next)
+
+  where "next" is the next token with mask 1 (the policy's next token, across
+  any observation in between), and V = A = 0 behind the last one.
+
+  Args:
+    rewards: [B, T] float32.
+    values: [B, T] float32, value of the state in which token t was chosen.
+    mask: [B, T] float32.
+    gamma: discount per masked-in token.
+    lam: lambda.
+
+  Returns:
+    [B, T] float32 advantages, 0 where masked.
+  """
+  assert rewards.ndim == 2 and rewards.shape == values.shape == mask.shape
+  on = mask > 0
+
+  def step(carry, inputs):
+    next_value, next_advantage = carry
+    reward, value, here = inputs
+    delta = reward + gamma * next_value - value
+    advantage = delta + gamma * lam * next_advantage
+    carry = (
+      jnp.where(here, value, next_value),
+      jnp.where(here, advantage, next_advantage),
+    )
+    return carry, jnp.where(here, advantage, 0.0)
+
+  zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+  _, advantages = jax.lax.scan(
+    step, (zeros, zeros), (rewards.T, values.T, on.T), reverse=True
+  )
+  return advantages.T
+
+
+def returns_to_go(rewards, mask, gamma: float):
+  """Discounted sums of later rewards, [B, T]: GAE with lambda 1 and V = 0."""
+  return gae(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)
+
+
+@interface.estimator(needs_values=True)
+def estimate(
+  inputs: interface.Inputs, spec: specs.EstimatorSpec
+) -> interface.Estimates:
+  """StePPO and PPO: whitened GAE, returns = raw advantages + values."""
+  masks = inputs.masks
+  raw = gae(inputs.rewards, inputs.values, masks.value, spec.gamma, spec.lam)
+  returns = jnp.where(masks.value > 0, raw + inputs.values, 0.0)
+  return interface.Estimates(masked.whiten(raw, masks.advantage), returns)

@@ -1,0 +1,31 @@
+"""Group-relative policy optimisation (arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from stepsearch_jax.ppo import specs
+from stepsearch_jax.ppo.estimators import groups, interface
+
+
+@interface.estimator(needs_groups=True)
+def estimate(
+  inputs: interface.Inputs, spec: specs.EstimatorSpec
+) -> interface.Estimates:
+  """Every policy token of a row gets the row's z-score in its group.
+
+    A_b = (R_b - mean of its group) / (std of its group + 1e-6)
+
+  R_b is the sum of the row's rewards, the std is unbiased. A group of one
+  keeps its raw score, as in the released code.
+  """
+  del spec
+  mask = inputs.masks.policy
+  total = groups.row_totals(inputs)
+  stats = groups.statistics(total, inputs.group)
+  alone = stats.count == 1
+  mean = jnp.where(alone, 0.0, stats.mean)
+  std = jnp.where(alone, 1.0, stats.std)
+  scores = jnp.where(stats.equal & ~alone, 0.0, (total - mean) / (std + 1e-6))
+  advantages = jnp.where(mask > 0, scores[:, None], 0.0)
+  return interface.Estimates(advantages, advantages)

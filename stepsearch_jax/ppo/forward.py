@@ -1,0 +1,56 @@
+"""Forward passes over packed rows: log-probabilities, entropies, values."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.ppo import logprobs
+from stepsearch_jax.ppo.records import MicroBatch
+
+
+@flax.struct.dataclass
+class PolicyOutput:
+  """Of the policy's tokens, [R, S] float32; 0 elsewhere.
+
+  Attributes:
+    logp: log-probability of the token that was sampled.
+    entropy: of the distribution that it was sampled from, in nats.
+  """
+
+  logp: jax.Array
+  entropy: jax.Array
+
+
+def _trunk(params, micro: MicroBatch, config: decoder.DecoderConfig):
+  """Hidden states; row t holds the state in which token t was chosen."""
+  hidden, _ = decoder.Decoder(config).apply(
+    {"params": params["trunk"]},
+    micro.tokens,
+    micro.positions,
+    segment_ids=micro.segment_ids,
+  )
+  return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+def policy(
+  params, micro: MicroBatch, config: decoder.DecoderConfig, temperature: float
+) -> PolicyOutput:
+  """Runs a policy; `micro.policy_mask` says which tokens are wanted."""
+  mask = micro.policy_mask
+  hidden = _trunk(params, micro, config)
+  logp, entropy = logprobs.token_logprobs(
+    hidden.reshape(-1, hidden.shape[-1]),
+    heads.unembedding(params),
+    micro.tokens.reshape(-1),
+    mask.reshape(-1),
+    temperature,
+  )
+  return PolicyOutput(logp.reshape(mask.shape), entropy.reshape(mask.shape))
+
+
+def values(params, micro: MicroBatch, config: decoder.DecoderConfig):
+  """Runs a value model: state values [R, S] float32."""
+  return heads.values(params, _trunk(params, micro, config))

@@ -1,0 +1,234 @@
+"""Settings of the learner: values only, every one from the config.
+
+No field has a default here: `configs/common.py` holds them. A value that
+cannot work raises a UserError that names its config field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+
+from stepsearch_jax import types
+from stepsearch_jax.models import adapters
+
+
+class KlEstimator(enum.StrEnum):
+  """Per-token estimate of KL(policy || reference); see `kl.penalty`."""
+
+  KL = "kl"
+  ABS = "abs"
+  MSE = "mse"
+  LOW_VAR_KL = "low_var_kl"
+
+
+class MaskScope(enum.StrEnum):
+  """Tokens that advantages and values are about; see `records.Masks`."""
+
+  POLICY = "policy"  # Sampled tokens.
+  ATTENDED = "attended"  # All response tokens, as released.
+
+
+class MicroWeighting(enum.StrEnum):
+  """How the micro-batches of one optimiser step are averaged."""
+
+  TOKEN = "token"  # Every token of the mini-batch counts the same.
+  MICRO_MEAN = "micro_mean"  # Every micro-batch does, as released.
+
+
+def choose(field: str, value: str, allowed) -> None:
+  """Raises a UserError unless `value` is one of `allowed`."""
+  names = [str(name) for name in allowed]
+  types.expect(value in names, field, f"one of {', '.join(names)}", value)
+
+
+def within(field: str, value: float, low: float, high: float = math.inf,
+           above: bool = False) -> None:
+  """Raises a UserError unless low <= value <= high.
+
+  Args:
+    field: config field that holds the value.
+    value: what was given; NaN is never right.
+    low: smallest value.
+    high: largest value.
+    above: `low` itself is not allowed.
+  """
+  bound = f"more than {low:g}" if above else f"{low:g} or more"
+  if high < math.inf:
+    bound += f", at most {high:g}"
+  inside = low <= value <= high and not (above and value == low)
+  types.expect(inside, field, bound, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorSpec:
+  """How rewards become advantages.
+
+  Attributes:
+    name: key of `estimators.REGISTRY`.
+    gamma: discount per policy token.
+    lam: lambda of generalised advantage estimation.
+    scope: tokens that advantages and values are about.
+  """
+
+  name: str
+  gamma: float
+  lam: float
+  scope: str
+
+  def __post_init__(self):
+    within("ppo.gamma", self.gamma, 0, 1)
+    within("ppo.lam", self.lam, 0, 1)
+    choose("ppo mask scope", self.scope, MaskScope)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+  """What one optimiser step minimises.
+
+  Attributes:
+    clip_ratio: the probability ratio counts within 1 +- this.
+    value_clip: largest counted move of a value from its old one.
+    entropy_coef: weight of the entropy bonus.
+    micro_weighting: average over micro-batches.
+  """
+
+  clip_ratio: float
+  value_clip: float
+  entropy_coef: float
+  micro_weighting: str
+
+  def __post_init__(self):
+    within("ppo.clip_ratio", self.clip_ratio, 0, 1, above=True)
+    within("ppo.value_clip", self.value_clip, 0, above=True)
+    within("ppo.entropy_coef", self.entropy_coef, 0)
+    choose("ppo micro weighting", self.micro_weighting, MicroWeighting)
+
+
+@dataclasses.dataclass(frozen=True)
+class KlSpec:
+  """The KL to the frozen reference, in the reward or as a loss.
+
+  Attributes:
+    in_reward: coef * KL is subtracted from every token's reward; otherwise it
+      is added to the loss.
+    coef: the weight, in the reward the first one where a controller moves it.
+    estimator: estimate in the reward and in the metrics.
+    loss_estimator: estimate in the loss.
+    controller: "fixed", or "adaptive", see `kl.next_coefficient`.
+    target: KL that the adaptive controller aims at.
+    horizon: trajectories over which it moves.
+  """
+
+  in_reward: bool
+  coef: float
+  estimator: str
+  loss_estimator: str
+  controller: str
+  target: float
+  horizon: float
+
+  def __post_init__(self):
+    within("ppo.kl_coef", self.coef, 0)
+    choose("ppo.kl_estimator", self.estimator, KlEstimator)
+    # The expected gradient of log p - log q is zero: no loss at all.
+    choose(
+      "ppo.kl_loss_estimator", self.loss_estimator,
+      [name for name in KlEstimator if name != KlEstimator.KL],
+    )
+    choose("ppo.kl_controller", self.controller, ("fixed", "adaptive"))
+    within("ppo.kl_target", self.target, 0, above=True)
+    within("ppo.kl_horizon", self.horizon, 0, above=True)
+    types.expect(
+      self.in_reward or self.controller == "fixed", "ppo.kl_controller",
+      "fixed, because this algorithm has its KL in the loss", self.controller,
+    )
+
+  @property
+  def loss_coef(self) -> float:
+    """Weight of the KL in the loss."""
+    return 0.0 if self.in_reward else self.coef
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+  """AdamW of one model, and what of the model it trains.
+
+  Attributes:
+    role: "policy" or "value", for messages.
+    learning_rate: after the warm-up.
+    warmup: optimiser steps of linear warm-up.
+    first_rate_zero: the first step changes nothing, as released (C9, see the
+      quirk table in stepsearch_jax/README.md).
+    weight_decay: decoupled, on every parameter.
+    grad_clip: largest global norm of a gradient.
+    adapter: size of the adapters on the reference that are trained instead of
+      the whole model; None for the whole model.
+  """
+
+  role: str
+  learning_rate: float
+  warmup: int
+  first_rate_zero: bool
+  weight_decay: float
+  grad_clip: float
+  adapter: adapters.AdapterSpec | None
+
+  def __post_init__(self):
+    within(f"ppo.{self.role}_lr", self.learning_rate, 0)
+    within(f"ppo.{self.role}_warmup_ratio", self.warmup, 0)
+    within("ppo.weight_decay", self.weight_decay, 0)
+    within("ppo.grad_clip", self.grad_clip, 0, above=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+  """Shapes and counts of passes over a batch.
+
+  Attributes:
+    epochs: times that every trajectory is trained on.
+    mini_batch: trajectories per optimiser step.
+    micro_rows: packed rows of one forward and backward pass.
+    row_length: tokens of a packed row.
+  """
+
+  epochs: int
+  mini_batch: int
+  micro_rows: int
+  row_length: int
+
+  def __post_init__(self):
+    within("ppo.epochs", self.epochs, 1)
+    within("ppo.mini_batch", self.mini_batch, 1)
+    within("ppo.micro_rows", self.micro_rows, 1)
+    within("rollout.context", self.row_length, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerSpec:
+  """Everything that the learner is told.
+
+  Attributes:
+    estimator: from rewards to advantages.
+    loss: what is minimised.
+    kl: distance to the reference.
+    policy: optimiser of the policy.
+    value: optimiser of the value model; unused without one.
+    batch: shapes of the passes.
+    temperature: of the distribution that was sampled from.
+    critic_warmup: training steps that leave the policy alone.
+  """
+
+  estimator: EstimatorSpec
+  loss: LossSpec
+  kl: KlSpec
+  policy: OptimizerSpec
+  value: OptimizerSpec
+  batch: BatchSpec
+  temperature: float
+  critic_warmup: int
+
+  def __post_init__(self):
+    within("rollout.temperature", self.temperature, 0, above=True)
+    within("ppo.critic_warmup", self.critic_warmup, 0)
