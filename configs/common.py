@@ -182,6 +182,9 @@ def _ppo():
   ppo = ml_collections.ConfigDict()
   ppo.gamma = 1.0
   ppo.lam = 1.0
+  ppo.turn_gamma = 0.95  # Discount per turn: bilevel_gae, gigpo.
+  ppo.turn_weight = 1.0  # gigpo: of a turn's advantage beside the row's.
+  ppo.strata_blend = 0.5  # stratified: share within equal search counts.
   ppo.clip_ratio = 0.2
   ppo.value_clip = 0.5
   ppo.entropy_coef = 0.001

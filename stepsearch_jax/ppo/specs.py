@@ -70,17 +70,26 @@ class EstimatorSpec:
     gamma: discount per policy token.
     lam: lambda of generalised advantage estimation.
     scope: tokens that advantages and values are about.
+    turn_gamma: discount per turn (bilevel_gae, gigpo).
+    turn_weight: of the state's z-score beside the group's (gigpo).
+    strata_blend: share of the stratum's z-score (stratified).
   """
 
   name: str
   gamma: float
   lam: float
   scope: str
+  turn_gamma: float
+  turn_weight: float
+  strata_blend: float
 
   def __post_init__(self):
     within("ppo.gamma", self.gamma, 0, 1)
     within("ppo.lam", self.lam, 0, 1)
     choose("ppo mask scope", self.scope, MaskScope)
+    within("ppo.turn_gamma", self.turn_gamma, 0, 1)
+    within("ppo.turn_weight", self.turn_weight, 0)
+    within("ppo.strata_blend", self.strata_blend, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
-from stepsearch_jax.ppo import records
 from stepsearch_jax.parallel import distributed
+from stepsearch_jax.ppo import records
 from stepsearch_jax.run.state import RunState
 
 

@@ -18,7 +18,8 @@ def optimizer_spec(role, **changes):
 
 SPEC = specs.LearnerSpec(
   estimator=specs.EstimatorSpec(
-    name="gae", gamma=1.0, lam=1.0, scope="policy"
+    name="gae", gamma=1.0, lam=1.0, scope="policy", turn_gamma=0.95,
+    turn_weight=1.0, strata_blend=0.5,
   ),
   loss=specs.LossSpec(
     clip_ratio=0.2, value_clip=0.5, entropy_coef=0.001,

@@ -10,7 +10,19 @@ import dataclasses
 import importlib
 
 from stepsearch_jax import types
-from stepsearch_jax.ppo.estimators import gae, grpo, reinforce
+from stepsearch_jax.ppo.estimators import (
+  bilevel_gae,
+  gae,
+  gigpo,
+  grpo,
+  grpo_no_std,
+  maxrl,
+  reinforce,
+  rloo,
+  stratified,
+  turn_gae,
+  turn_rloo,
+)
 from stepsearch_jax.ppo.estimators.interface import (
   Estimates,
   Estimator,
@@ -21,9 +33,17 @@ from stepsearch_jax.ppo.estimators.interface import (
 __all__ = ["REGISTRY", "Estimates", "Estimator", "Inputs", "estimator", "find"]
 
 REGISTRY = {
+  "bilevel_gae": bilevel_gae.estimate,
   "gae": gae.estimate,
+  "gigpo": gigpo.estimate,
   "grpo": grpo.estimate,
+  "grpo_no_std": grpo_no_std.estimate,
+  "maxrl": maxrl.estimate,
   "reinforce": reinforce.estimate,
+  "rloo": rloo.estimate,
+  "stratified": stratified.estimate,
+  "turn_gae": turn_gae.estimate,
+  "turn_rloo": turn_rloo.estimate,
 }
 
 
@@ -39,16 +59,16 @@ def find(name: str) -> Estimator:
   if name in REGISTRY:
     return dataclasses.replace(REGISTRY[name], name=name)
   module, _, attribute = name.partition(":")
-  if not attribute:
-    raise types.UserError(
-      f"estimator must be one of {', '.join(sorted(REGISTRY))} or "
-      f"module:function, got {name!r}"
-    )
+  types.expect(
+    bool(attribute), "estimator",
+    f"one of {', '.join(sorted(REGISTRY))} or module:function", name,
+  )
   try:
     found = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise types.UserError(
-      f"estimator = {name!r} cannot be imported: {error}"
+      f"estimator: expected a function that can be imported, got {name!r} "
+      f"({error})"
     ) from error
   if not isinstance(found, Estimator):
     found = Estimator(found)

@@ -9,7 +9,7 @@ from stepsearch_jax.ppo import masked, specs
 from stepsearch_jax.ppo.estimators import interface
 
 
-def gae(rewards, values, mask, gamma: float, lam: float):
+def gae(rewards, values, mask, gamma: float, lam: float, ends=None):
   """Computes advantages token by token, from the last to the first.
 
     delta_t = r_t + gamma V(next) - V_t
@@ -24,6 +24,8 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     mask: [B, T] float32.
     gamma: discount per masked-in token.
     lam: lambda.
+    ends: [B, T] float32, 1 on tokens behind which V = A = 0 also where a next
+      token exists; None for the last token alone.
 
   Returns:
     [B, T] float32 advantages, 0 where masked.
@@ -33,7 +35,10 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
   def step(carry, inputs):
     next_value, next_advantage = carry
-    reward, value, here = inputs
+    reward, value, here, end = inputs
+    if end is not None:
+      next_value = jnp.where(end, 0.0, next_value)
+      next_advantage = jnp.where(end, 0.0, next_advantage)
     delta = reward + gamma * next_value - value
     advantage = delta + gamma * lam * next_advantage
     carry = (
@@ -43,8 +48,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return carry, jnp.where(here, advantage, 0.0)
 
   zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+  end = None if ends is None else (ends > 0).T
   _, advantages = jax.lax.scan(
-    step, (zeros, zeros), (rewards.T, values.T, on.T), reverse=True
+    step, (zeros, zeros), (rewards.T, values.T, on.T, end), reverse=True
   )
   return advantages.T
 

@@ -1,4 +1,4 @@
-"""Statistics of rows within their groups, for estimators that compare rows."""
+"""Scores compared within groups, for estimators that compare rows or turns."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _ROUNDING = 1e-6
 
 @flax.struct.dataclass
 class Statistics:
-  """Of the group of each row, [B].
+  """Of the group of each score, [N].
 
   Attributes:
-    count: rows of the group.
+    count: scores of the group; 0 for one that is in no group.
     mean: mean over them.
     std: unbiased standard deviation, 0 for a group of one.
-    equal: all rows of the group have the same score, to rounding. What
-      compares rows has to say exactly 0 then: divided by a std that is
-      nothing but rounding, the rounding would be an advantage.
+    equal: all scores of the group are the same, to rounding. What compares
+      rows has to say exactly 0 then: divided by a std that is nothing but
+      rounding, the rounding would be an advantage.
   """
 
   count: jax.Array
@@ -37,20 +37,56 @@ def row_totals(inputs: interface.Inputs) -> jax.Array:
   return jnp.where(inputs.masks.policy > 0, inputs.rewards, 0.0).sum(-1)
 
 
-def statistics(scores, group) -> Statistics:
-  """Computes the statistics of each row's group.
+def per_row(scores, inputs: interface.Inputs) -> interface.Estimates:
+  """Gives every policy token its row's score [B]."""
+  found = jnp.where(inputs.masks.policy > 0, scores[:, None], 0.0)
+  return interface.Estimates(found, found)
+
+
+def within(inside, scores, everyone) -> Statistics:
+  """Computes the statistics of the group of each score.
 
   Args:
-    scores: [B] float32.
-    group: [B] int32, rows of one group share a number.
+    inside: [N, M] bool, which of `everyone` are of the same group.
+    scores: [N] float32.
+    everyone: [M] float32, the scores that groups are made of.
   """
-  inside = group[:, None] == group[None]
   same = inside.astype(jnp.float32)
   count = same.sum(-1)
-  mean = same @ scores / count
-  square = (same * (scores[None] - mean[:, None]) ** 2).sum(-1)
+  # Accelerators would multiply in half precision.
+  total = jnp.matmul(same, everyone, precision="highest")
+  mean = total / jnp.maximum(count, 1.0)
+  square = (same * (everyone[None] - mean[:, None]) ** 2).sum(-1)
   std = jnp.sqrt(square / jnp.maximum(count - 1, 1.0))
-  apart = jnp.where(inside, jnp.abs(scores[None] - scores[:, None]), 0.0)
-  size = jnp.where(inside, jnp.abs(scores)[None], 0.0).max(-1)
+  apart = jnp.where(inside, jnp.abs(everyone[None] - scores[:, None]), 0.0)
+  size = jnp.where(inside, jnp.abs(everyone)[None], 1.0).max(-1)
   equal = apart.max(-1) <= _ROUNDING * jnp.maximum(size, 1.0)
   return Statistics(count, mean, std, equal)
+
+
+def statistics(scores, *keys) -> Statistics:
+  """Statistics of rows [B] that agree in all `keys` ([B] int32 each)."""
+  inside = jnp.ones((scores.shape[0],) * 2, bool)
+  for key in keys:
+    inside &= key[:, None] == key[None]
+  return within(inside, scores, scores)
+
+
+def center(scores, stats: Statistics):
+  """Score minus the mean of its group; exactly 0 among equals and alone."""
+  return jnp.where(stats.equal, 0.0, scores - stats.mean)
+
+
+def z_score(scores, stats: Statistics):
+  """(score - mean) / (std + 1e-6); exactly 0 among equals and alone."""
+  return center(scores, stats) / (stats.std + 1e-6)
+
+
+def leave_one_out(scores, group):
+  """Score minus the mean of the other rows of its group; alone, 0.
+
+  x_i - mean of the others = (x_i - mean of all) n / (n - 1)
+  """
+  stats = statistics(scores, group)
+  factor = stats.count / jnp.maximum(stats.count - 1.0, 1.0)
+  return center(scores, stats) * factor

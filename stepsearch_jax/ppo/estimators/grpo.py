@@ -20,12 +20,8 @@ def estimate(
   keeps its raw score, as in the released code.
   """
   del spec
-  mask = inputs.masks.policy
   total = groups.row_totals(inputs)
   stats = groups.statistics(total, inputs.group)
-  alone = stats.count == 1
-  mean = jnp.where(alone, 0.0, stats.mean)
-  std = jnp.where(alone, 1.0, stats.std)
-  scores = jnp.where(stats.equal & ~alone, 0.0, (total - mean) / (std + 1e-6))
-  advantages = jnp.where(mask > 0, scores[:, None], 0.0)
-  return interface.Estimates(advantages, advantages)
+  alone = total / (1.0 + 1e-6)
+  scores = jnp.where(stats.count == 1, alone, groups.z_score(total, stats))
+  return groups.per_row(scores, inputs)
