@@ -60,7 +60,7 @@ def trajectories_to_batch(
     turn=np.full(shape, -1, np.int32),
     anchor=np.full((rows, -(-turns // _TURNS) * _TURNS), -1, np.int32),
     searches=np.array(
-      [sum(turn.answered for turn in t.turns) for t in trajectories], np.int32
+      [sum(turn.retrieved for turn in t.turns) for t in trajectories], np.int32
     ),
     answer_turn=np.array([_answer_turn(t) for t in trajectories], np.int32),
   )
