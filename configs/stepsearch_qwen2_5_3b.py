@@ -87,10 +87,11 @@ def runlocal(config):
 
 
 def sweep(add):
-  """The paper's ablation of rewards."""
+  """The paper's ablation of rewards; every arm plays as many rollouts."""
   add()
+  add(reward=dict(search_key_reward=False))
   add(reward=dict(search_steps_reward=False))
   add(reward=dict(redundancy_penalty=False, search_key_reward=False))
   add(reward=dict(information_gain=False, search_key_reward=False))
   add(algorithm="ppo")
-  add(algorithm="grpo", batch=dict(rollouts=5))
+  add(algorithm="grpo", batch=dict(questions=32, rollouts=4))

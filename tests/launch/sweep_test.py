@@ -1,17 +1,20 @@
 """Sweeps become commands that the trainer understands."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def plan(config, workdir):
+def plan(config, workdir, *arguments):
   return subprocess.run(
     [sys.executable, "launch/sweep.py", f"--config={config}",
-     f"--workdir={workdir}", "--dry_run"],
+     f"--workdir={workdir}", "--dry_run", *arguments],
     capture_output=True, text=True, cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
@@ -43,48 +46,128 @@ def test_a_field_that_does_not_exist_stops_the_sweep(tmp_path):
                                       "field")
 
 
-def test_a_sweep_runs_side_by_side_resumes_and_ends_in_table_and_plot(tmp_path):
-  """With a stand-in trainer: what is tested is the launcher."""
+@pytest.mark.parametrize("arguments, message", [
+  (["--config.ppo.learning=1"], "the command sets ppo.learning, which is no"),
+  (["--config.seed=1"], "--config.seed: the sweep itself varies it"),
+  (["--config.total_steps=many"], "total_steps is 36, got 'many'"),
+  (["--steps=3"], "--steps=3: expected --config.FIELD=VALUE"),
+])
+def test_overrides_that_cannot_be_are_refused(tmp_path, arguments, message):
+  done = plan("configs/quickstart.py", tmp_path, *arguments)
+  assert done.returncode == 1 and message in done.stderr
+
+
+def test_overrides_and_arguments_go_to_every_run(tmp_path):
+  done = plan("configs/quickstart.py:runlocal", tmp_path,
+              "--config.total_steps=3", "--config.model.remat=false")
+  commands = done.stdout.splitlines()
+  assert len(commands) == 6, done.stderr
+  for command in commands:
+    assert "--config=configs/quickstart.py:runlocal,algorithm=" in command
+    assert "--config.total_steps=3 --config.model.remat=false" in command
+
+
+def test_arms_of_the_ablation_play_the_same_number_of_rollouts(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "launch"))
+  monkeypatch.syspath_prepend(str(ROOT))
+  import sweep
+
+  monkeypatch.chdir(ROOT)
+  runs = sweep.plan("configs/stepsearch_qwen2_5_3b.py", [])
+  rollouts = {run.config["batch"]["questions"] * run.config["batch"]["rollouts"]
+              for run in runs}
+  assert rollouts == {128}
+  off = {"search_steps_reward", "redundancy_penalty", "information_gain",
+         "search_key_reward"}
+  switched = [{name for name in off if not run.config["reward"][name]}
+              for run in runs]
+  assert {"search_key_reward"} in switched
+
+
+TRAINER = """
+import json, pathlib, sys
+flags = dict(a[2:].split('=', 1) for a in sys.argv[1:])
+seed = int(flags['config.seed'])
+folder = pathlib.Path(flags['workdir'])
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / 'started').open('a') as file: file.write('x')
+if not (folder / 'index').exists():
+  (folder / 'index').mkdir()
+  (folder / 'index/manifest.json').write_text(str(seed))
+if seed == 1 and len((folder / 'started').read_text()) < 2: sys.exit(75)
+records = [{'step': 1, 'critic/answer_correct/mean': 0.5, 'val/em': 0.2}]
+(folder / 'metrics.jsonl').write_text(json.dumps(records[0]) + '\\n')
+config = {'seed': seed, 'lr': float(flags.get('config.lr', 0.5))}
+if (folder / 'config.json').exists():
+  if json.loads((folder / 'config.json').read_text())['config'] != config:
+    sys.exit('error: other settings')
+(folder / 'config.json').write_text(json.dumps({'config': config}))
+names = ('em_before', 'em_after', 'f1_after', 'searches_per_question',
+         'train_seconds')
+(folder / 'summary.json').write_text(json.dumps(dict.fromkeys(names, seed)))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+  """Sweeps three seeds with a stand-in trainer: the launcher is tested."""
   package = tmp_path / "fake" / "stepsearch_jax"
   package.mkdir(parents=True)
   (package / "__init__.py").write_text("")
-  (package / "train.py").write_text(
-    "import json, pathlib, sys\n"
-    "flags = dict(a[2:].split('=', 1) for a in sys.argv[1:])\n"
-    "seed = int(flags['config.seed'])\n"
-    "folder = pathlib.Path(flags['workdir'])\n"
-    "folder.mkdir(parents=True, exist_ok=True)\n"
-    "with (folder / 'started').open('a') as file: file.write('x')\n"
-    "if seed == 1 and len((folder / 'started').read_text()) < 2: sys.exit(75)\n"
-    "(folder / 'metrics.jsonl').write_text(\n"
-    "  json.dumps({'step': 1, 'critic/score/mean': 0.5}) + '\\n')\n"
-    "names = ('em_before', 'em_after', 'f1_after', 'searches_per_question',\n"
-    "         'train_seconds')\n"
-    "summary = json.dumps(dict.fromkeys(names, seed))\n"
-    "(folder / 'summary.json').write_text(summary)\n"
-  )
+  (package / "train.py").write_text(TRAINER)
   config = tmp_path / "seeds.py"
   config.write_text(
     "import ml_collections\n"
-    "def get_config(arg=None): return ml_collections.ConfigDict({'seed': 0})\n"
+    "def get_config(arg=None):\n"
+    "  return ml_collections.ConfigDict({'seed': 0, 'lr': 0.5})\n"
     "def sweep(add):\n"
     "  for seed in range(3): add(seed=seed)\n"
   )
 
-  def sweep():
+  def run(*arguments):
     return subprocess.run(
       [sys.executable, str(ROOT / "launch/sweep.py"), f"--config={config}",
-       f"--workdir={tmp_path}/runs", "--parallel=2"],
+       f"--workdir={tmp_path}/runs", "--parallel=2", *arguments],
       capture_output=True, text=True, cwd=tmp_path / "fake",
     )
 
+  return run
+
+
+def test_a_sweep_runs_side_by_side_resumes_and_ends_in_table_and_plot(
+  sweep, tmp_path
+):
   first = sweep()
   assert first.returncode == 1
   assert "001_seed-1 (code 75) did not finish" in first.stderr
   second = sweep()
   assert second.returncode == 0, second.stderr
-  assert "002_seed-2" in second.stdout and "2.000" in second.stdout
+  assert "002_seed-2" in second.stdout
+  # Seeds 0, 1, 2: mean 1, sample deviation 1.
+  (mean,) = [line for line in second.stdout.splitlines()
+             if line.startswith("default (3)")]
+  assert mean.split()[2:] == ["1.000", "+-", "1.000"] * 5
   runs = tmp_path / "runs"
   assert (runs / "sweep.png").stat().st_size > 10_000
   assert (runs / "000_seed-0/started").read_text() == "x"  # Not run again.
   assert (runs / "001_seed-1/started").read_text() == "xx"
+
+
+def test_runs_share_what_the_first_of_them_built(sweep, tmp_path):
+  sweep()
+  built = [tmp_path / "runs" / name / "index/manifest.json"
+           for name in ("000_seed-0", "001_seed-1", "002_seed-2")]
+  assert len({path.resolve() for path in built}) == 1
+  assert built[2].read_text() == "0"
+
+
+def test_a_finished_run_with_other_settings_is_not_skipped(sweep, tmp_path):
+  sweep()
+  sweep()
+  changed = sweep("--config.lr=0.25")
+  assert changed.returncode == 1
+  assert "000_seed-0 (code 1)" in changed.stderr
+  log = (tmp_path / "runs/000_seed-0/log.txt").read_text()
+  assert log.endswith("error: other settings\n")
+  kept = json.loads((tmp_path / "runs/000_seed-0/config.json").read_text())
+  assert kept["config"]["lr"] == 0.5
