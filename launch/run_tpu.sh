@@ -41,6 +41,16 @@ run() {
 }
 tpu() { run gcloud compute tpus tpu-vm "$@" --zone="$zone"; }
 
+case "$bucket" in
+  gs://?*) ;;
+  *) echo "error: --bucket must begin with gs://, got $bucket: every worker" \
+       "writes there" >&2; exit 1 ;;
+esac
+[ $# -gt 0 ] || { echo "error: no trainer flags behind --" >&2; exit 1; }
+if [ -n "$(git status --porcelain 2>/dev/null)" ]; then
+  echo "warning: uncommitted changes are not shipped, HEAD is" >&2
+fi
+
 flags=$(printf '%q ' "$@")
 train="cd stepsearch_jax && .venv/bin/python -m stepsearch_jax.train \
 --multihost --workdir=$bucket $flags"

@@ -10,8 +10,11 @@ small to be worth splitting.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -49,10 +52,71 @@ def initialize(
     )
   # CPU collectives; accelerators bring their own.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  gpus = None
+  if coordinator is None:
+    gpus = gpus_of_task(os.environ, len(glob.glob("/dev/nvidia[0-9]*")))
   jax.distributed.initialize(
-    coordinator, num_processes, process_id,
+    coordinator, num_processes, process_id, local_device_ids=gpus,
     heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
   )
+
+
+def gpus_of_task(
+  environment: Mapping[str, str], installed: int
+) -> list[int] | None:
+  """Returns which of the visible GPUs a SLURM or MPI task takes.
+
+  JAX alone gives every task the one GPU of its number on the node.
+
+  Args:
+    environment: of the task.
+    installed: GPUs of the node, where the environment does not say which are
+      visible.
+
+  Returns:
+    Indices among the visible ones: all that the scheduler gave to the task
+    alone, or its share of those that all tasks of the node see. None where
+    JAX decides: no such task, or no GPU.
+
+  Raises:
+    UserError: fewer are visible than asked for, or the tasks cannot share
+      them equally.
+  """
+  slurm = "SLURM_LOCALID" in environment
+  if slurm:
+    task = int(environment["SLURM_LOCALID"])
+    # "2(x3),1": this node's number is the first, or that of all nodes.
+    names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    said = next((environment[n] for n in names if n in environment), "1")
+    tasks = int(re.match(r"\d+", said)[0])
+  elif "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
+    task = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+    tasks = int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+  else:
+    return None
+  shown = environment.get("CUDA_VISIBLE_DEVICES")
+  visible = installed if shown is None else len(
+    [name for name in shown.split(",") if name.strip()]
+  )
+  if not visible:
+    return None
+  asked = int(environment.get("SLURM_GPUS_ON_NODE", visible)) if slurm else (
+    visible
+  )
+  if visible < asked and visible * tasks == asked:
+    return list(range(visible))  # The scheduler has split them already.
+  if visible < asked:
+    raise types.UserError(
+      f"CUDA_VISIBLE_DEVICES shows {visible} GPUs, the job has {asked} on this "
+      f"node for {tasks} tasks: see --gpus-per-node, or unset it"
+    )
+  if visible % tasks:
+    raise types.UserError(
+      f"{tasks} tasks cannot share the {visible} GPUs of this node equally: "
+      "start one task per node"
+    )
+  share = visible // tasks
+  return list(range(task * share, (task + 1) * share))
 
 
 def is_primary() -> bool:

@@ -1,6 +1,7 @@
 """Launchers print what they would run, and refuse what they do not know."""
 
 import pathlib
+import shutil
 import subprocess
 
 import pytest
@@ -33,6 +34,9 @@ def test_tpu_launcher_installs_and_trains_on_all_workers():
 
 @pytest.mark.parametrize("arguments, message", [
   (TPU[:3], "--bucket is missing"),
+  ((*TPU, "--dry_run"), "no trainer flags behind --"),
+  ((*TPU[:3], "--bucket=/local/run", "--dry_run", "--", "--config=c"),
+   "--bucket must begin with gs://, got /local/run"),
   ((*TPU, "--color=red"), "unknown argument --color=red"),
 ])
 def test_tpu_launcher_names_bad_arguments(arguments, message):
@@ -48,6 +52,48 @@ def test_slurm_job_requeues_itself_when_preempted():
   assert "#SBATCH --gpus-per-node=4" in done.stdout
   assert "--workdir=w --config=configs/x.py --multihost" in done.stdout
   assert 'if [ "$code" = 75 ]; then scontrol requeue' in done.stdout
+
+
+def test_slurm_tasks_are_not_killed_while_they_save():
+  done = launch("run_gpu.sh", "--slurm", "--dry_run", "--workdir=w")
+  assert "srun --kill-on-bad-exit=0" in done.stdout
+
+
+def test_gpu_launcher_takes_values_behind_a_blank():
+  done = launch("run_gpu.sh", "--slurm", "--nodes", "3", "--dry_run",
+                "--workdir", "w", "--", "--config=c")
+  assert "#SBATCH --nodes=3" in done.stdout
+  assert "stepsearch_jax.train --workdir=w --config=c" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+  (("--node=2", "--workdir=w"), "unknown argument --node=2"),
+  (("--workdir=w", "x"), "unknown argument x"),
+  (("--workdir=w", "--nodes"), "--nodes needs a value"),
+  ((), "no trainer flags"),
+])
+def test_gpu_launcher_names_bad_arguments(arguments, message):
+  done = launch("run_gpu.sh", *arguments)
+  assert done.returncode == 1 and message in done.stderr
+
+
+def test_uncommitted_changes_are_not_shipped_and_that_is_said(tmp_path):
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  for command in (["init"], ["add", "."],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit",
+                   "-m", "x"]):
+    subprocess.run(["git", *command], cwd=tmp_path, check=True,
+                   capture_output=True)
+
+  def tpu():
+    return subprocess.run(
+      ["bash", str(tmp_path / "launch/run_tpu.sh"), *TPU, "--dry_run", "--",
+       "--config=c"], capture_output=True, text=True,
+    ).stderr
+
+  assert "uncommitted" not in tpu()
+  (tmp_path / "launch/new.sh").write_text("")
+  assert "uncommitted changes are not shipped, HEAD is" in tpu()
 
 
 def test_gpu_launcher_on_one_machine_passes_flags_on():

@@ -74,3 +74,54 @@ def test_a_setting_that_forbids_the_search_ends_the_run():
 
   with pytest.raises(types.UserError, match="not on record"):
     distributed.search_together(search, 1, 1)
+
+
+SLURM = {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}
+MPI = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+EIGHT = "0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize("environment, installed, expected", [
+  # One task per node takes all of them, not the GPU of its number.
+  ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": EIGHT}, 8,
+   list(range(8))),
+  ({"SLURM_LOCALID": "0"}, 4, [0, 1, 2, 3]),
+  (MPI, 8, list(range(8))),
+  # Two tasks that see the same ones share them.
+  (SLURM | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": EIGHT}, 8,
+   [4, 5, 6, 7]),
+  # What SLURM has bound to the task is numbered anew from 0.
+  (SLURM | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 8,
+   [0, 1, 2, 3]),
+  (SLURM, 0, None), (SLURM | {"CUDA_VISIBLE_DEVICES": ""}, 8, None),
+  ({}, 8, None),
+])
+def test_a_task_takes_all_of_its_gpus(environment, installed, expected):
+  assert distributed.gpus_of_task(environment, installed) == expected
+
+
+@pytest.mark.parametrize("environment, installed, message", [
+  (SLURM, 3, "2 tasks cannot share the 3 GPUs"),
+  ({"SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8",
+    "CUDA_VISIBLE_DEVICES": "0"}, 8, "shows 1 GPUs, the job has 8 .* 1 tasks"),
+])
+def test_fewer_gpus_than_asked_for_are_an_error(
+  environment, installed, message
+):
+  with pytest.raises(types.UserError, match=message):
+    distributed.gpus_of_task(environment, installed)
+
+
+def test_the_gpus_of_a_task_reach_jax(monkeypatch):
+  given = {}
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *unused, **named: given.update(named)
+  )
+  monkeypatch.setattr(
+    distributed, "gpus_of_task", lambda environment, installed: [0, 1]
+  )
+  distributed.initialize()
+  assert given["local_device_ids"] == [0, 1]
+  distributed.initialize("host:1", 2, 0)  # Then JAX takes what is visible.
+  assert given["local_device_ids"] is None
