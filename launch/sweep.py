@@ -108,7 +108,7 @@ def _set(config, where: str, field: str, value: object) -> None:
                                else value)
     except (ValueError, SyntaxError) as error:
       raise SweepError(
-        f"{where}: {field} is {node!r}, got {value!r}"
+        f"{where}: {field} must be of type {type(node).__name__}, got {value!r}"
       ) from error
   with parent.ignore_type():
     parent[last] = value
