@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.data import questions
-from stepsearch_jax.evaluation import predictions
+from stepsearch_jax.evaluation import playing, predictions
 from stepsearch_jax.run import reporting
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
@@ -51,6 +51,10 @@ _QUESTIONS = flags.DEFINE_string(
 )
 _SOURCE = flags.DEFINE_string(
   "source", "", "With --predictions: data source of rows that name none."
+)
+_SKIP_OVERLONG = flags.DEFINE_bool(
+  "skip_overlong", False,
+  "Count questions whose prompt is too long as unanswered."
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "With --predictions: print the table as JSON."
@@ -90,8 +94,12 @@ def _evaluate_model() -> None:
   elif not (workdir / "checkpoints").exists():
     raise types.UserError(f"--workdir={workdir} has no checkpoints to evaluate")
   experiment = Experiment(Settings.from_config(config), workdir)
-  for question in experiment.eval_questions:
-    experiment.engine.prompt_tokens(question)  # One too long stops us now.
+  if not _SKIP_OVERLONG.value:
+    playing.refuse_overlong(
+      playing.overlong(
+        experiment.eval_questions, experiment.engine.prompt_tokens),
+      len(experiment.eval_questions),
+    )
   if _MODEL.value:
     policy, name = experiment.initial_policy(), _MODEL.value
   else:
@@ -99,7 +107,9 @@ def _evaluate_model() -> None:
     name = f"{workdir} step {step}"
   # A folder of its own: the card of training's last evaluation stays.
   folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
-  card = reporting.evaluate(experiment, policy, name, folder)
+  card = reporting.evaluate(
+    experiment, policy, name, folder, _SKIP_OVERLONG.value
+  )
   experiment.engine.close()
   print_sources(card["sources"])
   print(f"card: {folder / 'card.md'}   predictions: "

@@ -1,8 +1,8 @@
-"""Evaluation of a policy: greedy rollouts, EM, F1, intervals, cards.
+"""Evaluation cards: means, intervals per source and per number of hops.
 
-Used by both entries, so that the numbers during training and those of
-`evaluate.py` come from the same code. Nothing is dropped: every question
-counts, answered or not.
+Used for rollouts and for files of predictions, so that the numbers during
+training and those of `evaluate.py` come from the same code. Every row counts,
+answered or not.
 """
 
 from __future__ import annotations
@@ -15,118 +15,112 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import files, types
-from stepsearch_jax.parallel import distributed
-from stepsearch_jax.rewards import text_match
+from stepsearch_jax import files
+from stepsearch_jax.evaluation import statistics
+
+_MEANS = (
+  "em", "f1", "searches", "failed_searches", "invalid", "unanswered",
+  "truncated", "response_length", "retrieval_recall",
+)
 
 
-def play(engine, params, questions: Sequence[types.Question]):
-  """Returns greedy rollouts of `questions`; see `engine.Engine.run`."""
-  return engine.run(params, questions, range(len(questions)), temperature=0.0)
-
-
-def evaluate(
-  engine,
-  params,
-  questions: Sequence[types.Question],
-  tokenizer,
-  settings: dict,
-  folder: epath.Path,
-  predictions: epath.Path,
+def make_card(
+  settings: dict, records: Sequence[dict], attempts: int = 1
 ) -> dict:
-  """Plays `questions`, writes predictions and card, returns the card.
+  """Returns the card of an evaluation.
 
-  Only the primary process writes.
+  Args:
+    settings: what was measured, shown as it is.
+    records: prediction rows (`playing.record`), all attempts of a question
+      with the same id.
+    attempts: rollouts per question.
+
+  Returns:
+    Settings, metrics, and tables per source and per number of hops.
   """
-  trajectories = play(engine, params, questions).trajectories
-  records = [record(t, tokenizer) for t in trajectories]
-  card = {
-    "settings": {**settings, "n": len(records)},
-    "metrics": summarise(trajectories),
-    "sources": by_source(records),
-  }
-  if distributed.is_primary():
-    write_jsonl(predictions, records)
-    write_card(folder, card)
-  return card
-
-
-def record(trajectory: types.Trajectory, tokenizer) -> dict:
-  """One prediction as a JSON-able row, with everything that was seen."""
-  question = trajectory.question
-  answer = trajectory.answer or ""
-  start = int((trajectory.turn_index < 0).sum())
   return {
-    "id": question.id,
-    "data_source": question.source,
-    "question": question.text,
-    "golden_answers": list(question.answers),
-    "prediction": answer,
-    "em": text_match.exact_match(answer, question.answers),
-    "f1": text_match.answer_f1(answer, question.answers),
-    "stop_reason": trajectory.stop_reason,
-    "turns": [
-      {
-        "action": turn.action,
-        "content": turn.content,
-        "documents": [passage.id for passage in turn.documents],
-      }
-      for turn in trajectory.turns
-    ],
-    "response": tokenizer.decode(trajectory.tokens[start:].tolist()),
+    "settings": settings,
+    "metrics": summarize(records),
+    "sources": by_source(records, attempts),
+    "hops": by_hops(records),
   }
 
 
-def summarise(trajectories: Sequence[types.Trajectory]) -> dict[str, float]:
-  """Means over trajectories; every question counts, answered or not."""
-  rows = collections.defaultdict(list)
-  for trajectory in trajectories:
-    question, turns = trajectory.question, trajectory.turns
-    answer = trajectory.answer or ""
-    rows["em"].append(text_match.exact_match(answer, question.answers))
-    rows["f1"].append(text_match.answer_f1(answer, question.answers))
-    rows["searches"].append(sum(turn.retrieved for turn in turns))
-    rows["failed_searches"].append(sum(turn.failed for turn in turns))
-    rows["invalid"].append(
-      any(turn.action == types.Action.INVALID for turn in turns)
-    )
-    rows["unanswered"].append(trajectory.answer is None)
-    rows["truncated"].append(trajectory.truncated_documents > 0)
-    rows["response_length"].append(trajectory.policy_mask.sum())
-    if question.support:
-      gold = {passage.text for passage in question.support}
-      seen = {doc.text for turn in turns for doc in turn.documents}
-      rows["retrieval_recall"].append(len(gold & seen) / len(gold))
-  return {name: float(np.mean(values)) for name, values in rows.items()}
+def summarize(records: Sequence[dict]) -> dict[str, float]:
+  """Returns means over prediction rows.
+
+  A metric is the mean of the rows that have it, and is left out where none
+  has, as retrieval_recall without gold passages.
+  """
+  return {
+    name: float(np.mean([row[name] for row in records if name in row]))
+    for name in _MEANS if any(name in row for row in records)
+  }
 
 
-def by_source(records: Sequence[dict]) -> dict[str, dict]:
-  """EM and F1 per data source with bootstrap 95 % intervals and counts."""
+def by_source(
+  records: Sequence[dict], attempts: int = 1
+) -> dict[str, dict]:
+  """Returns EM and F1 per data source with bootstrap intervals and counts.
+
+  With several attempts per question, EM and F1 are their means (avg@k), the
+  interval is over questions, and pass@k is the share of questions of which an
+  attempt was right.
+  """
   groups = collections.defaultdict(list)
   for row in records:
     groups[row["data_source"] or "unknown"].append(row)
   table = {}
   for source, rows in sorted(groups.items()):
-    table[source] = {"n": len(rows)}
+    scores = _per_question(rows, attempts)
+    table[source] = {"n": len(scores["em"])}
     for name in ("em", "f1"):
-      values = np.array([row[name] for row in rows], np.float64)
-      low, high = text_match.bootstrap_interval(values, seed=0)
-      table[source][name] = float(values.mean())
-      table[source][f"{name}_interval"] = [float(low), float(high)]
+      found = statistics.bootstrap_mean(scores[name].mean(axis=1))
+      table[source][name] = found.value
+      table[source][f"{name}_interval"] = [found.low, found.high]
+    if attempts > 1:
+      table[source]["attempts"] = attempts
+      table[source]["pass_at_k"] = float(scores["em"].max(axis=1).mean())
   return table
 
 
-def write_jsonl(path: epath.Path, rows: Sequence[dict]) -> None:
-  """Writes rows atomically."""
-  files.write_text(
-    path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-  )
+def _per_question(
+  rows: Sequence[dict], attempts: int
+) -> dict[str, np.ndarray]:
+  """Returns em and f1 as [questions, attempts]."""
+  if attempts == 1:
+    places = [[row] for row in rows]
+  else:
+    grouped = collections.defaultdict(list)
+    for row in rows:
+      grouped[row["id"]].append(row)
+    places = list(grouped.values())
+  return {
+    name: np.array([[row[name] for row in group] for group in places],
+                   np.float64)
+    for name in ("em", "f1")
+  }
+
+
+def by_hops(records: Sequence[dict]) -> dict[str, dict]:
+  """Returns EM, F1 and counts per number of hops, where that is known."""
+  groups = collections.defaultdict(list)
+  for row in records:
+    if row.get("hops"):
+      groups[row["hops"]].append(row)
+  return {
+    str(hops): {
+      "n": len(rows),
+      "em": float(np.mean([row["em"] for row in rows])),
+      "f1": float(np.mean([row["f1"] for row in rows])),
+    }
+    for hops, rows in sorted(groups.items())
+  }
 
 
 def write_card(folder: epath.Path, card: dict) -> None:
   """Writes `card.json` and a Markdown rendering of the same numbers."""
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+  files.write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
   lines = ["# Evaluation card", "", "| what | value |", "|---|---|"]
   lines += [f"| {k} | {v} |" for k, v in card["settings"].items()]
   lines += [f"| {k} | {v:.4f} |" for k, v in card["metrics"].items()]
@@ -137,12 +131,20 @@ def write_card(folder: epath.Path, card: dict) -> None:
       f"{row[m + '_interval'][1]:.4f})"
       for m in ("em", "f1")
     ]
+    if "pass_at_k" in row:
+      cells[0] += f", pass@{row['attempts']} {row['pass_at_k']:.4f}"
     lines.append(f"| {source} | {row['n']} | {cells[0]} | {cells[1]} |")
-  (folder / "card.md").write_text("\n".join(lines) + "\n")
+  if card.get("hops"):
+    lines += ["", "| hops | n | EM | F1 |", "|---|---|---|---|"]
+    lines += [
+      f"| {hops} | {row['n']} | {row['em']:.4f} | {row['f1']:.4f} |"
+      for hops, row in card["hops"].items()
+    ]
+  files.write_text(folder / "card.md", "\n".join(lines) + "\n")
 
 
 def commit() -> str:
-  """The project's git commit, or "unknown" outside a checkout.
+  """Returns the project's git commit, or "unknown" outside a checkout.
 
   It ends in "-dirty" where tracked files differ from it.
   """

@@ -12,10 +12,6 @@ import re
 import string
 from collections.abc import Sequence
 
-import numpy as np
-
-from stepsearch_jax import types
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -91,27 +87,3 @@ def ends_with_answer(text: str) -> bool:
   for match in _ANSWER.finditer(text):
     end = match.end()
   return end is not None and not text[end:].strip()
-
-
-def bootstrap_interval(
-  values: np.ndarray, seed: int, samples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-  """Percentile bootstrap interval of a mean (Efron, 1979).
-
-  Args:
-    values: [N] scores, N >= 1.
-    seed: makes the interval a function of its inputs.
-    samples: resamples.
-    level: coverage.
-  """
-  values = np.asarray(values, np.float64)
-  if not values.size:
-    raise types.UserError("an interval needs at least one value")
-  rng = np.random.default_rng(seed)
-  means = np.array([
-    values[rng.integers(0, values.size, values.size)].mean()
-    for _ in range(samples)
-  ])
-  tail = (1 - level) / 2
-  low, high = np.quantile(means, [tail, 1 - tail])
-  return float(low), float(high)

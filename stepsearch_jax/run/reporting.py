@@ -6,7 +6,9 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.data import coverage
 from stepsearch_jax.evaluation import card as evaluation
+from stepsearch_jax.evaluation import playing
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rollout import records
 from stepsearch_jax.run.experiment import Experiment
@@ -71,8 +73,16 @@ def summary(settings: Settings, state: RunState) -> dict:
   }
 
 
+# Reading more passages only to see which gold is among them takes too long.
+_LOOKED_UP = 200_000
+
+
 def evaluate(
-  experiment: Experiment, policy, name: str, folder: epath.Path
+  experiment: Experiment,
+  policy,
+  name: str,
+  folder: epath.Path,
+  skip_overlong: bool = False,
 ) -> dict:
   """Plays the evaluation questions greedily; returns the card.
 
@@ -81,13 +91,26 @@ def evaluate(
     policy: whole policy parameters.
     name: of the policy, for the card.
     folder: receives card.md, card.json and predictions.jsonl.
+    skip_overlong: count questions that are too long as unanswered.
   """
-  return evaluation.evaluate(
-    experiment.engine, policy, experiment.eval_questions,
-    experiment.tokenizer,
-    card_settings(experiment.settings, experiment.retriever, name),
-    folder, folder / "predictions.jsonl",
+  settings, questions = experiment.settings, experiment.eval_questions
+  job = playing.Evaluation(
+    questions, card_settings(settings, experiment.retriever, name), folder,
+    skip_overlong=skip_overlong, absent=_absent_gold(experiment),
+    chunk=max(256, 8 * settings.sampler.slots),
   )
+  return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
+
+
+def _absent_gold(experiment: Experiment) -> set[str] | None:
+  """Returns ids of gold passages that the corpus lacks, None if not known."""
+  given = experiment.settings.retrieval
+  if given.remote or given.engine == "online":
+    return None
+  if len(experiment.corpus) > _LOOKED_UP:
+    return None
+  _, missing = coverage.audit(experiment.eval_questions, experiment.corpus)
+  return {passage.id for passage in missing}
 
 
 def _corpus_name(settings: Settings) -> str:

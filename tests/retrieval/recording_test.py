@@ -11,7 +11,8 @@ from etils import epath
 from configs import quickstart
 from stepsearch_jax import files, train, types
 from stepsearch_jax.env.actions import ParsedTurn
-from stepsearch_jax.evaluation import card as evaluation
+from stepsearch_jax.evaluation import card as card_lib
+from stepsearch_jax.evaluation import playing
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval import recording as record
 
@@ -132,7 +133,8 @@ def test_rollouts_from_a_record_are_the_recorded_ones(tmp_path, monkeypatch):
   replayed, again = play(record.ReplayRetriever(path))
   assert stats.searches > 10 and stats.failed_searches > 1
   assert again.failed_searches == stats.failed_searches
-  card = evaluation.summarise(recorded)
+  tokenizer = fakes.make_tokenizer()
+  card = card_lib.summarize([playing.record(t, tokenizer) for t in recorded])
   assert card["failed_searches"] * 6 == pytest.approx(stats.failed_searches)
   for ours, theirs in zip(replayed, recorded, strict=True):
     assert ours.turns == theirs.turns

@@ -9,7 +9,6 @@ from stepsearch_jax import types
 from stepsearch_jax.rewards import (
   released,
   step_rewards,
-  text_match,
   tfidf,
   token_rewards,
   transcripts,
@@ -149,14 +148,6 @@ def test_outcome_only_rewards_the_answer_alone():
   assert step_rewards.score(spec, seen, gold).score == 1.0
   assert step_rewards.score(spec, seen, gold).step_scores == []
   assert step_rewards.score(PAPER, seen, gold).score == pytest.approx(1.618)
-
-
-def test_bootstrap_interval_of_a_coin_matches_the_normal_one():
-  values = np.array([0.0, 1.0] * 200)
-  low, high = text_match.bootstrap_interval(values, seed=0)
-  assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006)
-  assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
-  assert text_match.bootstrap_interval(values, seed=0) == (low, high)
 
 
 def make_trajectory(texts):

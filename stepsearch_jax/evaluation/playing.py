@@ -1,0 +1,246 @@
+"""Plays questions greedily, and goes on where a killed evaluation stopped.
+
+Finished rollouts are written down chunk by chunk; when all are there, the
+predictions and the card are written whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+
+from absl import logging
+from etils import epath
+
+from stepsearch_jax import files, types
+from stepsearch_jax.data import coverage, questions
+from stepsearch_jax.evaluation import card
+from stepsearch_jax.parallel import distributed
+from stepsearch_jax.rewards import text_match
+
+_SHOWN_IDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What is evaluated and where the result goes.
+
+  Attributes:
+    questions: all that count.
+    settings: the settings half of the card.
+    folder: receives card.md, card.json and predictions.jsonl.
+    skip_overlong: count questions whose prompt is too long as unanswered
+      instead of refusing them.
+    absent: ids of gold passages that the corpus lacks; None if nobody looked.
+    chunk: questions between two writes.
+    attempts: rollouts per question, over 1 for sampled decoding.
+    temperature: 0 for greedy.
+  """
+
+  questions: Sequence[types.Question]
+  settings: dict
+  folder: epath.Path
+  skip_overlong: bool = False
+  absent: Collection[str] | None = None
+  chunk: int = 512
+  attempts: int = 1
+  temperature: float = 0.0
+
+
+def overlong(
+  asked: Sequence[types.Question],
+  check: Callable[[types.Question], object],
+) -> dict[str, str]:
+  """Returns what `check` objects to, by question id.
+
+  Args:
+    asked: questions.
+    check: raises a UserError for a question that is too long, such as
+      `Engine.prompt_tokens`.
+  """
+  refused = {}
+  for question in asked:
+    try:
+      check(question)
+    except types.UserError as error:
+      refused[question.id] = str(error)
+  return refused
+
+
+def refuse_overlong(refused: dict[str, str], total: int) -> None:
+  """Raises one UserError that names all questions that are too long."""
+  if refused:
+    more = len(refused) - _SHOWN_IDS
+    names = ", ".join(list(refused)[:_SHOWN_IDS])
+    raise types.UserError(
+      f"{len(refused)} of {total} questions are too long ({names}"
+      + (f" and {more} more" if more > 0 else "")
+      + f"); the first: {next(iter(refused.values()))}; --skip_overlong counts "
+      "them as unanswered"
+    )
+
+
+def evaluate(engine, params, tokenizer, job: Evaluation) -> dict:
+  """Plays the questions, writes predictions and card, returns the card.
+
+  Nothing is dropped: every question counts, answered or not. Only the primary
+  process writes; all return the same card.
+
+  Args:
+    engine: plays rollouts (`rollout.Engine`).
+    params: policy parameters.
+    tokenizer: decodes responses.
+    job: what and where.
+
+  Raises:
+    UserError: questions are too long, all named, before anything is played.
+  """
+  refused = overlong(job.questions, engine.prompt_tokens)
+  if not job.skip_overlong:
+    refuse_overlong(refused, len(job.questions))
+  if refused:
+    logging.warning("%d overlong questions count as unanswered", len(refused))
+  log = files.RowLog(job.folder / "predictions.partial.jsonl")
+  done = _resumed(log, _identity(job))
+  distributed.wait("partial predictions read")
+  if done:
+    logging.info("going on behind %d finished rollouts", len(done))
+  elif distributed.is_primary():
+    log.keep(lambda row: False)
+    log.append({"evaluation": _identity(job)})
+  places = [
+    (attempt, i) for attempt in range(job.attempts)
+    for i in range(len(job.questions))
+  ]
+  waiting = []
+  for place in places:
+    if place in done:
+      continue
+    question = job.questions[place[1]]
+    if question.id in refused:
+      done[place] = unplayed(question, refused[question.id])
+    else:
+      waiting.append(place)
+  for start in range(0, len(waiting), job.chunk):
+    part = waiting[start : start + job.chunk]
+    # The episode seeds the sampling, so it must not depend on the chunks.
+    played = engine.run(
+      params, [job.questions[i] for _, i in part],
+      [attempt * len(job.questions) + i for attempt, i in part],
+      temperature=job.temperature,
+    )
+    for place, trajectory in zip(part, played.trajectories, strict=True):
+      done[place] = record(trajectory, tokenizer, job.absent or ())
+      if distributed.is_primary():
+        log.append({"place": place, "row": done[place]})
+  return _finish(job, [done[place] for place in places], log)
+
+
+def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
+  made = card.make_card(
+    {**job.settings, **_recall_note(job), "n": len(job.questions)}, records,
+    job.attempts,
+  )
+  if distributed.is_primary():
+    files.write_text(
+      job.folder / "predictions.jsonl", files.to_jsonl(records)
+    )
+    card.write_card(job.folder, made)
+    log.close()
+    log.path.unlink()
+  return made
+
+
+def _identity(job: Evaluation) -> str:
+  """Returns a hash of all that decides what the rollouts are."""
+  what = [
+    job.settings, job.attempts, job.temperature, sorted(job.absent or ()),
+    [questions.to_row(question) for question in job.questions],
+  ]
+  packed = json.dumps(what, sort_keys=True, default=str).encode()
+  return hashlib.sha256(packed).hexdigest()[:16]
+
+
+def _resumed(
+  log: files.RowLog, identity: str
+) -> dict[tuple[int, int], dict]:
+  """Returns the records of an earlier attempt at the same evaluation."""
+  rows = log.rows()
+  if not rows or rows[0].get("evaluation") != identity:
+    return {}
+  return {tuple(row["place"]): row["row"] for row in rows[1:]}
+
+
+def _recall_note(job: Evaluation) -> dict[str, str]:
+  gold = {p.id for q in job.questions for p in q.support}
+  if not gold:
+    return {}
+  corpus = "whether the corpus has them was not looked up"
+  if job.absent is not None:
+    lacking = len(gold & set(job.absent))
+    corpus = (f"{lacking} of {len(gold)} gold passages are not in the corpus "
+              "and do not count")
+  return {"retrieval_recall of": (
+    "gold passages; found is a passage of the same words, or of the same title "
+    f"and {coverage.ENOUGH:.0%} of the words of the shorter; {corpus}"
+  )}
+
+
+def unplayed(question: types.Question, reason: str) -> dict:
+  """Returns the prediction row of a question that was never asked."""
+  return {
+    **_asked(question), "prediction": "", "em": 0.0, "f1": 0.0,
+    "stop_reason": "overlong", "error": reason, "searches": 0,
+    "failed_searches": 0, "invalid": False, "unanswered": True,
+    "truncated": False, "response_length": 0, "turns": [], "response": "",
+  }
+
+
+def _asked(question: types.Question) -> dict:
+  return {
+    "id": question.id,
+    "data_source": question.source,
+    "question": question.text,
+    "golden_answers": list(question.answers),
+    "hops": len(question.decomposition),
+  }
+
+
+def record(
+  trajectory: types.Trajectory, tokenizer, absent: Collection[str] = ()
+) -> dict:
+  """Returns one prediction as a JSON-able row, with all that was seen."""
+  question, turns = trajectory.question, trajectory.turns
+  answer = trajectory.answer
+  start = int((trajectory.turn_index < 0).sum())
+  shown = [document for turn in turns for document in turn.documents]
+  recall = coverage.retrieval_recall(question.support, shown, absent)
+  return {
+    **_asked(question),
+    "prediction": answer or "",
+    "em": text_match.exact_match(answer, question.answers),
+    "f1": text_match.answer_f1(answer, question.answers),
+    "stop_reason": trajectory.stop_reason,
+    "searches": sum(turn.retrieved for turn in turns),
+    "failed_searches": sum(turn.failed for turn in turns),
+    "invalid": any(turn.action == "invalid" for turn in turns),
+    "unanswered": answer is None,
+    "truncated": trajectory.truncated_documents > 0,
+    "response_length": int(trajectory.policy_mask.sum()),
+    **({} if recall is None else {"retrieval_recall": recall}),
+    "search_keys": [list(group) for group in question.search_keys],
+    "support_docs": [
+      {"title": p.title, "paragraph_text": p.text} for p in question.support
+    ],
+    "turns": [
+      {
+        "action": turn.action,
+        "content": turn.content,
+        "documents": [passage.id for passage in turn.documents],
+      }
+      for turn in turns
+    ],
+    "response": tokenizer.decode(trajectory.tokens[start:].tolist()),
+  }
