@@ -180,31 +180,32 @@ def _batch():
 def _ppo():
   """The update."""
   ppo = ml_collections.ConfigDict()
-  ppo.gamma = 1.0
-  ppo.lam = 1.0
+  ppo.gamma = 1.0  # Discount per policy token.
+  ppo.lam = 1.0  # Lambda of generalized advantage estimation.
   ppo.turn_gamma = 0.95  # Discount per turn: bilevel_gae, gigpo.
   ppo.turn_weight = 1.0  # gigpo: of a turn's advantage beside the row's.
   ppo.strata_blend = 0.5  # stratified: share within equal search counts.
-  ppo.clip_ratio = 0.2
-  ppo.value_clip = 0.5
-  ppo.entropy_coef = 0.001
+  ppo.clip_ratio = 0.2  # Probability ratios count within 1 +- this.
+  ppo.value_clip = 0.5  # Largest counted move of a value in an update.
+  ppo.entropy_coef = 0.001  # Weight of the entropy bonus.
   # Weight of the KL to the reference: in the reward, with grpo in the loss.
   ppo.kl_coef = 0.001
   ppo.kl_estimator = "kl"  # In the reward: kl | abs | mse | low_var_kl
   ppo.kl_loss_estimator = "low_var_kl"  # In the loss: low_var_kl | abs | mse
   ppo.kl_controller = "fixed"  # fixed | adaptive
-  ppo.kl_target = 0.1
-  ppo.kl_horizon = 10000
-  ppo.epochs = 1
-  ppo.mini_batch = 32  # Trajectories per optimiser step.
+  ppo.kl_target = 0.1  # adaptive: the KL per token that it aims at.
+  ppo.kl_horizon = 10000  # adaptive: trajectories over which it moves.
+  ppo.epochs = 1  # Times that a step trains on each trajectory.
+  ppo.mini_batch = 32  # Trajectories per optimizer step.
   ppo.micro_rows = 16  # Packed rows per forward/backward pass.
-  ppo.policy_lr = 5e-7
-  ppo.value_lr = 5e-7
+  ppo.policy_lr = 5e-7  # Learning rate after the warm-up.
+  ppo.value_lr = 5e-7  # Likewise.
+  # Share of all optimizer steps over which the rate rises linearly.
   ppo.policy_warmup_ratio = 0.285
-  ppo.value_warmup_ratio = 0.05
+  ppo.value_warmup_ratio = 0.05  # Likewise.
   ppo.critic_warmup = 0  # Steps that train the value model only.
-  ppo.weight_decay = 0.01
-  ppo.grad_clip = 1.0
+  ppo.weight_decay = 0.01  # Decoupled (AdamW), on every parameter.
+  ppo.grad_clip = 1.0  # Largest global norm of a gradient.
   return ppo
 
 
@@ -284,7 +285,7 @@ def _log():
 
 
 def base():
-  """The defaults: method and optimiser as released, sizes for one host."""
+  """The defaults: method and optimizer as released, sizes for one host."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # Of the world, the demonstrations, sampling and batches.
   # Training steps, or 0 and total_epochs: exactly one of the two is positive.

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+
 from configs import common
 from stepsearch_jax.tools import config_reference
 
@@ -14,6 +16,13 @@ def fields(node, prefix=""):
       yield from fields(value, f"{prefix}{name}.")
     else:
       yield prefix + name
+
+
+def meanings():
+  return {
+    name: meaning for _, _, inside in config_reference.sections()
+    for name, meaning in inside.items()
+  }
 
 
 def test_the_reference_in_the_readme_is_up_to_date():
@@ -31,9 +40,16 @@ def test_the_reference_holds_every_field_with_its_default():
   assert "| `retrieval.remote` | empty | " in text
 
 
+@pytest.mark.parametrize("field", fields(common.base()))
+def test_every_field_says_what_it_means(field):
+  said = meanings()
+  assert said[field] or said.get(field.rpartition(".")[0])
+
+
 def test_comments_above_and_behind_a_field_are_its_meaning():
   source = (
-    "# First.\n# Second.\na.x = dict(\n  y=1,  # Third.\n)\n\na.z = 2  # Last.\n"
+    "# First.\n# Second.\na.x = dict(\n  y=1,  # Third.\n)\n\n"
+    "a.z = 2  # Last.\n"
   )
   found = config_reference.comments(source)
   assert found == {

@@ -1,0 +1,85 @@
+"""What the documents say is true of the files beside them."""
+
+import pathlib
+import re
+
+import pytest
+from reference import worked_example
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTES = ROOT / "stepsearch_jax/README.md"
+DOCUMENTS = sorted([
+  ROOT / ".github/CONTRIBUTING.md", *ROOT.glob("*/README.md"),
+])
+QUIRK = re.compile(r"\b[A-E]\d{1,2}\b")
+ALL_QUIRKS = {
+  f"{letter}{number}"
+  for letter, count in dict(A=27, B=12, C=11, D=5, E=11).items()
+  for number in range(1, count + 1)
+}
+
+
+def rows(text, prefix):
+  return re.findall(rf"^\| ({prefix}\d+) \| (.*) \|$", text, re.MULTILINE)
+
+
+def test_every_quirk_has_one_row_of_its_own():
+  found = [id for id, _ in rows(NOTES.read_text(), "[A-E]")]
+  assert sorted(found) == sorted(ALL_QUIRKS)
+
+
+def test_comments_refer_to_quirks_of_the_table():
+  for path in sorted(ROOT.glob("stepsearch_jax/**/*.py")):
+    for line in path.read_text().splitlines():
+      if "quirk" in line or "released" in line:
+        assert set(QUIRK.findall(line)) <= ALL_QUIRKS, (path, line)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.parent.name)
+def test_files_that_a_document_names_exist(path):
+  named = re.findall(
+    r"`((?:[\w.*-]+/)*[\w*-]+(?:/|\.(?:py|sh|md|yaml|yml|toml)))`",
+    path.read_text(),
+  )
+  places = (ROOT, path.parent, ROOT / "stepsearch_jax")
+  missing = [name for name in named
+             if not any(any(place.glob(name)) for place in places)]
+  assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.parent.name)
+def test_modules_that_a_document_runs_exist(path):
+  for name in re.findall(r"python -m (stepsearch_jax[\w.]*)", path.read_text()):
+    module = ROOT / name.replace(".", "/")
+    assert module.with_suffix(".py").exists() or (
+      module / "__main__.py"
+    ).exists(), name
+
+
+def test_every_launcher_is_explained():
+  text = (ROOT / "launch/README.md").read_text()
+  for path in (ROOT / "launch").iterdir():
+    if path.is_file() and path.name != "README.md":
+      assert f"| `{path.name}` | " in text, path.name
+
+
+def test_every_config_has_a_row():
+  text = (ROOT / "configs/README.md").read_text()
+  for path in (ROOT / "configs").glob("*.py"):
+    if path.name not in ("__init__.py", "common.py"):
+      assert f"| `{path.name}` | " in text, path.name
+
+
+def test_the_map_names_every_place_of_the_package():
+  text = NOTES.read_text().split("## Map")[1].split("\n## ")[0]
+  for path in (ROOT / "stepsearch_jax").iterdir():
+    if path.is_dir() and path.name != "__pycache__":
+      assert f"`{path.name}/`" in text, path.name
+
+
+def test_worked_example_has_the_numbers_that_the_package_computes():
+  blocks = re.findall(
+    r"<!-- worked example: \w+ -->\n(.*?)\n<!-- /worked example -->",
+    NOTES.read_text(), re.DOTALL,
+  )
+  assert "\n\n".join(blocks) == "\n".join(worked_example.lines())
