@@ -185,7 +185,21 @@ def _ppo():
   ppo.turn_gamma = 0.95  # Discount per turn: bilevel_gae, gigpo.
   ppo.turn_weight = 1.0  # gigpo: of a turn's advantage beside the row's.
   ppo.strata_blend = 0.5  # stratified: share within equal search counts.
-  ppo.clip_ratio = 0.2  # Probability ratios count within 1 +- this.
+  # The probability ratio counts from 1 - clip_ratio to 1 + clip_ratio_high.
+  ppo.clip_ratio = 0.2
+  ppo.clip_ratio_high = 0.0  # 0 = clip_ratio; DAPO's clip-higher is 0.28.
+  ppo.dual_clip = 0.0  # Bound of the ratio where A < 0, usually 3; 0 = none.
+  ppo.ratio = "token"  # token | sequence (GSPO) | turn: what a ratio is of.
+  # token: mean over tokens | sequence: mean of the rows' means | constant: sum
+  # over rows * rollout.context (Dr.GRPO).
+  ppo.aggregation = "token"
+  # Penalty on good rows that become less likely (LLDS), usually 0.2; it does
+  # something from the second optimizer step of a batch on.
+  ppo.llds_coef = 0.0
+  ppo.llds_answer_weight = 0.2  # Of the tokens of the answering turn in it.
+  # recompute | rollout: those recorded while sampling, which saves a pass.
+  ppo.old_logp = "recompute"
+  ppo.importance_cap = 2.0  # With rollout: largest importance weight.
   ppo.value_clip = 0.5  # Largest counted move of a value in an update.
   ppo.entropy_coef = 0.001  # Weight of the entropy bonus.
   # Weight of the KL to the reference: in the reward, with grpo in the loss.

@@ -103,6 +103,16 @@ def _state(trajectory: types.Trajectory, turn: int) -> bytes:
   return b"observation" + np.asarray(trajectory.tokens)[seen].tobytes()
 
 
+def count_turns(turn: np.ndarray) -> int:
+  """Turns that have policy tokens.
+
+  Args:
+    turn: [B, T] int32, see `RolloutBatch`.
+  """
+  numbers = range(int(turn.max(initial=-1)) + 1)
+  return sum(int((turn == number).any(axis=1).sum()) for number in numbers)
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
   """Where each token of a batch lies in packed rows.

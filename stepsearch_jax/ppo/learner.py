@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import (
   advantages,
+  batch_metrics,
   batching,
   estimators,
   forward,
@@ -29,7 +31,9 @@ from stepsearch_jax.ppo import (
   masked,
   specs,
   trainable,
+  weighting,
 )
+from stepsearch_jax.ppo.model_losses import Share
 from stepsearch_jax.ppo.records import (
   Experience,
   LearnerState,
@@ -155,7 +159,9 @@ class Learner:
     batch = self.spec.batch
     shape = (batch.micro_rows, batch.row_length)
     fields = {f.name: jnp.float32 for f in dataclasses.fields(MicroBatch)}
-    fields |= dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
+    fields |= dict.fromkeys(
+      ("tokens", "segment_ids", "positions", "turn"), jnp.int32
+    )
     where = sharding.batch(self._mesh)
     micro = MicroBatch(**{
       name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -194,11 +200,12 @@ class Learner:
       **arrays: [B, T] fields of `MicroBatch`; absent ones are zeros.
     """
     zeros = np.zeros(batch.tokens.shape, np.float32)
-    names = ("value_weights", "logp", "reference_logp", "values", "advantages",
-             "returns")
+    names = ("weights", "llds_weights", "value_weights", "logp",
+             "reference_logp", "values", "advantages", "returns")
     packed = {name: packing.pack(arrays.get(name, zeros)) for name in names}
     packed |= {
       "tokens": packing.pack(batch.tokens),
+      "turn": packing.pack(batch.turn, fill=-1),
       "policy_mask": packing.pack(batch.policy_mask),
       "segment_ids": packing.segment_ids,
       "positions": packing.positions,
@@ -236,7 +243,9 @@ class Learner:
         return jax.tree.map(lambda x: packing.unpack(x, shape), whole)
 
       params, reference = state.policy.params, state.reference
-      if spec.policy.adapter is None:  # One program for both.
+      if self._uses_recorded(state):
+        now = forward.PolicyOutput(batch.rollout_logp, None)
+      elif spec.policy.adapter is None:  # One program for both.
         now = over_batch("old_log_prob", self._reference_forward, params)
       else:
         now = over_batch(
@@ -259,8 +268,11 @@ class Learner:
       frozen.logp, np.float32(coefficient if spec.kl.in_reward else 0.0),
     ))
     metrics |= found.metrics
+    if now.entropy is not None:
+      entropy = masked.mean(now.entropy, batch.policy_mask)
+      metrics["actor/entropy"] = entropy
+      metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
     metrics |= {
-      "actor/entropy": masked.mean(now.entropy, batch.policy_mask),
       "critic/kl_coeff": coefficient,
       "update/padding_share": packing.padding_share,
     }
@@ -269,6 +281,7 @@ class Learner:
       found.estimates.returns, found.estimates.value_weights,
       float(found.metrics["critic/kl"]),
     )
+    metrics |= batch_metrics.old_logp_by_advantage(experience)
     metrics = jax.device_get(metrics)
     return experience, {name: float(v) for name, v in metrics.items()}
 
@@ -290,6 +303,13 @@ class Learner:
     train_policy = step >= spec.critic_warmup
     history = []
     rows = np.arange(len(experience.batch.tokens))
+    if spec.loss.llds_coef and spec.batch.optimizer_steps(len(rows)) == 1:
+      logging.log_first_n(
+        logging.WARNING, "ppo.llds_coef = %g does nothing: a batch of %d "
+        "trajectories is one optimizer step, and before it no token has "
+        "become less likely; lower ppo.mini_batch or raise ppo.epochs", 1,
+        spec.loss.llds_coef, len(rows),
+      )
     with sharding.scope(self._mesh):
       for _ in range(spec.batch.epochs):
         for start in range(0, len(rows), spec.batch.mini_batch):
@@ -301,35 +321,64 @@ class Learner:
     coefficient = kl.next_coefficient(
       spec.kl, float(jax.device_get(state.kl_coef)), experience.kl, len(rows)
     )
+    history = jax.device_get(history)
+    metrics = {
+      name: np.mean([m[name] for m in history]) for name in history[0]
+    }
+    if self._uses_recorded(state):
+      # The first optimizer step evaluates the policy that sampled.
+      metrics["actor/entropy"] = history[0]["actor/entropy_loss"]
+      metrics["rollout_mismatch/mean"] = history[0]["actor/logp_change"]
     state = state.replace(
       step=self._scalar(np.int32(step + 1)),
       kl_coef=self._scalar(np.float32(coefficient)),
     )
-    return state, {
-      name: np.mean([m[name] for m in jax.device_get(history)])
-      for name in history[0]
-    }
+    return state, metrics
+
+  def _uses_recorded(self, state: LearnerState) -> bool:
+    """Whether log-probabilities of the rollout stand for the policy's.
+
+    A step that leaves the policy alone evaluates it for the metrics.
+    """
+    step = int(jax.device_get(state.step))
+    recorded = self.spec.loss.old_logp == specs.OldLogp.ROLLOUT
+    return recorded and step >= self.spec.critic_warmup
 
   def _mini_batch(self, state, experience, rows, train_policy, lr_scale):
-    """One optimiser step over `rows`."""
-    batch = experience.batch
+    """One optimizer step over `rows`."""
+    batch, loss = experience.batch, self.spec.loss
+    mask = batch.policy_mask[rows]
+    weights = {
+      name: np.zeros(batch.tokens.shape, np.float32)
+      for name in ("weights", "llds_weights")
+    }
+    weights["weights"][rows] = weighting.aggregation(
+      mask, loss.aggregation, self.spec.batch.row_length
+    )
+    if loss.llds_coef:
+      weights["llds_weights"][rows] = weighting.llds(
+        experience.advantages[rows], mask,
+        batch.turn[rows] == batch.answer_turn[rows, None],
+        loss.llds_answer_weight,
+      )
     micros = list(self._micros(
       self._packing(batch, rows), batch, logp=experience.logp,
       reference_logp=experience.reference_logp, values=experience.values,
       advantages=experience.advantages, returns=experience.returns,
-      value_weights=experience.value_weights,
+      value_weights=experience.value_weights, **weights,
     ))
     tokens = {
-      "policy": batch.policy_mask[rows].sum(),
-      "value": (experience.value_weights[rows] > 0).sum(),
+      "policy": mask.sum(), "value": (experience.value_weights[rows] > 0).sum()
     }
+    turns = batching.count_turns(batch.turn[rows])
     seen = {}
     # One model after the other: only one set of gradients exists at a time.
     for role, model in self.models.items():
       if role == "policy" and not train_policy:
         continue
+      share = Share(*map(np.float32, (tokens[role], turns, len(micros))))
       trained, metrics = model.update(
-        getattr(state, role), state.reference, micros, tokens[role], lr_scale
+        getattr(state, role), state.reference, micros, share, lr_scale
       )
       state = state.replace(**{role: trained})
       seen |= metrics

@@ -18,7 +18,8 @@ from stepsearch_jax.ppo.records import MicroBatch
 
 METRICS = {
   "policy": ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
-             "actor/entropy_loss", "actor/kl_loss"),
+             "actor/entropy_loss", "actor/kl_loss", "actor/llds_loss",
+             "actor/less_likely_turns", "actor/logp_change"),
   "value": ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean"),
 }
 
@@ -29,10 +30,12 @@ class Share:
 
   Attributes:
     tokens: tokens of the mini-batch that the loss is a mean over.
+    turns: its turns.
     micros: micro-batches of the mini-batch.
   """
 
   tokens: jax.Array
+  turns: jax.Array
   micros: jax.Array
 
 
@@ -65,22 +68,38 @@ def policy(
     config: decoder configuration.
     spec: learner settings.
   """
-  loss, mask = spec.loss, micro.policy_mask
+  loss, mask, weights = spec.loss, micro.policy_mask, micro.weights
   part = scale(loss.micro_weighting, mask, share)
   out = forward.policy(params, micro, config, spec.temperature)
-  log_ratio = jnp.where(mask > 0, out.logp - micro.logp, 0.0)
-  token = losses.policy_loss(log_ratio, micro.advantages, loss.clip_ratio)
-  surrogate = losses.masked_sum(token.loss, mask)
-  entropy = losses.masked_sum(out.entropy, mask)
+  turns = losses.turn_numbers(micro.segment_ids, micro.turn)
+  numbers = {"token": None, "sequence": micro.segment_ids, "turn": turns}
+  ratio = losses.log_ratio(out.logp, micro.logp, mask, numbers[loss.ratio])
+  if loss.old_logp == specs.OldLogp.ROLLOUT:
+    ratio = losses.truncate(ratio, loss.importance_cap)
+  token = losses.policy_loss(
+    ratio, micro.advantages, 1 - loss.clip_ratio, loss.highest_ratio,
+    loss.dual_clip,
+  )
+  surrogate = losses.masked_sum(weights * token.loss, mask)
+  entropy = losses.masked_sum(weights * out.entropy, mask)
   gap = kl.penalty(out.logp, micro.reference_logp, spec.kl.loss_estimator)
-  gap = losses.masked_sum(gap, mask)
+  gap = losses.masked_sum(weights * gap, mask)
+  drop = losses.likelihood_drop(out.logp, micro.logp, mask, turns)
+  llds = losses.masked_sum(micro.llds_weights * drop.loss, mask)
   total = surrogate - loss.entropy_coef * entropy + spec.kl.loss_coef * gap
-  return MicroLoss(part * total, {
+  total = part * total
+  if loss.llds_coef:
+    total = total + loss.llds_coef * llds
+  moved = losses.log_ratio(out.logp, micro.logp, mask)
+  return MicroLoss(total, {
     "actor/pg_loss": part * surrogate,
     "actor/pg_clipfrac": part * losses.masked_sum(token.clipped, mask),
-    "actor/ppo_kl": part * losses.masked_sum(-log_ratio, mask),
+    "actor/ppo_kl": part * losses.masked_sum(-moved, mask),
     "actor/entropy_loss": part * entropy,
     "actor/kl_loss": part * gap,
+    "actor/llds_loss": llds,
+    "actor/less_likely_turns": drop.turns / jnp.maximum(share.turns, 1.0),
+    "actor/logp_change": part * losses.masked_sum(jnp.abs(moved), mask),
   })
 
 

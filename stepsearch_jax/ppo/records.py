@@ -156,7 +156,10 @@ class MicroBatch:
     segment_ids: int32, 1.. for the trajectories of a row, 0 for padding.
     positions: int32, place within the trajectory.
     policy_mask: float32, sampled tokens.
-    value_weights: float32, weight of each token in the value loss.
+    turn: int32, turn of each policy token in its trajectory; -1 elsewhere.
+    weights: float32, weight of each token in the mean of the policy's loss.
+    llds_weights: float32, its weight in the LLDS penalty.
+    value_weights: float32, its weight in the value loss.
     logp: float32, log-probabilities before the update.
     reference_logp: float32, likewise under the reference.
     values: float32, values before the update.
@@ -168,6 +171,9 @@ class MicroBatch:
   segment_ids: jax.Array
   positions: jax.Array
   policy_mask: jax.Array
+  turn: jax.Array
+  weights: jax.Array
+  llds_weights: jax.Array
   value_weights: jax.Array
   logp: jax.Array
   reference_logp: jax.Array

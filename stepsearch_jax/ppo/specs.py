@@ -30,6 +30,29 @@ class MaskScope(enum.StrEnum):
   ATTENDED = "attended"  # All response tokens, as released.
 
 
+class Ratio(enum.StrEnum):
+  """What a probability ratio is of; see `losses.log_ratio`."""
+
+  TOKEN = "token"
+  SEQUENCE = "sequence"
+  TURN = "turn"
+
+
+class Aggregation(enum.StrEnum):
+  """How the tokens of a mini-batch become one loss; see `weighting`."""
+
+  TOKEN = "token"
+  SEQUENCE = "sequence"
+  CONSTANT = "constant"
+
+
+class OldLogp(enum.StrEnum):
+  """Where the log-probabilities before the update come from."""
+
+  RECOMPUTE = "recompute"
+  ROLLOUT = "rollout"
+
+
 class MicroWeighting(enum.StrEnum):
   """How the micro-batches of one optimiser step are averaged."""
 
@@ -94,25 +117,68 @@ class EstimatorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LossSpec:
-  """What one optimiser step minimises.
+  """What one optimizer step minimizes.
 
   Attributes:
-    clip_ratio: the probability ratio counts within 1 +- this.
+    clip_ratio: the probability ratio counts down to 1 - this.
+    clip_ratio_high: and up to 1 + this; 0 for the same.
+    dual_clip: where the advantage is negative, the ratio counts up to this; 0
+      for no bound.
+    ratio: what a ratio is of.
+    aggregation: how tokens become one number.
+    llds_coef: weight of the LLDS penalty; 0 for none.
+    llds_answer_weight: of the tokens of the answering turn in it.
+    old_logp: where the log-probabilities before the update come from.
+    importance_cap: with recorded ones, the largest importance weight.
     value_clip: largest counted move of a value from its old one.
     entropy_coef: weight of the entropy bonus.
     micro_weighting: average over micro-batches.
   """
 
   clip_ratio: float
+  clip_ratio_high: float
+  dual_clip: float
+  ratio: str
+  aggregation: str
+  llds_coef: float
+  llds_answer_weight: float
+  old_logp: str
+  importance_cap: float
   value_clip: float
   entropy_coef: float
   micro_weighting: str
 
   def __post_init__(self):
     within("ppo.clip_ratio", self.clip_ratio, 0, 1, above=True)
+    types.expect(
+      self.clip_ratio_high == 0 or self.clip_ratio_high >= self.clip_ratio,
+      "ppo.clip_ratio_high",
+      f"0 or at least ppo.clip_ratio = {self.clip_ratio}",
+      self.clip_ratio_high,
+    )
+    types.expect(
+      self.dual_clip == 0 or self.dual_clip > 1, "ppo.dual_clip",
+      "0 (none) or more than 1", self.dual_clip,
+    )
+    choose("ppo.ratio", self.ratio, Ratio)
+    choose("ppo.aggregation", self.aggregation, Aggregation)
+    within("ppo.llds_coef", self.llds_coef, 0)
+    within("ppo.llds_answer_weight", self.llds_answer_weight, 0)
+    choose("ppo.old_logp", self.old_logp, OldLogp)
+    within("ppo.importance_cap", self.importance_cap, 1)
     within("ppo.value_clip", self.value_clip, 0, above=True)
     within("ppo.entropy_coef", self.entropy_coef, 0)
     choose("ppo micro weighting", self.micro_weighting, MicroWeighting)
+    types.expect(
+      self.micro_weighting == MicroWeighting.TOKEN
+      or self.aggregation == Aggregation.TOKEN, "ppo.aggregation",
+      "token with the released preset", self.aggregation,
+    )
+
+  @property
+  def highest_ratio(self) -> float:
+    """Upper end of the range in which the ratio counts."""
+    return 1.0 + (self.clip_ratio_high or self.clip_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +278,10 @@ class BatchSpec:
     within("ppo.mini_batch", self.mini_batch, 1)
     within("ppo.micro_rows", self.micro_rows, 1)
     within("rollout.context", self.row_length, 1)
+
+  def optimizer_steps(self, trajectories: int) -> int:
+    """Optimizer steps over a batch of so many trajectories."""
+    return self.epochs * -(-trajectories // self.mini_batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ class TrainedModel:
 
   def update(
     self, trained: Trained, reference, micros: Sequence[MicroBatch],
-    tokens: float, lr_scale: float,
+    share: Share, lr_scale: float,
   ) -> tuple[Trained, dict[str, Any]]:
     """Takes one optimiser step.
 
@@ -100,13 +100,12 @@ class TrainedModel:
       trained: donated.
       reference: frozen policy parameters.
       micros: the micro-batches of the mini-batch.
-      tokens: tokens that the loss is a mean over.
+      share: what each of them is part of.
       lr_scale: multiplies the learning rate.
 
     Returns:
       (trained, metrics by name, still on the device).
     """
-    share = Share(np.float32(tokens), np.float32(len(micros)))
     grads, sums = self.zero(trained.params)
     for micro in micros:
       grads, sums = self.accumulate(
@@ -131,7 +130,7 @@ class TrainedModel:
     found = {
       f"{self.role}_update": lower(
         self.accumulate, trained.params, reference, grads, sums, micro,
-        Share(one, one),
+        Share(one, one, one),
       ),
       f"{self.role}_apply": lower(self.apply, trained, grads, one),
     }

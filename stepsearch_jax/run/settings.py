@@ -289,6 +289,13 @@ def _check_together(settings: Settings, devices: int) -> None:
   )
   expect(ppo["micro_rows"] > 0, "ppo.micro_rows", "a positive number",
          ppo["micro_rows"])
+  rollout = settings.config["rollout"]
+  cut = rollout["top_k"] > 0 or rollout["top_p"] < 1
+  expect(
+    not cut or ppo["old_logp"] == "recompute", "ppo.old_logp",
+    "recompute, because with rollout.top_k or rollout.top_p tokens are sampled "
+    "from another distribution than the trained one", ppo["old_logp"],
+  )
   shards = settings.mesh.data_shards(devices)
   for field, value in (("rollout.slots", settings.sampler.slots),
                        ("ppo.micro_rows", ppo["micro_rows"])):

@@ -50,6 +50,7 @@ def _micros(batch, steps, rows, row_length, seed):
   zeros = np.zeros((rows, row_length), np.float32)
   for chosen in places[: steps * rows].reshape(steps, rows):
     yield records.MicroBatch(
+      turn=np.zeros_like(zeros, np.int32), weights=zeros, llds_weights=zeros,
       value_weights=zeros, logp=zeros, reference_logp=zeros, values=zeros,
       advantages=zeros, returns=zeros,
       **{name: array[chosen] for name, array in packed.items()},

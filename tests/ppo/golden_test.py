@@ -105,7 +105,10 @@ def test_policy_loss_with_gradient(cases):
 
     def loss(new, old=old, advantages=advantages, mask=mask, params=params):
       log_ratio = jnp.where(mask > 0, new - old, 0.0)
-      token = losses.policy_loss(log_ratio, advantages, params["cliprange"])
+      token = losses.policy_loss(
+        log_ratio, advantages, 1 - params["cliprange"],
+        1 + params["cliprange"],
+      )
       value, hit, kl = (
         losses.masked_sum(x, mask) / mask.sum()
         for x in (token.loss, token.clipped, -log_ratio)

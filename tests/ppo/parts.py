@@ -22,8 +22,10 @@ SPEC = specs.LearnerSpec(
     turn_weight=1.0, strata_blend=0.5,
   ),
   loss=specs.LossSpec(
-    clip_ratio=0.2, value_clip=0.5, entropy_coef=0.001,
-    micro_weighting="token",
+    clip_ratio=0.2, clip_ratio_high=0.0, dual_clip=0.0, ratio="token",
+    aggregation="token", llds_coef=0.0, llds_answer_weight=0.2,
+    old_logp="recompute", importance_cap=2.0, value_clip=0.5,
+    entropy_coef=0.001, micro_weighting="token",
   ),
   kl=specs.KlSpec(
     in_reward=True, coef=0.1, estimator="kl",

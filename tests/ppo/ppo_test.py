@@ -51,7 +51,7 @@ def test_gae_worked_by_hand_across_an_observation():
 def policy_loss(logp, old, advantages, mask):
   log_ratio = jnp.where(mask > 0, logp - old, 0.0)
   return losses.masked_sum(
-    losses.policy_loss(log_ratio, advantages, 0.2).loss, mask
+    losses.policy_loss(log_ratio, advantages, 0.8, 1.2).loss, mask
   )
 
 

@@ -164,3 +164,44 @@ def white(x, where):
   return np.where(
     where, (x - picked.mean()) / np.sqrt(picked.var(ddof=1) + 1e-8), 0.0
   )
+
+
+def policy_loss(gap, advantage, low, high, dual):
+  """PPO's clipped loss of one token."""
+  ratio = np.exp(float(gap))
+  clipped = min(max(ratio, 1 - low), 1 + high)
+  loss = -min(ratio * advantage, clipped * advantage)
+  if dual and advantage < 0:
+    loss = min(loss, dual * -advantage)
+  return loss
+
+
+def packed_turns(segments, turn):
+  """Token places of every turn in packed rows: [(row, places)]."""
+  found = {}
+  for r, t in zip(*np.nonzero(turn >= 0), strict=True):
+    found.setdefault((r, segments[r, t], turn[r, t]), []).append(t)
+  return [(key[0], places) for key, places in found.items()]
+
+
+def log_ratio(logp, old, segments, turn, kind):
+  out = np.zeros(turn.shape)
+  groups = packed_turns(
+    segments, turn if kind == "turn" else np.where(turn >= 0, 0, -1)
+  )
+  if kind == "token":
+    return np.where(turn >= 0, logp - old, 0)
+  for r, places in groups:
+    out[r, places] = np.mean([logp[r, t] - old[r, t] for t in places])
+  return np.minimum(out, 10)
+
+
+def likelihood_drop(logp, old, segments, turn):
+  """(penalty per token, turns that fell)."""
+  out, fell = np.zeros(turn.shape), 0
+  for r, places in packed_turns(segments, turn):
+    drops = [old[r, t] - logp[r, t] for t in places]
+    if sum(drops) > 0:
+      fell += 1
+      out[r, places] = [max(0, d) for d in drops]
+  return out, fell

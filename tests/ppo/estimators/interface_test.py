@@ -1,0 +1,91 @@
+"""A user's own estimator: found by name, checked, named in what goes wrong."""
+
+import sys
+import types as python_types
+
+import numpy as np
+import pytest
+from ppo import parts
+from ppo.estimators.estimators_test import make_batch, make_inputs
+
+from stepsearch_jax import types
+from stepsearch_jax.ppo import estimators
+
+
+@pytest.fixture
+def install(monkeypatch):
+  """Makes a function importable as mine:estimate."""
+
+  def put(function):
+    module = python_types.ModuleType("mine")
+    module.estimate = function
+    monkeypatch.setitem(sys.modules, "mine", module)
+    return estimators.find("mine:estimate")
+
+  return put
+
+
+def run(found):
+  batch, values = make_batch()
+  return found(make_inputs(batch, values=values), parts.SPEC.estimator)
+
+
+def test_a_plain_function_is_an_estimator(install):
+  def estimate(inputs, spec):
+    found = spec.gamma * inputs.rewards * 2
+    return estimators.Estimates(found, found)
+
+  found = install(estimate)
+  assert not found.needs_values and not found.needs_groups
+  batch, _ = make_batch()
+  np.testing.assert_allclose(run(found).advantages, 2 * batch.token_rewards)
+  # Unless it says otherwise, values are trained wherever they exist.
+  np.testing.assert_array_equal(run(found).value_weights, batch.policy_mask)
+
+
+def test_a_marked_function_says_what_it_needs(install):
+  @estimators.estimator(needs_values=True, needs_groups=True)
+  def estimate(inputs, spec):
+    return estimators.Estimates(inputs.values, inputs.values)
+
+  found = install(estimate)
+  assert found.needs_values and found.needs_groups
+  assert found.name == "mine:estimate"
+
+
+def raises(inputs, spec):
+  raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize("function, message", [
+  (lambda i, s: i.rewards, "'mine:estimate' must return Estimates"),
+  (lambda i, s: estimators.Estimates(i.rewards[:, 0], i.rewards),
+   r"'mine:estimate': advantages must have shape \(6, 24\) .* got \(6,\)"),
+  (lambda i, s: estimators.Estimates(i.rewards, 3.0),
+   "returns must have shape .* got float"),
+  (lambda i, s: estimators.Estimates(i.rewards, i.rewards, i.rewards[:1]),
+   r"value_weights must have shape .* got \(1, 24\)"),
+  (raises, "'mine:estimate' raised KeyError: 'no such thing'"),
+])
+def test_what_a_user_gets_wrong_is_one_line(install, function, message):
+  with pytest.raises(types.UserError, match=message) as caught:
+    run(install(function))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, message", [
+  ("gea", "estimator: expected one of bilevel_gae, gae, .*, got 'gea'"),
+  ("nowhere:estimate", "No module named 'nowhere'"),
+  ("math:no_such_name", "no attribute 'no_such_name'"),
+])
+def test_unknown_names_are_refused(name, message):
+  with pytest.raises(types.UserError, match=message):
+    estimators.find(name)
+
+
+def test_every_estimator_of_ours_says_what_it_needs():
+  values = {n for n, e in estimators.REGISTRY.items() if e.needs_values}
+  groups = {n for n, e in estimators.REGISTRY.items() if e.needs_groups}
+  assert values == {"gae", "turn_gae", "bilevel_gae"}
+  assert groups == {"grpo", "rloo", "grpo_no_std", "maxrl", "gigpo",
+                    "turn_rloo", "stratified"}
