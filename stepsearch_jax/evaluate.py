@@ -2,15 +2,22 @@
 
   python -m stepsearch_jax.evaluate --workdir=runs/quickstart
 
+  python -m stepsearch_jax.evaluate --workdir=runs/quickstart \\
+    --suite=musique=dev.jsonl,hotpotqa=hotpot_dev.json
+  python -m stepsearch_jax.evaluate --compare=runs/steppo,runs/ppo
+
 plays the held-out questions with the newest checkpoint of a run; its settings
 come from the folder. With `--model=` (and `--config=`) it plays any Hugging
-Face folder, hub id or GGUF file instead, and with `--predictions=` it only
-scores a file of predictions. Every evaluation
-leaves a card (JSON and Markdown) that says what exactly was measured.
+Face folder, hub id or GGUF file instead, with `--suite=` it asks the questions
+of several benchmarks. `--predictions=` only scores a file of predictions, and
+`--compare=` tells two evaluations of the same questions apart. A killed
+evaluation goes on where it stopped. Every evaluation leaves a card (JSON and
+Markdown) that says what exactly was measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -20,7 +27,12 @@ from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.data import questions
-from stepsearch_jax.evaluation import playing, predictions
+from stepsearch_jax.evaluation import (
+  comparison,
+  playing,
+  predictions,
+  suites,
+)
 from stepsearch_jax.run import reporting
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
@@ -51,6 +63,20 @@ _QUESTIONS = flags.DEFINE_string(
 )
 _SOURCE = flags.DEFINE_string(
   "source", "", "With --predictions: data source of rows that name none."
+)
+_SUITE = flags.DEFINE_string(
+  "suite", None, "Evaluate on these question files instead of data.eval: "
+  "NAME=FILE,NAME=FILE,... (musique, hotpotqa, 2wiki, bamboogle, nq, ...)."
+)
+_ATTEMPTS = flags.DEFINE_integer(
+  "attempts", 1, "Rollouts per question; over 1 needs --temperature.", 1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "Of the decoding; 0 is greedy.", 0.0
+)
+_COMPARE = flags.DEFINE_list(
+  "compare", None, "Two runs, evaluation folders or prediction files: prints "
+  "paired differences on the same questions."
 )
 _SKIP_OVERLONG = flags.DEFINE_bool(
   "skip_overlong", False,
@@ -87,18 +113,33 @@ def _score_predictions() -> None:
     print_sources(table)
 
 
+def _compare(places: list[str]) -> None:
+  if len(places) != 2:
+    raise types.UserError(f"--compare: expected two runs, got {places}")
+  rows = comparison.compare(*places)
+  if _JSON.value:
+    print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+  else:
+    print(comparison.render(rows, *places))
+
+
 def _evaluate_model() -> None:
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+  if _ATTEMPTS.value > 1 and not _TEMPERATURE.value:
+    raise types.UserError(
+      f"--attempts={_ATTEMPTS.value} needs --temperature above 0: greedy "
+      "attempts are all the same"
+    )
+  suite = suites.load_suite(_SUITE.value) if _SUITE.value else []
   if _MODEL.value:
     config.model.reference = _MODEL.value
   elif not (workdir / "checkpoints").exists():
     raise types.UserError(f"--workdir={workdir} has no checkpoints to evaluate")
   experiment = Experiment(Settings.from_config(config), workdir)
+  asked = suite or experiment.eval_questions
   if not _SKIP_OVERLONG.value:
     playing.refuse_overlong(
-      playing.overlong(
-        experiment.eval_questions, experiment.engine.prompt_tokens),
-      len(experiment.eval_questions),
+      playing.overlong(asked, experiment.engine.prompt_tokens), len(asked)
     )
   if _MODEL.value:
     policy, name = experiment.initial_policy(), _MODEL.value
@@ -107,11 +148,23 @@ def _evaluate_model() -> None:
     name = f"{workdir} step {step}"
   # A folder of its own: the card of training's last evaluation stays.
   folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
+  about = {}
+  if suite:
+    folder = folder.with_name(folder.name + "_suite")
+    about = {"questions": _SUITE.value, "split": "benchmark suite"}
+  if _TEMPERATURE.value:
+    folder = folder.with_name(
+      f"{folder.name}_t{_TEMPERATURE.value:g}_k{_ATTEMPTS.value}")
+    about["decoding"] = (f"sampled at temperature {_TEMPERATURE.value:g}, "
+                         f"{_ATTEMPTS.value} attempts (EM and F1 are avg@k)")
   card = reporting.evaluate(
-    experiment, policy, name, folder, _SKIP_OVERLONG.value
+    experiment, policy, name, folder, questions=asked, about=about,
+    suite=bool(suite), skip_overlong=_SKIP_OVERLONG.value,
+    attempts=_ATTEMPTS.value, temperature=_TEMPERATURE.value,
   )
   experiment.engine.close()
   print_sources(card["sources"])
+  print("\n".join(card.get("suite", ())))
   print(f"card: {folder / 'card.md'}   predictions: "
         f"{folder / 'predictions.jsonl'}")
 
@@ -120,8 +173,10 @@ def main() -> None:
   """Entry; see the module docstring."""
   if _PREDICTIONS.value:
     _score_predictions()
+  elif _COMPARE.value:
+    _compare(_COMPARE.value)
   elif not _WORKDIR.value:
-    raise types.UserError("need --predictions, or --workdir")
+    raise types.UserError("need --predictions, --compare or --workdir")
   elif _CONFIG.value is None:
     raise types.UserError(
       f"--workdir={_WORKDIR.value} holds no run (no config.json); with "

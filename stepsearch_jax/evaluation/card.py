@@ -140,6 +140,7 @@ def write_card(folder: epath.Path, card: dict) -> None:
       f"| {hops} | {row['n']} | {row['em']:.4f} | {row['f1']:.4f} |"
       for hops, row in card["hops"].items()
     ]
+  lines += ["", *card.get("suite", ())]
   files.write_text(folder / "card.md", "\n".join(lines) + "\n")
 
 

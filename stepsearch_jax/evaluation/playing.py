@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 
+import tqdm
 from absl import logging
 from etils import epath
 
 from stepsearch_jax import files, types
 from stepsearch_jax.data import coverage, questions
-from stepsearch_jax.evaluation import card
+from stepsearch_jax.evaluation import card, suites
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.rewards import text_match
 
@@ -35,6 +36,8 @@ class Evaluation:
       instead of refusing them.
     absent: ids of gold passages that the corpus lacks; None if nobody looked.
     chunk: questions between two writes.
+    suite: the questions are those of benchmarks; the card shows published
+      rows beside.
     attempts: rollouts per question, over 1 for sampled decoding.
     temperature: 0 for greedy.
   """
@@ -45,6 +48,7 @@ class Evaluation:
   skip_overlong: bool = False
   absent: Collection[str] | None = None
   chunk: int = 512
+  suite: bool = False
   attempts: int = 1
   temperature: float = 0.0
 
@@ -123,6 +127,11 @@ def evaluate(engine, params, tokenizer, job: Evaluation) -> dict:
       done[place] = unplayed(question, refused[question.id])
     else:
       waiting.append(place)
+  bar = tqdm.tqdm(
+    total=len(places), initial=len(places) - len(waiting), desc="evaluate",
+    unit="rollout",
+    disable=len(waiting) <= job.chunk or not distributed.is_primary(),
+  )
   for start in range(0, len(waiting), job.chunk):
     part = waiting[start : start + job.chunk]
     # The episode seeds the sampling, so it must not depend on the chunks.
@@ -135,6 +144,8 @@ def evaluate(engine, params, tokenizer, job: Evaluation) -> dict:
       done[place] = record(trajectory, tokenizer, job.absent or ())
       if distributed.is_primary():
         log.append({"place": place, "row": done[place]})
+    bar.update(len(part))
+  bar.close()
   return _finish(job, [done[place] for place in places], log)
 
 
@@ -143,6 +154,10 @@ def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
     {**job.settings, **_recall_note(job), "n": len(job.questions)}, records,
     job.attempts,
   )
+  if job.suite:
+    made["suite"] = suites.table(
+      str(job.settings.get("model", "this model")), made["sources"]
+    )
   if distributed.is_primary():
     files.write_text(
       job.folder / "predictions.jsonl", files.to_jsonl(records)

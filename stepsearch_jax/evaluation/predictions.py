@@ -81,7 +81,7 @@ def score_predictions(
   """
   scored, answered = [], set()
   for where, row in _rows(path, scoring):
-    scored.append(_scored(where, row, scoring))
+    scored.append(score_row(where, row, scoring))
     answered.add(str(row.get("id")))
   if not scored:
     raise files.DataError(f"{path}: no predictions in the file")
@@ -130,7 +130,14 @@ def _names(row: Mapping[str, Any]) -> set[str]:
   return {name for name, value in row.items() if not fields.missing(value)}
 
 
-def _scored(where: str, row: Mapping[str, Any], scoring: Scoring) -> dict:
+def score_row(
+  where: str, row: Mapping[str, Any], scoring: Scoring = Scoring()
+) -> dict:
+  """Returns data source, EM and F1 of one row.
+
+  Raises:
+    UserError: naming the place, `where`, and the field.
+  """
   by_release = scoring.preset == "released"
   answer = _answer(where, row, by_release)
   gold = _gold(where, row, scoring)

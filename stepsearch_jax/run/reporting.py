@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from etils import epath
 
@@ -82,34 +84,39 @@ def evaluate(
   policy,
   name: str,
   folder: epath.Path,
-  skip_overlong: bool = False,
+  **changes,
 ) -> dict:
-  """Plays the evaluation questions greedily; returns the card.
+  """Plays the evaluation questions; returns the card.
 
   Args:
     experiment: the run's parts.
     policy: whole policy parameters.
     name: of the policy, for the card.
     folder: receives card.md, card.json and predictions.jsonl.
-    skip_overlong: count questions that are too long as unanswered.
+    **changes: other fields of `playing.Evaluation`, for instance questions,
+      attempts and temperature.
   """
-  settings, questions = experiment.settings, experiment.eval_questions
+  settings = experiment.settings
+  questions = changes.pop("questions", None) or experiment.eval_questions
+  about = card_settings(settings, experiment.retriever, name)
+  about |= changes.pop("about", {})
   job = playing.Evaluation(
-    questions, card_settings(settings, experiment.retriever, name), folder,
-    skip_overlong=skip_overlong, absent=_absent_gold(experiment),
-    chunk=max(256, 8 * settings.sampler.slots),
+    questions, about, folder, absent=_absent_gold(experiment, questions),
+    chunk=max(256, 8 * settings.sampler.slots), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
 
 
-def _absent_gold(experiment: Experiment) -> set[str] | None:
+def _absent_gold(
+  experiment: Experiment, questions: Sequence[types.Question]
+) -> set[str] | None:
   """Returns ids of gold passages that the corpus lacks, None if not known."""
   given = experiment.settings.retrieval
   if given.remote or given.engine == "online":
     return None
   if len(experiment.corpus) > _LOOKED_UP:
     return None
-  _, missing = coverage.audit(experiment.eval_questions, experiment.corpus)
+  _, missing = coverage.audit(questions, experiment.corpus)
   return {passage.id for passage in missing}
 
 
