@@ -166,6 +166,9 @@ def _reward():
   reward.search_steps_reward = True  # False: no step rewards at all.
   reward.search_key_reward = True  # In the outcome.
   reward.gamma_key = 0.618  # Weight of the search keys in the outcome.
+  # Paid for every search that got a result, whatever it found; 0 = off. A
+  # control: does the content of step rewards matter?
+  reward.search_bonus = 0.0
   return reward
 
 

@@ -238,12 +238,12 @@ class Job:
         )
         trajectories = rollout.trajectories
       with watch.time("reward"):
-        scores, per_token = token_rewards.score_trajectories(
+        rewards = token_rewards.score_trajectories(
           settings.reward, trajectories, tokenizer
         )
         batch = batching.trajectories_to_batch(
-          trajectories, per_token, settings.sampler.context, tokenizer.pad_id,
-          settings.batch.rollouts,
+          trajectories, [reward.tokens for reward in rewards],
+          settings.sampler.context, tokenizer.pad_id, settings.batch.rollouts,
           tokenizer.eos_ids if settings.reward.eos == "dropped" else (),
         )
       with watch.time("adv"):
@@ -257,7 +257,9 @@ class Job:
     values = {
       **seen,
       **updated,
-      **reporting.reward_metrics(trajectories, scores),
+      **reporting.reward_metrics(
+        trajectories, [reward.parts for reward in rewards]
+      ),
       **reporting.rollout_metrics(rollout.stats),
       **watch.metrics(),
       "perf/compilations": self.compilations.take(),

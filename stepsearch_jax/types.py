@@ -176,6 +176,8 @@ class Turn:
     retrieved: True when the turn's search was carried out and its result (no
       passage at all, perhaps) was shown; only such turns earn step rewards.
     failed: True when the turn's search failed for good.
+    shown: what of each document's text the observation had room for; None
+      where it had room for all.
   """
 
   text: str
@@ -186,6 +188,14 @@ class Turn:
   action_position: int
   retrieved: bool = False
   failed: bool = False
+  shown: tuple[str, ...] | None = None
+
+  @property
+  def shown_texts(self) -> tuple[str, ...]:
+    """Texts of the documents as far as the policy was shown them."""
+    if self.shown is None:
+      return tuple(passage.text for passage in self.documents)
+    return self.shown
 
 
 @dataclasses.dataclass

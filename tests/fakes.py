@@ -19,8 +19,8 @@ from stepsearch_jax.rollout import (
   engine,
   programs,
   records,
-  text_side,
 )
+from stepsearch_jax.rollout import text_side as text_side_lib
 
 TEXTS = [
   "Question: Who directed the film Silent Harbor?\n<search> Silent Harbor "
@@ -100,6 +100,10 @@ def make_env(template="plain", **changes):
   )
 
 
+def text_side(env, tokenizer, max_turn=12):
+  return text_side_lib.TextSide(env, tokenizer, max_turn)
+
+
 def make_programs(tokenizer, model, slots=4, block=4, context=256,
                   tags=("</search>", "</answer>"), mesh=None, top_k=0,
                   top_p=1.0):
@@ -120,7 +124,7 @@ def make_engine(tokenizer, model, retriever, seed=0, spec=None, env=None,
   env = make_env(**(env or {}))
   return engine.Engine(
     compiled or make_programs(tokenizer, model, **shape),
-    text_side.TextSide(env, tokenizer, spec.max_turn), retriever, spec, seed,
+    text_side(env, tokenizer, spec.max_turn), retriever, spec, seed,
   )
 
 

@@ -86,7 +86,7 @@ class _ReplayedTexts:
   ) -> observations.Encoded:
     """Returns as many tokens as the observation says."""
     del limit
-    return observations.Encoded(self._tokens(int(observation.head)), 0)
+    return observations.Encoded(self._tokens(int(observation.head)), ())
 
   def decode(self, tokens) -> str:
     """Returns nothing; nobody reads it."""

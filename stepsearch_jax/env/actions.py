@@ -7,6 +7,7 @@ import re
 
 from stepsearch_jax import types
 
+_CLOSING = re.compile(r"</(?:search|answer)>")
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
@@ -16,6 +17,16 @@ class ParsedTurn:
 
   action: types.Action
   content: str
+
+
+def until_tag(text: str) -> str:
+  """Returns a turn's text up to and including its first closing tag.
+
+  The token that completes a tag may carry more (`</answer>.`). It belongs to
+  the turn's tokens, but it is no part of what the policy asked for.
+  """
+  match = _CLOSING.search(text)
+  return text[: match.end()] if match else text
 
 
 def parse(text: str) -> ParsedTurn:

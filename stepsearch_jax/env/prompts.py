@@ -120,6 +120,20 @@ def sanitize(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShownDocument:
+  """One document of an observation: its label, its text, its line's end."""
+
+  label: str
+  body: str
+  end: str
+
+  @property
+  def text(self) -> str:
+    """Returns the whole document as the policy reads it."""
+    return self.label + self.body + self.end
+
+
+@dataclasses.dataclass(frozen=True)
 class Template:
   """The fixed texts of one protocol.
 
@@ -146,8 +160,8 @@ class Template:
 
   def format_documents(
     self, documents: Sequence[types.Passage], sanitized: bool = True
-  ) -> list[str]:
-    """Returns one string per document; joined they are an observation's body.
+  ) -> list[ShownDocument]:
+    """Returns the documents whose texts, joined, are an observation's body.
 
     Args:
       documents: passages in rank order.
@@ -155,16 +169,26 @@ class Template:
         reproduction of the released loop switches this off.
     """
     clean = sanitize if sanitized else (lambda text: text)
-    lines = [
-      self.document.format(
-        number=i, title=clean(doc.title), text=clean(doc.text)
+    label, end = self.document.split("{text}")
+    shown = [
+      ShownDocument(
+        label.format(number=i, title=clean(doc.title)), clean(doc.text), end
       )
       for i, doc in enumerate(documents, 1)
     ]
-    if lines:
+    if shown:
       # The released code strips the joined block, not each document.
-      lines[0], lines[-1] = lines[0].lstrip(), lines[-1].rstrip()
-    return lines
+      first = shown[0]
+      shown[0] = ShownDocument(
+        first.label.lstrip(),
+        first.body if first.label.strip() else first.body.lstrip(), first.end,
+      )
+      last = shown[-1]
+      body = last.body.rstrip()
+      shown[-1] = ShownDocument(
+        last.label if body else last.label.rstrip(), body, ""
+      )
+    return shown
 
 
 _RELEASED = dict(

@@ -20,7 +20,7 @@ class Step:
   """What the environment makes of one policy turn.
 
   Attributes:
-    text: the turn's text.
+    text: the turn's text, up to and including its action tag.
     action: what the turn asks for.
     content: query or answer, stripped.
     done: whether the trajectory ends with this turn.
@@ -41,13 +41,14 @@ class Observation:
   """An observation in parts, so that documents can be cut one by one."""
 
   head: str
-  documents: Sequence[str]
+  documents: Sequence[prompts.ShownDocument]
   tail: str
 
   @property
   def text(self) -> str:
-    """The uncut observation."""
-    return self.head + "".join(self.documents) + self.tail
+    """Returns the uncut observation."""
+    documents = "".join(document.text for document in self.documents)
+    return self.head + documents + self.tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class SearchEnv:
 
   def step(self, text: str, turn: int) -> Step:
     """Returns what a policy turn asks for; turns count from 0."""
+    text = actions.until_tag(text)
     parsed = actions.parse(text)
     action, content = parsed.action, parsed.content
     if action is types.Action.ANSWER or self.is_last(turn):

@@ -13,8 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from stepsearch_jax import types
 from stepsearch_jax.rewards import step_rewards, text_match, transcripts
 
@@ -23,6 +21,7 @@ _PAIR = re.compile(
 )
 _SEARCH = re.compile(r"<search>.*?</search>", re.DOTALL)
 _TAG = re.compile(r"</?search>")
+_CLOSING = re.compile(r"</(?:search|answer)>")
 _ASSISTANT = "<|im_start|>assistant"
 
 
@@ -134,50 +133,21 @@ def step_positions(
   encode: Callable[[str], Sequence[int]],
   decode: Callable[[Sequence[int]], str],
 ) -> list[int]:
-  """Token of each answered search by re-encoding the decoded prefix.
+  """Returns the token of each retrieved search by re-encoding the text.
 
   A pair may begin at an unanswered search; its first closing tag counts (B8).
   """
-  text = decode(response_ids)
+  return _text_positions(decode(response_ids), encode)
+
+
+def _text_positions(
+  text: str, encode: Callable[[str], Sequence[int]]
+) -> list[int]:
   ends = [
     text.index("</search>", pair.start()) + len("</search>")
     for pair in _PAIR.finditer(text)
   ]
   return [len(encode(text[:end])) - 1 for end in ends]
-
-
-def reward_row(
-  scores: step_rewards.RewardParts,
-  positions: Sequence[int],
-  length: int,
-  valid: int,
-  step_scale: float,
-) -> np.ndarray:
-  """One row of the released reward tensor.
-
-  Args:
-    scores: of the trajectory.
-    positions: from `step_positions`.
-    length: padded response length.
-    valid: tokens of the response; 0 puts the score last (B5).
-    step_scale: the released constant; the row gets (1 + scale) times it (B1).
-
-  Returns:
-    [length] float32.
-
-  Raises:
-    IndexError: a drifted position lies outside the row (B4).
-  """
-  row = np.zeros(length, np.float32)
-  for position, step in zip(positions, scores.step_scores, strict=False):
-    if position >= length:
-      raise IndexError(
-        f"index {position} is out of bounds for dimension 0 with size {length}"
-      )
-    row[position] = step
-  row += np.float32(step_scale) * row
-  row[valid - 1] = scores.score
-  return row
 
 
 def scored_text(full_text: str) -> str:
@@ -194,24 +164,49 @@ def mix_evidence(
   tokenizer,
 ) -> step_rewards.Evidence:
   """Evidence with the released text sources where the spec asks for them."""
-  text = tokenizer.decode(trajectory.tokens.tolist(), skip_special=False)
+  text = _decoded(trajectory, tokenizer)
   for name in ("<|im_end|>", "<|endoftext|>"):
     text = text.removesuffix(name)
   parsed = evidence(scored_text(text))
   by_text = parsed if spec.scored_text == "regex" else sampled
   by_document = parsed if spec.document_text == "parsed" else sampled
   return step_rewards.Evidence(
-    by_text.queries, by_document.documents, by_text.answer, by_text.well_formed
+    by_text.queries, by_document.documents, by_text.answer,
+    by_text.well_formed, by_document.shown,
   )
 
 
 def trajectory_positions(trajectory: types.Trajectory, tokenizer) -> list[int]:
-  """`step_positions` of a rollout, counted from its first token."""
+  """Returns `step_positions` of a rollout, counted from its first token."""
   start = int((trajectory.turn_index < 0).sum())
-  response = trajectory.tokens[start:].tolist()
-  positions = step_positions(
-    response,
+  positions = _text_positions(
+    _decoded(trajectory, tokenizer, start),
     lambda text: tokenizer.encode(text, special=True),
-    lambda ids: tokenizer.decode(ids, skip_special=False),
   )
   return [start + position for position in positions]
+
+
+def _decoded(trajectory: types.Trajectory, tokenizer, start: int = 0) -> str:
+  """Returns the text of a rollout from token `start` on.
+
+  What the token that closed an action carries behind its tag (`</search>.`) is
+  left out: it would tear the search from its documents and the answer from its
+  end, though the policy could not help writing it.
+  """
+
+  def text_of(first: int, last: int | None) -> str:
+    return tokenizer.decode(
+      trajectory.tokens[first:last].tolist(), skip_special=False
+    )
+
+  pieces = []
+  for turn, place in enumerate(trajectory.turns):
+    end = place.action_position + 1
+    own = trajectory.policy_mask & (trajectory.turn_index == turn)
+    written = text_of(int(own.argmax()), end)
+    tag = _CLOSING.search(written)
+    behind = written[tag.end() :] if tag else ""
+    if behind.strip():
+      pieces.append(text_of(start, end).removesuffix(behind))
+      start = end
+  return "".join([*pieces, text_of(start, None)])

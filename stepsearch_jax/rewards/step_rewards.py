@@ -59,25 +59,29 @@ class RewardSpec:
     gamma_key: weight of the search-key reward.
     information_gain, redundancy_penalty, search_steps_reward,
       search_key_reward: the released ablation switches.
-    outcome_only: answer F1 alone (the paper's PPO and GRPO baselines).
+    outcome_only: only answer F1 is paid (the paper's PPO and GRPO baselines);
+      the other parts are computed all the same.
+    search_bonus: paid for every search that got a result, whatever it found;
+      0 = off. The control that tells what the CONTENT of step rewards does.
   """
 
-  step_scale: float = 0.6
-  malformed: float = 0.0
-  key_match: str = "best"
-  f1_decimals: int | None = None
-  empty_gold: str = "text"
-  step_position: str = "sampled"
-  outcome_on_step: str = "add"
-  document_text: str = "retrieved"
-  scored_text: str = "provenance"
-  eos: str = "trained"
-  gamma_key: float = 0.618
-  information_gain: bool = True
-  redundancy_penalty: bool = True
-  search_steps_reward: bool = True
-  search_key_reward: bool = True
-  outcome_only: bool = False
+  step_scale: float
+  malformed: float
+  key_match: str
+  f1_decimals: int | None
+  empty_gold: str
+  step_position: str
+  outcome_on_step: str
+  document_text: str
+  scored_text: str
+  eos: str
+  gamma_key: float
+  information_gain: bool
+  redundancy_penalty: bool
+  search_steps_reward: bool
+  search_key_reward: bool
+  outcome_only: bool
+  search_bonus: float
 
   def __post_init__(self):
     for field, allowed in (
@@ -89,21 +93,38 @@ class RewardSpec:
       ("scored_text", ("provenance", "regex")),
       ("eos", ("trained", "dropped")),
     ):
-      if getattr(self, field) not in allowed:
-        raise types.UserError(
-          f"reward.{field} must be one of {allowed}, got "
-          f"{getattr(self, field)!r}"
-        )
+      value = getattr(self, field)
+      types.expect(value in allowed, f"reward.{field}", f"one of {allowed}",
+                   value)
 
   @classmethod
   def paper(cls) -> RewardSpec:
     """The method as the paper describes it; the default for training."""
-    return cls()
+    return cls(
+      step_scale=0.6,
+      malformed=0.0,
+      key_match="best",
+      f1_decimals=None,
+      empty_gold="text",
+      step_position="sampled",
+      outcome_on_step="add",
+      document_text="retrieved",
+      scored_text="provenance",
+      eos="trained",
+      gamma_key=0.618,
+      information_gain=True,
+      redundancy_penalty=True,
+      search_steps_reward=True,
+      search_key_reward=True,
+      outcome_only=False,
+      search_bonus=0.0,
+    )
 
   @classmethod
   def released(cls) -> RewardSpec:
     """The released code, quirk for quirk."""
-    return cls(
+    return dataclasses.replace(
+      cls.paper(),
       step_scale=1.6,
       malformed=-1.0,
       key_match="last",
@@ -125,16 +146,19 @@ class Evidence:
   """What of a trajectory is scored, after the choice of text source.
 
   Attributes:
-    queries: all search queries in order.
-    documents: per answered search, the texts it returned.
+    queries: all queries that were searched, in order.
+    documents: per retrieved search, the texts of its documents.
     answer: content of the last answer block, None without one.
     well_formed: the answer block ends the trajectory.
+    shown: as `documents`, what of each text the policy was shown; None where
+      it was shown all of it.
   """
 
   queries: Sequence[str]
   documents: Sequence[Sequence[str]]
   answer: str | None
   well_formed: bool
+  shown: Sequence[Sequence[str]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +172,17 @@ class Gold:
 
 @dataclasses.dataclass(frozen=True)
 class RewardParts:
-  """Scores of one trajectory; lists have one entry per answered search.
+  """What one trajectory earned, part by part.
 
-  `step_scores` are unscaled; `token_rewards` applies `step_scale`. With the
-  released early return (malformed ending) gains and penalties are None.
+  Attributes:
+    score: the outcome that is paid.
+    answer_correct: F1 of the answer.
+    search_key_score: r_key, paid or not.
+    step_scores: per retrieved search, what is paid before `step_scale`.
+    information_gains: per retrieved search, G_t, paid or not; None where the
+      released code returns early (malformed ending).
+    redundancy_penalty: the same of P_t.
+    key_gains: per query, what it added to `search_key_score`.
   """
 
   score: float
@@ -160,6 +191,7 @@ class RewardParts:
   step_scores: list[float]
   information_gains: list[float] | None
   redundancy_penalty: list[float] | None
+  key_gains: list[float]
 
 
 def information_gains(
@@ -167,10 +199,10 @@ def information_gains(
   support: Sequence[str],
   strict: bool = False,
 ) -> list[float]:
-  """G_t of every turn; see the module docstring.
+  """Returns G_t of every turn; see the module docstring.
 
   Args:
-    documents: per turn, the retrieved texts.
+    documents: per turn, the texts that the policy was shown.
     support: gold paragraphs, n >= 1.
     strict: see `tfidf.similarities`.
   """
@@ -188,82 +220,112 @@ def information_gains(
 
 
 def redundancy(
-  documents: Sequence[Sequence[str]], within_turn: bool = False
+  documents: Sequence[Sequence[str]],
+  within_turn: bool = False,
+  shown: Sequence[Sequence[str]] | None = None,
 ) -> list[float]:
-  """P_t of every turn; `within_turn` also counts repeats inside a turn."""
+  """Returns P_t of every turn.
+
+  Args:
+    documents: per turn, the retrieved texts.
+    within_turn: whether repeats inside a turn count as well.
+    shown: see `Evidence`; a document of which nothing was shown has not been
+      seen by a later turn.
+  """
   seen: set[str] = set()
   penalties = []
-  for turn in documents:
+  for texts, parts in zip(documents, shown or documents, strict=True):
     repeated, fresh = 0, set()
-    for text in turn:
+    for text, part in zip(texts, parts, strict=True):
       if text in seen or (within_turn and text in fresh):
         repeated += 1
-      fresh.add(text)
+      if part or text == part:
+        fresh.add(text)
     seen |= fresh
-    penalties.append(repeated / len(turn) if turn else 0.0)
+    penalties.append(repeated / len(texts) if texts else 0.0)
   return penalties
 
 
-def key_score(
+def key_scores(
   queries: Sequence[str],
   keys: Sequence[Sequence[str]],
   match: str = "best",
   decimals: int | None = None,
-) -> float:
-  """r_key of equation 5, or the released variant with match="last"."""
+) -> list[float]:
+  """Returns r_key after each query: equation 5 of the queries up to it.
+
+  Args:
+    queries: in order.
+    keys: per sub-question, its accepted search phrases.
+    match: "best", or the released variant "last".
+    decimals: see `text_match.f1`.
+  """
   if not queries or not keys:
-    return 0.0
+    return [0.0] * len(queries)
   table = np.array(
     [[text_match.f1(query, group, decimals) for group in keys]
      for query in queries]
   )
   if match == "best":
-    return float(table.max(axis=0).mean())
-  held = [0.0] * len(keys)
+    return np.maximum.accumulate(table, axis=0).mean(axis=1).tolist()
+  held, scores = [0.0] * len(keys), []
   for row in table:
     # Ties go to the first group; a query without overlap fills none.
     group = int(row.argmax())
     if row[group] > 0:
       held[group] = float(row[group])
-  return sum(held) / len(keys)
+    scores.append(sum(held) / len(keys))
+  return scores
 
 
 def score(spec: RewardSpec, evidence: Evidence, gold: Gold) -> RewardParts:
-  """Scores one trajectory.
+  """Returns the rewards of one trajectory.
 
   Raises:
     RewardError: the parsed documents have no vocabulary (released preset).
   """
   f1 = text_match.f1 if spec.empty_gold == "never" else text_match.answer_f1
   correct = f1(evidence.answer, gold.answers, spec.f1_decimals)
-  if spec.outcome_only:
-    outcome = correct if evidence.well_formed else spec.malformed
-    return RewardParts(outcome, correct, 0.0, [], [], [])
-  if not evidence.well_formed and spec.malformed < 0:
+  pays_steps = not spec.outcome_only
+  if pays_steps and not evidence.well_formed and spec.malformed < 0:
     # The released code returns before it looks at the searches.
-    return RewardParts(spec.malformed, correct, 0.0, [], None, None)
-  parsed = spec.document_text == "parsed"
-  gains, penalties = [], []
-  if gold.support:
-    try:
-      gains = information_gains(evidence.documents, gold.support, parsed)
-    except tfidf.EmptyVocabularyError as error:
-      raise RewardError("ValueError", str(error)) from error
-    penalties = redundancy(evidence.documents, within_turn=parsed)
-  use_gain = spec.information_gain and spec.search_steps_reward
-  use_penalty = spec.redundancy_penalty and spec.search_steps_reward
+    return RewardParts(spec.malformed, correct, 0.0, [], None, None, [])
+  gains, penalties = _gains_and_penalties(spec, evidence, gold)
+  use_steps = pays_steps and spec.search_steps_reward
+  use_gain = use_steps and spec.information_gain
+  use_penalty = use_steps and spec.redundancy_penalty
   steps = [
     (gain if use_gain else 0.0) - (penalty if use_penalty else 0.0)
     for gain, penalty in zip(gains, penalties, strict=True)
   ]
-  keys = 0.0
-  if gold.search_keys is not None:
-    keys = key_score(
-      evidence.queries, gold.search_keys, spec.key_match, spec.f1_decimals
-    )
+  keys = key_scores(
+    evidence.queries, gold.search_keys or (), spec.key_match, spec.f1_decimals
+  )
+  key_score = keys[-1] if keys else 0.0
   outcome = spec.malformed
   if evidence.well_formed:
     outcome = correct
-    if spec.search_key_reward:
-      outcome += keys * spec.gamma_key
-  return RewardParts(outcome, correct, keys, steps, gains, penalties)
+    if pays_steps and spec.search_key_reward:
+      outcome += key_score * spec.gamma_key
+  return RewardParts(
+    outcome, correct, key_score, steps, gains, penalties,
+    np.diff(keys, prepend=0.0).tolist(),
+  )
+
+
+def _gains_and_penalties(
+  spec: RewardSpec, evidence: Evidence, gold: Gold
+) -> tuple[list[float], list[float]]:
+  """Returns G_t and P_t of every retrieved search, paid or not."""
+  if not gold.support:
+    return [], []
+  parsed = spec.document_text == "parsed"
+  shown = None if parsed else evidence.shown
+  try:
+    gains = information_gains(
+      shown or evidence.documents, gold.support,
+      strict=parsed and not spec.outcome_only,
+    )
+  except tfidf.EmptyVocabularyError as error:
+    raise RewardError("ValueError", str(error)) from error
+  return gains, redundancy(evidence.documents, parsed, shown)

@@ -256,7 +256,8 @@ class _Schedule:
     record.append(encoded.tokens, types.Provenance.OBSERVATION)
     record.turns.append(
       dataclasses.replace(
-        turn, observation=self._texts.decode(encoded.tokens)
+        turn, observation=self._texts.decode(encoded.tokens),
+        shown=encoded.shown(turn.documents),
       )
     )
     self._let_speak(slot)

@@ -9,15 +9,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """An observation as tokens; `cut` of its documents were shortened."""
+  """An observation as tokens.
+
+  Attributes:
+    tokens: head, documents and tail.
+    parts: per document, what is left of its text; None where nothing was cut.
+  """
 
   tokens: list[int]
-  cut: int
+  parts: tuple[str | None, ...]
+
+  @property
+  def cut(self) -> int:
+    """Returns how many documents were cut."""
+    return sum(part is not None for part in self.parts)
+
+  def shown(
+    self, documents: Sequence[types.Passage]
+  ) -> tuple[str, ...] | None:
+    """Returns `types.Turn.shown` of these documents."""
+    if not self.cut:
+      return None
+    return tuple(
+      passage.text if part is None else part
+      for passage, part in zip(documents, self.parts, strict=True)
+    )
 
 
 def fair_shares(sizes: Sequence[int], room: int) -> list[int]:
@@ -49,21 +71,28 @@ def encode(
 
   Args:
     observation: texts.
-    tokenizer: has `encode`.
+    tokenizer: has `encode` and `decode`.
     limit: tokens at most.
   """
-  encode_text = tokenizer.encode
-  head, tail = encode_text(observation.head), encode_text(observation.tail)
-  documents = [encode_text(text) for text in observation.documents]
-  ends = [encode_text("\n") if text.endswith("\n") else []
-          for text in observation.documents]
-  sizes = [len(tokens) for tokens in documents]
-  shares = fair_shares(sizes, limit - len(head) - len(tail))
-  body = []
-  for tokens, end, share in zip(documents, ends, shares, strict=True):
+  head = tokenizer.encode(observation.head)
+  tail = tokenizer.encode(observation.tail)
+  whole = [tokenizer.encode(doc.text) for doc in observation.documents]
+  shares = fair_shares(
+    list(map(len, whole)), limit - len(head) - len(tail)
+  )
+  body, parts = [], []
+  for doc, tokens, share in zip(
+    observation.documents, whole, shares, strict=True
+  ):
+    part = None
     if share < len(tokens):
       # The next document's label starts a line of its own all the same.
-      tokens = tokens[: max(share - len(end), 0)] + end
-    body += tokens[:share]
-  cut = sum(share < size for share, size in zip(shares, sizes, strict=True))
-  return Encoded(head + body + tail, cut)
+      end = tokenizer.encode(doc.end) if doc.end else []
+      kept = tokens[: max(share - len(end), 0)]
+      # Half a character at the cut decodes to a replacement mark.
+      text = tokenizer.decode(kept).removesuffix("\ufffd")
+      part = text[len(doc.label) :]
+      tokens = (kept + end)[:share]
+    body += tokens
+    parts.append(part)
+  return Encoded(head + body + tail, tuple(parts))

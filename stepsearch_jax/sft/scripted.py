@@ -165,8 +165,11 @@ class _Script:
     record.append(encoded.tokens, types.Provenance.OBSERVATION)
     record.truncated_documents += encoded.cut
     record.turns.append(
-      types.Turn(text, types.Action.SEARCH, self.query, tuple(documents),
-                 seen.text, position, retrieved=True)
+      types.Turn(
+        text, types.Action.SEARCH, self.query, tuple(documents),
+        tokenizer.decode(encoded.tokens), position, retrieved=True,
+        shown=encoded.shown(documents),
+      )
     )
     self._advance(documents)
 

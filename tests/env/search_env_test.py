@@ -115,3 +115,31 @@ def test_hostile_document_cannot_close_the_observation(template):
   assert actions.parse(text).action == "invalid"
   assert "<|" not in text and "\x00" not in text
   assert "x < y <b>bold</b>" in text  # Ordinary text stays as it is.
+
+
+def test_what_follows_the_first_closing_tag_is_no_part_of_the_turn():
+  env = search_env.SearchEnv(STEPSEARCH, max_turns=2, topk=3)
+  step = env.step("so <answer> Ada </answer>.", 0)
+  assert step.text == "so <answer> Ada </answer>" and step.content == "Ada"
+  step = env.step("<search> a </search><answer> b </answer>", 0)
+  assert step.text == "<search> a </search>" and step.query == "a"
+  stray = env.step("</search><search> b </search>", 0)
+  assert stray.action is types.Action.INVALID and stray.text == "</search>"
+  assert env.step("no tag at all", 0).text == "no tag at all"
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES.values(),
+                         ids=lambda t: t.name)
+def test_documents_joined_are_the_body_of_the_observation(template):
+  """Labels and texts apart; the first line's start, the last's end go."""
+  for texts in ((" a ", " b "), (" a ", ""), (" ",)):
+    passages = [types.Passage(x, "U {x}", x) for x in texts]
+    shown = template.format_documents(passages)
+    lines = [
+      template.document.format(number=i, title=p.title, text=p.text)
+      for i, p in enumerate(passages, 1)
+    ]
+    lines[0] = lines[0].lstrip()
+    lines[-1] = lines[-1].rstrip()
+    assert [doc.text for doc in shown] == lines
+    assert [doc.body.strip() for doc in shown] == [x.strip() for x in texts]

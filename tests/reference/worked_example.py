@@ -91,7 +91,7 @@ def lines() -> list[str]:
   parts = step_rewards.score(
     spec, token_rewards.evidence(done), token_rewards.gold(QUESTION)
   )
-  rewards = token_rewards.token_rewards(spec, done, parts)
+  rewards = token_rewards.reward(spec, done, parts).tokens
   mask = jnp.asarray(done.policy_mask, jnp.float32)[None]
   logp, reference = _over_row(LOGP), _over_row(REFERENCE_LOGP)
   gap = kl.penalty(logp, reference, "kl")

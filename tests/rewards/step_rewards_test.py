@@ -53,10 +53,10 @@ def test_redundancy_is_the_share_already_seen_in_an_earlier_turn():
 def test_key_score_is_equation_five():
   keys = [["ada birthplace", "birthplace of ada"], ["bo spouse"]]
   # "ada birthplace town" vs "ada birthplace": P 2/3, R 1, F1 0.8.
-  assert step_rewards.key_score(["ada birthplace town"], keys) == (
-    pytest.approx(0.4)
+  assert step_rewards.key_scores(["ada birthplace town"], keys) == (
+    pytest.approx([0.4])
   )
-  assert step_rewards.key_score([], keys) == 0.0
+  assert step_rewards.key_scores([], keys) == []
 
 
 # One concrete case per row of the table of differences.
@@ -64,16 +64,16 @@ def test_key_score_is_equation_five():
 
 def test_row_step_scale_and_outcome_on_a_step_token():
   trajectory = make_trajectory(["<search> q </search>"])
-  scores = step_rewards.RewardParts(1.0, 1.0, 0.0, [0.5], [0.5], [0.0])
-  paper = token_rewards.token_rewards(PAPER, trajectory, scores)
+  parts = step_rewards.RewardParts(1.0, 1.0, 0.0, [0.5], [0.5], [0.0], [0.0])
+  paper = token_rewards.reward(PAPER, trajectory, parts).tokens
   assert paper[5] == pytest.approx(0.3 + 1.0)  # Added.
-  scaled = token_rewards.token_rewards(
-    changed(step_scale=1.6), trajectory, scores
-  )
+  scaled = token_rewards.reward(
+    changed(step_scale=1.6), trajectory, parts
+  ).tokens
   assert scaled[5] == pytest.approx(0.8 + 1.0)
-  over = token_rewards.token_rewards(
-    changed(outcome_on_step="overwrite"), trajectory, scores
-  )
+  over = token_rewards.reward(
+    changed(outcome_on_step="overwrite"), trajectory, parts
+  ).tokens
   assert over[5] == pytest.approx(1.0)
 
 
@@ -86,8 +86,10 @@ def test_row_malformed_ending():
 
 def test_row_key_match():
   queries, keys = ["ada spouse", "ada"], [["ada spouse"]]
-  assert step_rewards.key_score(queries, keys) == 1.0
-  assert step_rewards.key_score(queries, keys, "last") == pytest.approx(2 / 3)
+  assert step_rewards.key_scores(queries, keys) == [1.0, 1.0]
+  assert step_rewards.key_scores(queries, keys, "last") == pytest.approx(
+    [1.0, 2 / 3]
+  )
 
 
 def test_row_f1_rounding():
@@ -141,13 +143,113 @@ def test_search_r1_documents_are_read():
   assert transcripts.evidence(text).documents == [["first", "second"]]
 
 
-def test_outcome_only_rewards_the_answer_alone():
-  spec = changed(outcome_only=True)
-  gold = step_rewards.Gold(["x"], [["q"]], ["d"])
-  seen = step_rewards.Evidence(["q"], [["d"]], "x", True)
-  assert step_rewards.score(spec, seen, gold).score == 1.0
-  assert step_rewards.score(spec, seen, gold).step_scores == []
-  assert step_rewards.score(PAPER, seen, gold).score == pytest.approx(1.618)
+def test_outcome_only_pays_the_answer_alone_and_computes_the_rest():
+  gold = step_rewards.Gold(["x"], [["q"]], ["dd"])
+  seen = step_rewards.Evidence(["q"], [["dd"]], "x", True)
+  paper = step_rewards.score(PAPER, seen, gold)
+  assert paper.score == pytest.approx(1.618)
+  assert paper.step_scores == pytest.approx([1.0])
+  alone = step_rewards.score(changed(outcome_only=True), seen, gold)
+  assert alone.score == 1.0 and alone.step_scores == [0.0]
+  for name in ("answer_correct", "search_key_score", "information_gains",
+               "redundancy_penalty", "key_gains"):
+    assert getattr(alone, name) == getattr(paper, name), name
+  assert alone.information_gains == [pytest.approx(1.0)]
+  assert alone.key_gains == [1.0]
+  # Also where the released code looks at nothing behind a malformed ending.
+  torn = dataclasses.replace(seen, well_formed=False)
+  alone = step_rewards.score(
+    dataclasses.replace(RELEASED, outcome_only=True), torn, gold
+  )
+  assert alone.score == -1
+  assert alone.information_gains == [pytest.approx(1.0)]
+  assert step_rewards.score(RELEASED, torn, gold).information_gains is None
+
+
+def test_gain_is_paid_for_what_was_shown_and_not_for_what_was_cut():
+  gold = step_rewards.Gold(["x"], None, ["alpha beta"])
+  idf = np.log(3 / 2) + 1  # Of the word that only the gold has.
+  whole = step_rewards.Evidence(["q"], [["alpha beta"]], "x", True)
+  cut = dataclasses.replace(whole, shown=[["alpha"]])
+  gone = dataclasses.replace(whole, shown=[[""]])
+  gains = [step_rewards.score(PAPER, seen, gold).information_gains[0]
+           for seen in (whole, cut, gone)]
+  assert gains[0] == pytest.approx(1.0) and gains[2] == 0.0
+  # "alpha" is in both texts (idf 1), "beta" in the gold alone.
+  assert gains[1] == pytest.approx(1 / np.sqrt(1 + idf**2))
+
+
+def test_a_document_of_which_nothing_was_shown_has_not_been_seen():
+  turns = [["a", "b"], ["a", "b"]]
+  assert step_rewards.redundancy(turns) == [0.0, 1.0]
+  shown = [["a", ""], ["a", "b"]]
+  assert step_rewards.redundancy(turns, shown=shown) == [0.0, 0.5]
+
+
+def test_key_gains_are_what_each_query_adds():
+  gold = step_rewards.Gold(["x"], [["ada"], ["bo"]], [])
+  seen = step_rewards.Evidence(["bo", "bo", "ada"], [[], [], []], "x", True)
+  parts = step_rewards.score(PAPER, seen, gold)
+  assert parts.key_gains == [0.5, 0.0, 0.5] and parts.search_key_score == 1.0
+
+
+def two_searches():
+  """Prompt of 2; search, failed search, search, answer; 3 tokens each."""
+  passage = types.Passage("d", "t", "alpha beta")
+  search = types.Turn("", types.Action.SEARCH, "ada", (passage,), "", 4,
+                      retrieved=True)
+  turns = [
+    search,
+    dataclasses.replace(search, content="bo", documents=(), retrieved=False,
+                        failed=True, action_position=7),
+    dataclasses.replace(search, content="cy", action_position=10),
+    types.Turn("<answer> x </answer>", types.Action.ANSWER, "x", (), "", 13),
+  ]
+  return types.Trajectory(
+    question=types.Question(
+      "1", "?", ("x",), search_keys=(("ada",), ("bo",), ("cy",)),
+      support=(types.Passage("d", "t", "alpha beta"),),
+    ),
+    episode=0, tokens=np.arange(14, dtype=np.int32),
+    provenance=np.array([0] * 2 + [1] * 12, np.int8),
+    turn_index=np.repeat([-1, 0, 1, 2, 3], [2, 3, 3, 3, 3]).astype(np.int16),
+    logprobs=np.zeros(14, np.float32), turns=turns, answer="x",
+    stop_reason=types.StopReason.ANSWER,
+  )
+
+
+def test_turn_rewards_hold_the_parts_and_sum_to_the_token_rewards():
+  """gain 1 then 0, redundancy 0 then 1, keys of two of three groups."""
+  (reward,) = token_rewards.score_trajectories(PAPER, [two_searches()], None)
+  assert [t.gain for t in reward.turns] == pytest.approx([1, 0, 0, 0])
+  assert [t.redundancy for t in reward.turns] == [0, 0, 1, 0]
+  # The failed search for "bo" earns no key.
+  assert [t.key for t in reward.turns] == pytest.approx([1 / 3, 0, 1 / 3, 0])
+  assert [t.step for t in reward.turns] == pytest.approx([0.6, 0, -0.6, 0])
+  outcome = 1 + 0.618 * 2 / 3
+  assert [t.paid for t in reward.turns] == pytest.approx(
+    [0.6, 0, -0.6, outcome]
+  )
+  assert [t.position for t in reward.turns] == [4, 7, 10, 13]
+  want = np.zeros(14)
+  want[[4, 10, 13]] = 0.6, -0.6, outcome
+  np.testing.assert_allclose(reward.tokens, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("outcome_only, steps, outcome", [
+  (False, [0.6, -0.6], 1 + 0.618 * 2 / 3), (True, [0.0, 0.0], 1.0)
+])
+def test_the_search_bonus_is_paid_once_per_retrieved_search(
+  outcome_only, steps, outcome
+):
+  spec = changed(search_bonus=0.25, outcome_only=outcome_only)
+  (reward,) = token_rewards.score_trajectories(spec, [two_searches()], None)
+  want = np.zeros(14)
+  want[[4, 10, 13]] = steps[0] + 0.25, steps[1] + 0.25, outcome
+  np.testing.assert_allclose(reward.tokens, want, atol=1e-6)
+  assert [t.step for t in reward.turns] == pytest.approx(
+    [steps[0] + 0.25, 0, steps[1] + 0.25, 0]
+  )
 
 
 def make_trajectory(texts):

@@ -12,7 +12,9 @@ from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 from stepsearch_jax.env.actions import ParsedTurn
 from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.rewards import step_rewards, token_rewards
+from stepsearch_jax.rollout import automaton
 from stepsearch_jax.rollout import engine as engine_lib
 
 
@@ -220,14 +222,15 @@ def test_a_document_full_of_tags_earns_nothing(scripted):
     done.question, search_keys=(("gold",),), answers=("Ada",)
   )
   spec = step_rewards.RewardSpec.paper()
-  scores, rewards = token_rewards.score_trajectories(spec, [done], None)
-  assert scores[0].answer_correct == 0 and scores[0].search_key_score == 0
+  (reward,) = token_rewards.score_trajectories(spec, [done], None)
+  assert reward.parts.answer_correct == 0
+  assert reward.parts.search_key_score == 0
   assert done.answer == "wrong"
-  assert (rewards[0][~done.policy_mask] == 0).all()
+  assert (reward.tokens[~done.policy_mask] == 0).all()
   # And unescaped markup would not help either: provenance decides.
   done.turns[0] = dataclasses.replace(done.turns[0], observation=hostile)
-  again, _ = token_rewards.score_trajectories(spec, [done], None)
-  assert again[0].search_key_score == 0
+  (again,) = token_rewards.score_trajectories(spec, [done], None)
+  assert again.parts.search_key_score == 0
 
 
 def test_turn_limit_forces_an_end_and_a_search_there_gets_nothing(scripted):
@@ -243,6 +246,12 @@ def test_long_documents_are_cut_and_a_full_context_ends_the_row(scripted):
   (done,) = scripted(["<search> a </search>"] * 9, text="word " * 200,
                      max_turns=8, context=192).trajectories
   assert done.truncated_documents > 0
+  # What is rewarded is what the policy was shown, a part of each document.
+  for turn in done.turns[:-1]:
+    assert len(turn.shown) == len(turn.documents) == 2
+    for part, passage in zip(turn.shown, turn.documents, strict=True):
+      assert part and part != passage.text and passage.text.startswith(part)
+      assert part in turn.observation
   assert done.stop_reason is types.StopReason.CONTEXT
   assert len(done.tokens) <= 192
   for turn in done.turns[:-1]:
@@ -277,11 +286,14 @@ def test_a_failed_search_is_marked_and_the_rollout_goes_on(parts, scripted):
   assert [t.retrieved for t in trajectory.turns] == [False, True, False]
   assert search_env.FAILED in trajectory.turns[0].observation
   spec = step_rewards.RewardSpec.paper()
-  (scores,), (rewards,) = token_rewards.score_trajectories(
-    spec, [trajectory], parts[0]
+  trajectory.question = dataclasses.replace(
+    trajectory.question, search_keys=(("bad",), ("good",))
   )
-  assert len(scores.step_scores) == 1
-  assert rewards[trajectory.turns[0].action_position] == 0
+  (reward,) = token_rewards.score_trajectories(spec, [trajectory], parts[0])
+  assert len(reward.parts.step_scores) == 1
+  assert reward.tokens[trajectory.turns[0].action_position] == 0
+  # The query found nothing, so it earns no key either.
+  assert reward.parts.search_key_score == 0.5
 
 
 def test_a_rollout_that_waits_for_searches_says_so(caplog):
@@ -295,3 +307,93 @@ def test_a_rollout_that_waits_for_searches_says_so(caplog):
   stats.retrieval_wait_seconds = 1.0
   engine_lib._warn_of_waiting(stats)
   assert not caplog.text
+
+
+@pytest.fixture(scope="module")
+def smollm2(shared):
+  return tokenizer_lib.load(
+    str(shared / "golden/tokenizer_smollm2/tokenizer.json")
+  )
+
+
+TAGS = ("</search>", "</answer>")
+
+
+@pytest.fixture(scope="module")
+def carrying(smollm2):
+  """Tokens that may close a tag and carry more: (end of tag, rest)."""
+  entries = smollm2.token_bytes()
+  stops = automaton.build_automaton(entries, TAGS, ())
+  found = {}
+  for token, text in enumerate(entries):
+    for tag in TAGS:
+      for size in range(1, len(tag) + 1):
+        piece = tag[-size:].encode()
+        if text and text.startswith(piece) and len(text) > size:
+          # It really stops from the state that the rest of the tag leads to.
+          state = 0
+          for byte in tag[: len(tag) - size]:
+            state = stops.table[state, smollm2.encode(byte)[0]]
+          assert stops.table[state, token] >= stops.first_stop, (text, tag)
+          found[token] = (piece, text[size:])
+  return found
+
+
+def test_the_vocabulary_has_stop_tokens_that_carry_more(carrying):
+  """Entries such as `>.`; all begin with the bracket that closes a tag."""
+  assert len(carrying) >= 15
+  assert {piece for piece, _ in carrying.values()} == {b">"}
+  assert b"." in {rest for _, rest in carrying.values()}
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_what_a_stop_token_carries_behind_its_tag_does_not_count(
+  smollm2, carrying, preset
+):
+  """`</search>.` and `</answer>.` earn what the bare tags earn."""
+
+  class Texts:
+    """Turns whose last token is replaced by one that carries more."""
+
+    def __init__(self, behind):
+      self.behind = behind
+
+    def encode(self, text):
+      ids = smollm2.encode(text)
+      if self.behind is None:
+        return ids
+      return [*ids[:-1], self.behind]
+
+  spec = step_rewards.PRESETS[preset]()
+
+  def played(behind):
+    compiled = fakes.ScriptedPrograms(
+      Texts(behind), ["<search> Ada </search>", "<answer> Ada </answer>"]
+    )
+    engine = engine_lib.Engine(
+      compiled, fakes.text_side(fakes.make_env("stepsearch"), smollm2),
+      fakes.FakeRetriever(text="Ada was here"),
+      fakes.engine_spec(max_prompt=230, max_observation=64), 0,
+    )
+    compiled.spec = dataclasses.replace(compiled.spec, context=1024)
+    question = types.Question(
+      "1", "Who?", ("Ada",), search_keys=(("Ada",),),
+      support=(types.Passage("x", "x", "Ada was here"),),
+    )
+    (done,) = engine.run({}, [question], [0]).trajectories
+    engine.close()
+    (reward,) = token_rewards.score_trajectories(spec, [done], smollm2)
+    return done, reward
+
+  _, plain = played(None)
+  assert plain.parts.score == pytest.approx(1.618, abs=1e-3)
+  assert plain.parts.step_scores[0] > 0.9
+  for behind in carrying:
+    done, reward = played(behind)
+    assert [t.text for t in done.turns] == [
+      "<search> Ada </search>", "<answer> Ada </answer>"
+    ]
+    assert behind in done.tokens[done.policy_mask]  # It stays in the tokens.
+    assert done.answer == "Ada"
+    assert reward.parts == plain.parts, (behind, carrying[behind])
+    assert reward.tokens.sum() == pytest.approx(plain.tokens.sum())

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from stepsearch_jax import types
+from stepsearch_jax.env.prompts import ShownDocument
 from stepsearch_jax.env.search_env import Observation
 from stepsearch_jax.rollout.observations import encode, fair_shares
 
@@ -14,6 +16,10 @@ class Letters:
 
   def decode(self, tokens):
     return "".join(map(chr, tokens))
+
+
+def observation(*documents):
+  return Observation("<i>", [ShownDocument(*d) for d in documents], "</i>")
 
 
 def test_fair_shares_equal_water_filling_by_hand():
@@ -36,7 +42,7 @@ def test_fair_shares_use_all_room_and_favour_nobody():
 
 
 def test_only_documents_are_cut_and_cuts_are_counted():
-  seen = Observation("<i>", ["aaaaaaaa", "bb"], "</i>")
+  seen = observation(("", "aaaaaaaa", ""), ("", "bb", ""))
   done = encode(seen, Letters(), 13)
   assert Letters().decode(done.tokens) == "<i>aaaabb</i>" and done.cut == 1
   done = encode(seen, Letters(), 99)
@@ -46,6 +52,30 @@ def test_only_documents_are_cut_and_cuts_are_counted():
 
 
 def test_a_cut_document_still_ends_its_line():
-  seen = Observation("<i>", ["aaaaaaa\n", "bb"], "</i>")
+  seen = observation(("", "aaaaaaa", "\n"), ("", "bb", ""))
   done = encode(seen, Letters(), 13)
   assert Letters().decode(done.tokens) == "<i>aaa\nbb</i>" and done.cut == 1
+
+
+def test_what_is_left_of_each_text_is_told_without_its_label():
+  """Room for 12 letters: a cut text, a whole one, one cut inside its label."""
+  seen = observation(("1:", "aaaaaaaa", "\n"), ("2:", "b", "\n"),
+                     ("label:", "cccccc", ""))
+  done = encode(seen, Letters(), 7 + 12)
+  assert Letters().decode(done.tokens) == "<i>1:a\n2:b\nlabe</i>"
+  assert done.parts == ("a", None, "") and done.cut == 2
+  passages = [types.Passage(x, x, f"raw {x}") for x in "abc"]
+  assert done.shown(passages) == ("a", "raw b", "")
+  assert encode(seen, Letters(), 99).shown(passages) is None
+
+
+def test_half_a_character_at_the_cut_is_not_shown():
+  class Bytes:
+    def encode(self, text):
+      return list(text.encode())
+
+    def decode(self, tokens):
+      return bytes(tokens).decode(errors="replace")
+
+  seen = observation(("", "ab\u00e9", ""))
+  assert encode(seen, Bytes(), 7 + 3).parts == ("ab",)
