@@ -102,8 +102,9 @@ def table(model: str, sources: Mapping[str, Mapping]) -> list[str]:
     counts.append(str(row["n"]) if passed is None else
                   f"{row['n']}, pass@{row['attempts']} {_short(passed)}")
   lines = [
-    "EM/F1. Published rows: arXiv 2505.15107, wiki-18, E5, k = 3; a figure over "
-    "another corpus, retriever or part of the questions is another measurement.",
+    "EM/F1. Published rows: arXiv 2505.15107, wiki-18, E5, k = 3; a figure "
+    "over another corpus, retriever or part of the questions is another "
+    "measurement.",
     "", _line("", names), "|---" * (len(names) + 1) + "|",
     _line(model, ours), _line("95 %", intervals), _line("n", counts),
   ]

@@ -98,7 +98,7 @@ def _parse(body: dict, k: int) -> list[types.Passage]:
   for rank, item in enumerate((body.get("organic") or [])[:k]):
     title = str(item.get("title") or "")
     text = str(item.get("snippet") or "")
-    link = item.get("link") or f"{title}\n{text}"
+    link = item.get("link") or types.Passage.of(title, text).id
     digest = hashlib.sha256(link.encode()).hexdigest()[:16]
     # Engines rank without scores; falling ones keep the order when merged.
     passages.append(types.Passage(digest, title, text, 1.0 / (rank + 1)))

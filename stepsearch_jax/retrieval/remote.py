@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import random
 import threading
 import time
@@ -303,11 +302,11 @@ def _parse(body: dict, count: int) -> list[list[types.Passage]]:
         text = document.get("content", document.get("text"))
       if not isinstance(text, str):
         raise types.UserError(f"a document without text: {sorted(document)}")
-      # Servers differ in whether documents have ids; texts always identify.
-      digest = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:16]
+      identity = document.get("id")
+      if identity is None:  # Servers differ; texts always identify.
+        identity = types.Passage.of(title, text).id
       passages.append(types.Passage(
-        str(document.get("id", digest)), title, text,
-        float(item.get("score", 0.0)),
+        str(identity), title, text, float(item.get("score", 0.0))
       ))
     out.append(passages)
   return out

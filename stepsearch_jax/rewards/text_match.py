@@ -1,6 +1,6 @@
 """Exact match and token F1 of answers: the only copy in the project.
 
-SQuAD normalisation (Rajpurkar et al., 2016) in the order of the released
+SQuAD normalization (Rajpurkar et al., 2016) in the order of the released
 code: lower case, strip ASCII punctuation, drop articles, squeeze spaces.
 """
 

@@ -69,7 +69,8 @@ class Experiment:
     """Training and held-out questions where one file holds both."""
     data, path = self.settings.data, self._paths["train"]
     found = questions_lib.load_questions(
-      path, limit=data.limit or None, require_support=True
+      path, limit=data.limit or None,
+      require_support=not self.settings.reward.outcome_only,
     )
     if self._paths["eval"]:
       return found, []

@@ -60,7 +60,7 @@ class Writer(Protocol):
   name: str
 
   def write(self, prompts: Sequence[str]) -> list[str]:
-    """One completion per prompt."""
+    """Returns one completion per prompt."""
 
 
 class CachedWriter:
@@ -75,7 +75,7 @@ class CachedWriter:
     self._known = {row["prompt"]: row["text"] for row in self._log.rows()}
 
   def write(self, prompts: Sequence[str]) -> list[str]:
-    """See `Writer.write`; new completions are stored batch by batch."""
+    """Returns completions as `Writer.write`; stores new ones by batches."""
     missing = [p for p in dict.fromkeys(prompts) if p not in self._known]
     bar = tqdm.tqdm(total=len(missing), desc=self.name, unit="prompt",
                     disable=not missing)
@@ -107,7 +107,7 @@ class RuleWriter:
   name = "rules"
 
   def write(self, prompts: Sequence[str]) -> list[str]:
-    """Queries, one per line."""
+    """Returns queries, one per line, for each prompt."""
     return ["\n".join(self._queries(prompt)) for prompt in prompts]
 
   def _queries(self, prompt: str) -> list[str]:
@@ -161,7 +161,7 @@ def resolved(question: types.Question) -> list[str]:
 
 
 def parse_queries(text: str, count: int) -> list[str]:
-  """The first `count` distinct queries of a completion, one per line."""
+  """Returns the first `count` distinct queries of a text, one per line."""
   queries = []
   for line in text.splitlines():
     query = _MARKER.sub("", line).strip().strip("\"'`")
@@ -173,7 +173,7 @@ def parse_queries(text: str, count: int) -> list[str]:
 def write_queries(
   questions: Sequence[types.Question], writers: Sequence[Writer], count: int
 ) -> list[list[dict[str, list[str]]]]:
-  """Per question and hop: {query: names of the writers that wrote it}."""
+  """Returns {query: names of its writers} per question and hop."""
   hops = [resolved(question) for question in questions]
   prompts = [
     _QUERY_PROMPT.format(count=count, question=hop)
@@ -195,7 +195,7 @@ def write_queries(
 def gold_of_hop(
   question: types.Question, hop: int
 ) -> tuple[list[types.Passage], bool]:
-  """(supporting passages of a hop, True if they belong to it alone)."""
+  """Returns a hop's gold passages, and whether they are its alone."""
   place = question.decomposition[hop].support
   if 0 <= place < len(question.support):
     return [question.support[place]], True
@@ -246,7 +246,7 @@ def pseudo_label(
 
 
 def _holds(text: str, answer: str) -> bool:
-  """Whether the words of an answer stand in a text; yes and no never count."""
+  """Returns whether an answer's words are in a text; yes and no never are."""
   words = text_match.normalize_answer(answer)
   if words in ("", "yes", "no"):
     return False
@@ -256,7 +256,7 @@ def _holds(text: str, answer: str) -> bool:
 def _search_all(
   retrievers: Mapping[str, object], queries: Sequence[str], k: int
 ) -> dict[str, dict[str, list[types.Passage]]]:
-  """{retriever: {query: passages}}, the retrievers side by side."""
+  """Returns {retriever: {query: passages}}; all retrievers at a time."""
 
   def ask(item):
     name, retriever = item
@@ -325,10 +325,10 @@ def filter_queries(
 
 
 def released_row(question: types.Question) -> dict:
-  """A question in the schema of StepSearch's released files.
+  """Returns a question in the schema of StepSearch's released files.
 
-  The field `pseudo_support` is ours: true if the supporting passages are only
-  such as hold the sub-answers.
+  The field `pseudo_support` is this project's: true if the supporting passages
+  are guesses, passages in which the sub-answers stand.
   """
   return {
     "id": question.id,
@@ -347,7 +347,7 @@ def released_row(question: types.Question) -> dict:
 
 def render_report(report: Mapping[str, Mapping[str, int]],
                   retrievers: Sequence[str]) -> str:
-  """The report as a Markdown table of shares."""
+  """Returns the report as a Markdown table of shares."""
   lines = ["| queries | written | kept | " + " | ".join(retrievers) + " |",
            "|---" * (3 + len(retrievers)) + "|"]
   for name, group in report.items():

@@ -18,12 +18,12 @@ from stepsearch_jax.supervision import writers as writers_lib
 
 
 def is_url(name: str) -> bool:
-  """Whether a writer or retriever is a server."""
+  """Returns whether a writer or retriever is a server."""
   return name.startswith(("http://", "https://"))
 
 
 def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
-  """A cached writer: "rules", URL#MODEL of an endpoint, or a local model."""
+  """Returns a cached writer: "rules", URL#MODEL, or a local model."""
   if name == "rules":
     writer = supervision.RuleWriter()
   elif is_url(name):
@@ -37,7 +37,7 @@ def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
 
 
 def open_retrievers(names, passages, cache: epath.Path) -> dict:
-  """Retrievers by name: "bm25", the URL of a /retrieve server, or an encoder.
+  """Returns retrievers by name: "bm25", a /retrieve URL, or an encoder.
 
   Indexes stay in `cache`.
   """

@@ -1,4 +1,4 @@
-"""The question stream: resumable, complete, split without overlap."""
+"""The question stream: resumable and complete."""
 
 import collections
 
@@ -25,18 +25,17 @@ def test_a_batch_depends_on_seed_and_step_alone():
   assert one.indices(2) != QuestionStream(QUESTIONS, 4, seed=2).indices(2)
 
 
-def test_process_slices_make_up_the_global_batch():
-  whole = QuestionStream(QUESTIONS, 6, seed=3)
-  parts = [
-    QuestionStream(QUESTIONS, 6, seed=3, process_index=i, process_count=3)
-    for i in range(3)
-  ]
+def test_batches_do_not_depend_on_their_size():
+  small = QuestionStream(QUESTIONS, 3, seed=1)
+  large = QuestionStream(QUESTIONS, 6, seed=1)
   for step in range(4):
-    assert sum((p.indices(step) for p in parts), []) == whole.indices(step)
+    assert large.indices(step) == (
+      small.indices(2 * step) + small.indices(2 * step + 1))
 
 
-def test_batch_larger_than_the_data_and_uneven_split():
+def test_a_batch_may_be_larger_than_the_data_and_not_empty():
   counts = collections.Counter(QuestionStream(QUESTIONS, 25, 0).indices(0))
   assert set(counts.values()) == {2, 3}
-  with pytest.raises(ValueError, match="5 is not divisible by 2 processes"):
-    QuestionStream(QUESTIONS, 5, 0, process_count=2)
+  for questions, size in (([], 4), (QUESTIONS, 0)):
+    with pytest.raises(types.UserError, match="positive batch"):
+      QuestionStream(questions, size, 0)
