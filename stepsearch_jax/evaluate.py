@@ -150,7 +150,8 @@ def _evaluate_model() -> None:
   folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
   about = {}
   if suite:
-    folder = folder.with_name(folder.name + "_suite")
+    names = "_".join(suites.parse_suite(_SUITE.value))
+    folder = folder.with_name(f"{folder.name}_on_{names}")
     about = {"questions": _SUITE.value, "split": "benchmark suite"}
   if _TEMPERATURE.value:
     folder = folder.with_name(

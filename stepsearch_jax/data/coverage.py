@@ -16,6 +16,7 @@ from stepsearch_jax import types
 
 _WORD = re.compile(r"\w+")
 ENOUGH = 0.8  # Share of words that two passages of one title must have.
+_SHORT = 20  # Words; one of so few can be all that two texts differ in.
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -31,7 +32,8 @@ def contains(shown: types.Passage, gold: types.Passage) -> bool:
   """Returns whether a passage shows a gold passage or a piece of it.
 
   They have the same words, or the same title and at least 80 % of the words of
-  the shorter one. Case and punctuation do not count.
+  the shorter one, of a short one (under 20 words) all. Case and punctuation do
+  not count.
   """
   ours, theirs = _words(shown.text), _words(gold.text)
   if ours == theirs:
@@ -39,7 +41,8 @@ def contains(shown: types.Passage, gold: types.Passage) -> bool:
   if _title(shown) != _title(gold):
     return False
   shorter = min(len(ours), len(theirs))
-  return shorter > 0 and len(ours & theirs) >= ENOUGH * shorter
+  needed = shorter if shorter < _SHORT else ENOUGH * shorter
+  return shorter > 0 and len(ours & theirs) >= needed
 
 
 def retrieval_recall(

@@ -42,7 +42,7 @@ def make_card(
     "settings": settings,
     "metrics": summarize(records),
     "sources": by_source(records, attempts),
-    "hops": by_hops(records),
+    "hops": by_hops(records, attempts),
   }
 
 
@@ -102,15 +102,15 @@ def _per_question(
   }
 
 
-def by_hops(records: Sequence[dict]) -> dict[str, dict]:
-  """Returns EM, F1 and counts per number of hops, where that is known."""
+def by_hops(records: Sequence[dict], attempts: int = 1) -> dict[str, dict]:
+  """Returns EM, F1 and questions per number of hops, where that is known."""
   groups = collections.defaultdict(list)
   for row in records:
     if row.get("hops"):
       groups[row["hops"]].append(row)
   return {
     str(hops): {
-      "n": len(rows),
+      "n": len(rows) // attempts,
       "em": float(np.mean([row["em"] for row in rows])),
       "f1": float(np.mean([row["f1"] for row in rows])),
     }

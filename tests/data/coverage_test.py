@@ -21,6 +21,9 @@ GOLD = types.Passage.of(
   ("Ada Rook (ferry)", "and later ran the ferry over the Mossing", False),
   ("Ada Rook", "Ada Rook lived in a house by the sea and sold umbrellas to "
    "strangers for most of her days.", False),
+  ("Ada Rook", "and later ran the barge over the Mossing", False),
+  ("Ada Rook", "Ada Rook was born in Lintel, the second of seven children, and "
+   "later ran a ferry over the Mossing until it was closed in 1962.", True),
   ("Ada Rook", "", False), ("", "", False),
 ])
 def test_a_passage_is_found_by_its_words_or_title_and_most_words(

@@ -156,6 +156,8 @@ def test_sampled_attempts_give_their_mean_and_the_share_with_a_right_one(
   assert made["sources"]["b"]["pass_at_k"] == 1.0
   assert made["sources"]["a"]["em"] == 1.0 and made["sources"]["a"]["n"] == 3
   assert made["metrics"]["em"] == 0.75
+  assert {h: (r["n"], r["em"]) for h, r in made["hops"].items()} == {
+    "2": (3, 1.0), "3": (3, 0.5)}
 
 
 def test_means_are_over_the_rows_that_have_the_metric():
