@@ -1,0 +1,150 @@
+"""Trajectories to batches, and batches to packed rows."""
+
+import fakes
+import numpy as np
+import pytest
+
+from stepsearch_jax import types
+from stepsearch_jax.ppo import batching
+
+PROMPT, POLICY, SEEN = (int(p) for p in types.Provenance)
+
+
+def turn(action="search", retrieved=False):
+  action = types.Action(action)
+  return types.Turn("", action, "", (), "", 0, retrieved=retrieved)
+
+
+def trajectory(runs, question, turns):
+  """One of runs of (provenance, turn, tokens)."""
+  tokens, provenance, index = [], [], []
+  for who, number, ids in runs:
+    tokens += ids
+    provenance += [who] * len(ids)
+    index += [number] * len(ids)
+  provenance = np.asarray(provenance, np.int8)
+  logprobs = np.where(provenance == POLICY, -0.5 * np.arange(len(tokens)), 0)
+  return types.Trajectory(
+    question, 0, np.asarray(tokens, np.int32), provenance,
+    np.asarray(index, np.int16), logprobs.astype(np.float32), turns, None,
+    types.StopReason.ANSWER,
+  )
+
+
+def searches(question, *observations, answers=True):
+  """A trajectory that searches once per observation and then answers."""
+  runs, turns = [(PROMPT, -1, [1, 2])], []
+  for number, seen in enumerate(observations):
+    runs += [(POLICY, number, [10 + number]), (SEEN, number, list(seen))]
+    turns.append(turn(retrieved=True))
+  runs.append((POLICY, len(observations), [7, 0]))
+  if answers:
+    turns.append(turn("answer"))
+  return trajectory(runs, question, turns)
+
+
+@pytest.fixture
+def batch():
+  ask = fakes.make_questions(1)[0]  # One id for both questions.
+  played = [
+    searches(ask, (3, 4), (5,)), searches(ask, (3, 4), (3, 4)),
+    searches(ask, (3, 4)), searches(ask, answers=False),
+  ]
+  rewards = [np.where(t.policy_mask, t.tokens, 0) for t in played]
+  return played, batching.trajectories_to_batch(played, rewards, 12, 99, 2)
+
+
+def test_rows_are_padded_copies(batch):
+  played, found = batch
+  for row, t in enumerate(played):
+    size = len(t.tokens)
+    assert found.lengths[row] == size
+    assert found.tokens[row].tolist() == [*t.tokens, *[99] * (12 - size)]
+    on = [*t.policy_mask, *[False] * (12 - size)]
+    assert (found.policy_mask[row] > 0).tolist() == on
+    want = np.where(t.policy_mask, t.tokens, 0)
+    assert found.token_rewards[row, :size].tolist() == want.tolist()
+    assert found.rollout_logp[row, :size].tolist() == t.logprobs.tolist()
+    assert not found.token_rewards[row, size:].any()
+
+
+def test_groups_go_by_place_and_not_by_the_questions_id(batch):
+  assert batch[1].group.tolist() == [0, 0, 1, 1]
+
+
+def test_turns_number_policy_tokens_only(batch):
+  assert batch[1].turn[0].tolist() == [
+    -1, -1, 0, -1, -1, 1, -1, 2, 2, -1, -1, -1
+  ]
+  assert batching.count_turns(batch[1].turn) == 3 + 3 + 2 + 1
+
+
+def test_states_are_equal_where_question_and_last_observation_are(batch):
+  anchor = batch[1].anchor
+  assert anchor.shape == (4, 8)  # Padded, so that shapes rarely change.
+  a, b, c, d = anchor
+  assert a[0] == b[0] and c[0] == d[0] and a[0] != c[0]  # The prompts.
+  assert a[1] == b[1] == b[2] != a[2]  # (3, 4) again, inside a row as well.
+  assert c[1] not in anchor[:2]  # The same words after another question.
+  assert (anchor[:, 3:] == -1).all() and d[1] == -1
+
+
+def test_searches_and_answers_are_counted(batch):
+  assert batch[1].searches.tolist() == [2, 2, 1, 0]
+  assert batch[1].answer_turn.tolist() == [2, 2, 1, -1]
+
+
+def test_dropped_tokens_leave_mask_turn_and_recorded_logp(batch):
+  played = batch[0]
+  zeros = [np.zeros(len(t.tokens), np.float32) for t in played]
+  found = batching.trajectories_to_batch(played, zeros, 12, 99, 2, [0])
+  gone = (found.tokens == 0) & (found.turn < 0)
+  assert gone.sum() == 4 and not found.policy_mask[gone].any()
+  assert not found.rollout_logp[gone].any()
+
+
+def test_what_does_not_fit_is_refused(batch):
+  played = batch[0]
+  zeros = [np.zeros(len(t.tokens), np.float32) for t in played]
+  with pytest.raises(types.UserError, match="10 tokens, rollout.context is 8"):
+    batching.trajectories_to_batch(played, zeros, 8, 99, 2)
+  with pytest.raises(ValueError, match="4 trajectories .* groups of 3"):
+    batching.trajectories_to_batch(played, zeros, 12, 99, 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packing_holds_every_token_once_and_comes_back(seed):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 30, 20)
+  rows = rng.permutation(20)[:13]
+  packing = batching.pack(rows, lengths, 30, 40, 4)
+  assert len(packing.source) % 4 == 0
+  array = rng.normal(size=(20, 30))
+  want = np.zeros_like(array)
+  for row in rows:
+    want[row, : lengths[row]] = array[row, : lengths[row]]
+  np.testing.assert_array_equal(
+    packing.unpack(packing.pack(array), array.shape), want
+  )
+  filled = packing.source >= 0
+  assert filled.sum() == lengths[rows].sum()
+  assert packing.padding_share == pytest.approx(1 - filled.mean())
+  assert ((packing.segment_ids > 0) == filled).all()
+  for r, row in enumerate(packing.segment_ids):
+    for segment in set(row) - {0}:  # Whole, side by side, from position 0 on.
+      where = np.nonzero(row == segment)[0]
+      assert (np.diff(where) == 1).all()
+      steps = packing.positions[r, where]
+      assert steps.tolist() == list(range(len(where)))
+      assert len(set(packing.source[r, where] // 30)) == 1
+
+
+def test_packing_goes_by_length_and_not_by_the_loss_mask():
+  packing = batching.pack([0, 1], np.array([6, 4]), 8, 10, 1)
+  assert len(packing.source) == 1
+  assert packing.source[0].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
+
+
+def test_a_trajectory_longer_than_a_row_is_refused():
+  with pytest.raises(types.UserError, match="11 tokens .* row of 10"):
+    batching.pack([0], np.array([11]), 12, 10, 1)

@@ -1,0 +1,198 @@
+"""What the learner hands to whom: KL, rates, masks, weights, warnings."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppo import parts, update_test
+
+from stepsearch_jax.ppo import (
+  advantages,
+  batch_metrics,
+  model_losses,
+  records,
+  specs,
+)
+
+optax_promotes = update_test.optax_promotes
+
+
+def fresh(ours):
+  reference = jax.tree.map(lambda x: 0.9 * x, update_test.policy())
+  return ours.init_state(update_test.policy(), None, reference)
+
+
+def kl_of(experience):
+  gap = experience.logp - experience.reference_logp
+  return np.where(experience.batch.policy_mask > 0, gap, 0)
+
+
+@pytest.mark.parametrize("in_reward", [True, False])
+def test_the_kl_is_subtracted_from_rewards_only_where_it_belongs(in_reward):
+  ours = update_test.make_learner(kl__in_reward=in_reward)
+  batch = update_test.make_batch()
+  found, metrics = ours.prepare(fresh(ours), batch)
+  gap = kl_of(found)
+  rewards = batch.token_rewards - 0.1 * in_reward * gap
+  assert metrics["critic/rewards/mean"] == pytest.approx(
+    rewards.sum(1).mean(), abs=1e-5
+  )
+  on = batch.policy_mask > 0
+  returns = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+  want = np.where(on, returns - returns[on].mean(), 0)
+  np.testing.assert_allclose(found.advantages, want, atol=1e-4)
+  assert np.abs(gap).max() > 0.01
+  tokens = np.maximum(on.sum(1), 1)
+  assert metrics["critic/kl"] == pytest.approx(
+    (gap.sum(1) / tokens).mean(), abs=1e-5
+  )
+
+
+def test_each_model_has_the_rate_of_its_own_optimizer():
+  ours = update_test.learner.Learner(
+    update_test.MODEL, update_test.MODEL,
+    parts.learner_spec(
+      policy__learning_rate=0.3, policy__warmup=10, value__learning_rate=0.7,
+      value__warmup=0,
+    ), update_test.sharding.make_mesh(),
+  )
+  assert float(ours.policy.rate(0)) == pytest.approx(0.03)
+  assert float(ours.policy.rate(10)) == pytest.approx(0.3)
+  assert float(ours.value.rate(0)) == pytest.approx(0.7)
+
+
+def test_the_released_warm_up_starts_at_nothing():
+  ours = update_test.make_learner(
+    adam__first_rate_zero=True, adam__warmup=4
+  )
+  assert [float(ours.policy.rate(i)) for i in (0, 1, 4)] == pytest.approx(
+    [0, 0.0025, 0.01]
+  )
+
+
+def test_micro_batches_weigh_by_tokens_or_the_same():
+  mask = jnp.array([[1.0, 1.0, 1.0, 0.0]])
+  share = model_losses.Share(*map(jnp.float32, (10, 4, 2)))
+  by_token = model_losses.scale("token", mask, share)
+  by_micro = model_losses.scale("micro_mean", mask, share)
+  assert float(by_token) == pytest.approx(1 / 10)
+  assert float(by_micro) == pytest.approx(1 / (3 * 2))
+  # Also of nothing: no division by zero.
+  nothing = model_losses.Share(*map(jnp.float32, (0, 0, 1)))
+  assert float(model_losses.scale("token", 0 * mask, nothing)) == 1
+  assert float(model_losses.scale("micro_mean", 0 * mask, nothing)) == 1
+
+
+def test_explained_variance_of_perfect_constant_and_opposite_values():
+  returns = jnp.array([[1.0, 3.0, 5.0, 99.0]])
+  mask = jnp.array([[1.0, 1.0, 1.0, 0.0]])
+
+  def share(values):
+    return float(advantages.explained_variance(values, returns, mask))
+
+  assert share(returns) == pytest.approx(1)
+  assert share(0 * returns + 7) == pytest.approx(0)
+  assert share(-returns) == pytest.approx(-3)
+  assert share(0.5 * returns) == pytest.approx(0.75)
+
+
+def test_masks_differ_in_the_released_scope_only():
+  batch = parts.rollout_batch(
+    [[0, 1, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0] * 6],
+    lengths=np.array([5, 6, 6]),
+  )
+  same = records.Masks.of(batch, "policy")
+  assert same.policy is same.advantage is same.value
+  found = records.Masks.of(batch, "attended")
+  np.testing.assert_array_equal(found.policy, batch.policy_mask)
+  assert found.advantage.tolist() == [
+    [0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0] * 6
+  ]
+  assert found.value.tolist() == [  # And the token behind the response.
+    [0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0] * 6
+  ]
+
+
+def test_a_split_state_joins_to_itself_and_stores_no_reference():
+  state = fresh(update_test.make_learner())
+  saved = state.split()
+  assert saved.rest.reference is None and saved.rest.policy.params is None
+  assert saved.policy is state.policy.params
+  again = saved.join(state.reference)
+  assert jax.tree.structure(again) == jax.tree.structure(state)
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state),
+                  strict=True):
+    assert a is b
+
+
+def test_recorded_log_probabilities_save_a_pass_and_report_the_mismatch(
+  monkeypatch
+):
+  ours = update_test.make_learner(loss__old_logp="rollout")
+  batch = update_test.make_batch()
+  state = fresh(ours)
+  on = batch.policy_mask > 0
+  true = np.asarray(update_test.forward(update_test.policy(), batch)[0])
+  batch.rollout_logp = np.where(on, true + 0.25, 0).astype(np.float32)
+  passes = []
+  program = ours._reference_forward
+  monkeypatch.setattr(
+    ours, "_reference_forward",
+    lambda *args: passes.append(args[0]) or program(*args),
+  )
+  found, metrics = ours.prepare(state, batch)
+  np.testing.assert_array_equal(found.logp, batch.rollout_logp)
+  assert all(params is state.reference for params in passes)
+  assert "actor/entropy" not in metrics
+  _, updated = ours.update(state, found)
+  assert updated["rollout_mismatch/mean"] == pytest.approx(0.25, abs=1e-4)
+  entropy = update_test.forward(update_test.policy(), batch)[1]
+  assert updated["actor/entropy"] == pytest.approx(
+    float(np.asarray(entropy)[on].mean()), rel=1e-3
+  )
+
+
+def test_mismatch_metrics_by_hand():
+  batch = parts.rollout_batch([[1, 1, 1, 0]])
+  batch.rollout_logp = np.float32([[-1, -2, -3, 0]])
+  logp = np.float32([[-1, -2.5, -2.95, 9]])
+  found = batch_metrics.rollout_mismatch(batch, logp)
+  gaps = np.array([0, -0.5, 0.05])
+  assert found == pytest.approx({
+    "rollout_mismatch/mean": 0.55 / 3, "rollout_mismatch/max": 0.5,
+    "rollout_mismatch/k3": np.mean(np.exp(gaps) - 1 - gaps),
+    "rollout_mismatch/outside": 1 / 3,
+  }, abs=1e-6)
+  batch.policy_mask[:] = 0
+  assert batch_metrics.rollout_mismatch(batch, logp) == {}
+
+
+def test_old_logp_of_good_and_bad_rows_by_hand():
+  batch = parts.rollout_batch([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0]])
+  zeros = np.zeros((4, 3), np.float32)
+  found = records.Experience(
+    batch, records.Masks.of(batch, "policy"),
+    np.float32([[-1, -3, 9], [-5, 9, 9], [9, 9, 9], [9, -7, 9]]), zeros,
+    zeros, np.float32([[3, -1, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0]]), zeros,
+    zeros, 0.0,
+  )
+  assert batch_metrics.old_logp_by_advantage(found) == pytest.approx({
+    "actor/old_logp/positive": -2, "actor/old_logp/negative": -5,
+  })
+
+
+def test_llds_with_one_optimizer_step_per_batch_warns(caplog):
+  assert parts.SPEC.batch.optimizer_steps(4) == 1
+  assert parts.SPEC.batch.optimizer_steps(5) == 2
+  ours = update_test.make_learner(loss__llds_coef=0.5)
+  state, batch = fresh(ours), update_test.make_batch()
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    ours.update(state, update_test.experience(batch))
+  assert "ppo.llds_coef = 0.5 does nothing" in caplog.text
+
+
+def test_the_kl_that_has_no_gradient_is_no_loss():
+  with pytest.raises(specs.types.UserError, match="ppo.kl_loss_estimator"):
+    parts.learner_spec(kl__loss_estimator="kl")
