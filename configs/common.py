@@ -8,7 +8,9 @@ import ml_collections
 from ml_collections import config_dict
 
 
-def parse_arg(arg, **defaults):
+def parse_arg(
+  arg: str | None, **defaults: str | float
+) -> ml_collections.ConfigDict:
   """Reads `--config=file.py:key=value,flag` into typed values.
 
   Args:
@@ -301,7 +303,7 @@ def _log():
   return log
 
 
-def base():
+def base() -> ml_collections.ConfigDict:
   """The defaults: method and optimizer as released, sizes for one host."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # Of the world, the demonstrations, sampling and batches.

@@ -12,10 +12,14 @@ real input, not a training recipe.
 Hardware: 2 CPU cores, less than 16 GB. Time: see the README's table.
 """
 
+from collections.abc import Callable
+
+import ml_collections
+
 from configs import common
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with the argument `runlocal` (one update of 2 trajectories)."""
   arg = common.parse_arg(arg, runlocal=False)
   config = common.base()
@@ -73,7 +77,7 @@ def get_config(arg=None):
   return config
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   """Learning rates around the default."""
   for policy_lr in (3e-7, 1e-6, 3e-6):
     add(ppo=dict(policy_lr=policy_lr))

@@ -9,10 +9,14 @@ Outcome-only PPO with the same budget:
   --config=configs/quickstart.py:algorithm=ppo
 """
 
+from collections.abc import Callable
+
+import ml_collections
+
 from configs import common
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `algorithm` and `runlocal` (seconds, not minutes)."""
   arg = common.parse_arg(arg, algorithm="steppo", runlocal=False)
   config = common.base()
@@ -67,7 +71,7 @@ def get_config(arg=None):
   return config
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   """Three seeds of StePPO and of the outcome-only baseline."""
   for algorithm in ("steppo", "ppo"):
     for seed in range(3):

@@ -12,10 +12,14 @@ Hardware: meant for v5e-16 or 8 x 80 GB GPUs. Time: not run. Score: not run
 (published for the PyTorch code: MuSiQue EM .181, F1 .273).
 """
 
+from collections.abc import Callable
+
+import ml_collections
+
 from configs import common
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `paper`, `instruct` and `runlocal`."""
   arg = common.parse_arg(arg, paper=False, instruct=False, runlocal=False)
   config = common.base()
@@ -33,7 +37,7 @@ def get_config(arg=None):
   return config
 
 
-def released_training(config):
+def released_training(config: ml_collections.ConfigDict) -> None:
   """Batch, schedule and data of the released train.sh."""
   config.total_steps = 1120
   config.data.train = "musi_answerable_train.jsonl"
@@ -56,7 +60,7 @@ def released_training(config):
   config.eval.every = 50
 
 
-def paper_training(config):
+def paper_training(config: ml_collections.ConfigDict) -> None:
   """Appendix B of the paper where it differs."""
   config.total_steps = 500
   config.batch.questions = 256
@@ -66,7 +70,7 @@ def paper_training(config):
   config.ppo.value_lr = 7e-6
 
 
-def runlocal(config):
+def runlocal(config: ml_collections.ConfigDict) -> None:
   """The same path with a tiny random model on the embedded world."""
   config.total_steps = 1
   config.model.reference = ""
@@ -86,7 +90,7 @@ def runlocal(config):
   config.mesh.fsdp = config.mesh.tensor = 1
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   """The paper's ablation of rewards; every arm plays as many rollouts."""
   add()
   add(reward=dict(search_key_reward=False))

@@ -12,12 +12,14 @@ Hardware: meant for v5p-32 or 16 x 80 GB GPUs. Time: not run. Score: not run
 (published for the PyTorch code: MuSiQue EM .216, F1 .324).
 """
 
+import ml_collections
+
 from configs import common, stepsearch_qwen2_5_3b
 
 sweep = stepsearch_qwen2_5_3b.sweep
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `paper`, `instruct` and `runlocal`."""
   config = stepsearch_qwen2_5_3b.get_config(arg)
   options = common.parse_arg(arg, paper=False, instruct=False, runlocal=False)

@@ -280,7 +280,7 @@ def _start(folder: pathlib.Path, run: Run, command: list[str],
     return subprocess.run(command, stdout=log, stderr=log).returncode
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
   """Entry; see the module docstring."""
   overrides = argv[1:]
   strange = [a for a in overrides

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Read when transformers is imported: no note that torch is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -105,7 +105,7 @@ class Interrupts:
                     "stops at once)", signal.Signals(number).name)
 
   @contextlib.contextmanager
-  def deferred(self):
+  def deferred(self) -> Iterator[None]:
     """Context in which a signal only sets `requested`."""
     self._deferring = True
     try:

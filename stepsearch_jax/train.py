@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import ml_collections
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -52,10 +53,8 @@ _ALLOW_CHANGES = flags.DEFINE_list(
 
 
 def train(
-  config,
-  workdir: epath.Path,
-  interrupts: cli.Interrupts | None = None,
-  allow_changes: Sequence[str] = (),
+  config: ml_collections.ConfigDict, workdir: epath.Path,
+  interrupts: cli.Interrupts | None = None, allow_changes: Sequence[str] = (),
 ) -> dict:
   """Runs (or resumes) one training job.
 

@@ -22,6 +22,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# A pytree: parameters, their shapes, or the places where they live.
+Tree = Any
+
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
@@ -77,6 +80,23 @@ class Retriever(Protocol):
     Raises:
       SearchError: all queries failed.
     """
+    ...
+
+
+class TextCodec(Protocol):
+  """Turns text into token ids and back; `models.tokenizer.Tokenizer` is one."""
+
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    """Returns the ids of a text.
+
+    Args:
+      text: what to encode.
+      special: names of special tokens inside the text become those tokens.
+    """
+    ...
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Returns the text of ids, without special tokens by default."""
     ...
 
 

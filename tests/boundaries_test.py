@@ -117,7 +117,8 @@ def test_only_parallel_writes_partition_specs():
   assert writers == {"parallel"}
 
 
-def test_configs_import_ml_collections_and_configs_only():
+def test_configs_import_ml_collections_configs_and_collections_only():
+  allowed = ("ml_collections", "configs", "collections")
   for path in ROOT.glob("configs/*.py"):
     for name in imports(path):
-      assert name.split(".")[0] in ("ml_collections", "configs"), path
+      assert name.split(".")[0] in allowed, path

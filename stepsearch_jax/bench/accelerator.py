@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepsearch_jax import types
 from stepsearch_jax.bench import (
   duel,
   profile,
@@ -132,7 +133,7 @@ def fitting_layers(config: decoder.DecoderConfig, memory: float) -> int:
   return min(max(layers - layers % 4, 1), config.num_layers)
 
 
-def random_policy(config: decoder.DecoderConfig):
+def random_policy(config: decoder.DecoderConfig) -> types.Tree:
   """Random parameters in the type of compute.
 
   Beside the optimizer there is no room for more.

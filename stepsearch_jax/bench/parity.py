@@ -33,7 +33,7 @@ _LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}
 _STEPS, _PROMPT = 32, 96
 
 
-def small(dtype) -> decoder.DecoderConfig:
+def small(dtype: jax.typing.DTypeLike) -> decoder.DecoderConfig:
   """A decoder that every backend's kernels accept."""
   return decoder.DecoderConfig(
     family="qwen2", vocab_size=2048, hidden_size=256, intermediate_size=512,

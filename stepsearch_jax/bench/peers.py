@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,12 @@ def smollm2(vocab_size: int = 49_152) -> decoder.DecoderConfig:
   )
 
 
-def policy(config: decoder.DecoderConfig):
+def policy(config: decoder.DecoderConfig) -> types.Tree:
   """Our parameters."""
   return heads.init_policy(config, jax.random.key(0))
 
 
-def torch_config(config: decoder.DecoderConfig, **changes):
+def torch_config(config: decoder.DecoderConfig, **changes: Any) -> Any:
   """The same shape as a transformers config."""
   import transformers
 
@@ -39,7 +41,7 @@ def torch_config(config: decoder.DecoderConfig, **changes):
   return transformers.LlamaConfig(**fields)
 
 
-def torch_policy(params, config: decoder.DecoderConfig):
+def torch_policy(params: types.Tree, config: decoder.DecoderConfig) -> Any:
   """transformers' model with our weights."""
   import torch
   import transformers
@@ -82,7 +84,9 @@ class _Numbers:
     return 0
 
 
-def tunix_sampler(params, config: decoder.DecoderConfig, cache_size: int):
+def tunix_sampler(
+  params: types.Tree, config: decoder.DecoderConfig, cache_size: int
+) -> Any:
   """Tunix's vanilla sampler with our weights; its texts are token ids."""
   from flax import nnx
   from tunix.generate import sampler

@@ -34,7 +34,7 @@ def of_call(call: Callable[[], Any]) -> dict[str, Any]:
     return {"profile_error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def summary(profile) -> dict[str, Any]:
+def summary(profile: jax.profiler.ProfileData) -> dict[str, Any]:
   """See `of_call`."""
   spent, spans = collections.Counter(), []
   for plane in profile.planes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.rollout import device
 from stepsearch_jax.rollout import programs as rollout_programs
@@ -12,7 +13,7 @@ BLOCK = 32
 
 
 def endless(
-  config, rows: int, context: int,
+  config: decoder.DecoderConfig, rows: int, context: int,
   kind: type = rollout_programs.RolloutPrograms,
 ) -> rollout_programs.RolloutPrograms:
   """Returns programs of some kind whose automaton never stops."""

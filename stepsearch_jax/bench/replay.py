@@ -17,6 +17,7 @@ from stepsearch_jax.bench import peers
 from stepsearch_jax.bench import programs as bench_programs
 from stepsearch_jax.bench.workload import Replay
 from stepsearch_jax.env import search_env
+from stepsearch_jax.models import decoder
 from stepsearch_jax.rollout import (
   engine,
   observations,
@@ -128,9 +129,11 @@ class Ours:
     stats: are those of the last play.
   """
 
-  def __init__(self, config, params, replays: list[Replay], slots: int,
-               delay: float = 0.0, retrieval_delay: int = 2,
-               shapes: Shapes = Shapes()):  # noqa: B008 - it is frozen
+  def __init__(
+    self, config: decoder.DecoderConfig, params: types.Tree,
+    replays: list[Replay], slots: int, delay: float = 0.0,
+    retrieval_delay: int = 2, shapes: Shapes = Shapes(),
+  ):
     """Prepares everything that a training run keeps between steps."""
     self.params, self._count = params, len(replays)
     context = max(r.total for r in replays) + _ROOM
@@ -174,8 +177,10 @@ class TurnByTurn:
   appended and the whole context prefilled again.
   """
 
-  def __init__(self, config, params, replays: list[Replay],
-               fixed: int | None = None):
+  def __init__(
+    self, config: decoder.DecoderConfig, params: types.Tree,
+    replays: list[Replay], fixed: int | None = None,
+  ):
     """Prepares the model.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from etils import epath
 
@@ -56,7 +57,7 @@ class Report:
         )
     return found
 
-  def measure(self, item, repeats: int) -> dict:
+  def measure(self, item: Any, repeats: int) -> dict:
     """Takes the repeats of a duel or reading that the file lacks.
 
     Args:
@@ -73,7 +74,7 @@ class Report:
       self._write()
     return self._results[key]
 
-  def failed(self, item, error: Exception) -> None:
+  def failed(self, item: Any, error: Exception) -> None:
     """Keeps what a duel or reading raised, until it succeeds."""
     what, work, peer = key = _key_of(item)
     self._failures[key] = {

@@ -13,12 +13,16 @@ import transformers
 
 from stepsearch_jax import types
 from stepsearch_jax.bench import peers
+from stepsearch_jax.models import decoder
 
 
 class TorchPpo:
   """Policy, value model and reference with our weights."""
 
-  def __init__(self, config, params, micro_rows: int, checkpointing: bool):
+  def __init__(
+    self, config: decoder.DecoderConfig, params: types.Tree, micro_rows: int,
+    checkpointing: bool,
+  ):
     """Builds the models and optimisers.
 
     Args:
@@ -77,7 +81,9 @@ class TorchPpo:
         out[rows, 1 : ids.shape[1]] = logps.numpy()
     return out * batch.policy_mask
 
-  def update_policy(self, batch: types.RolloutBatch, old, advantages) -> float:
+  def update_policy(
+    self, batch: types.RolloutBatch, old: np.ndarray, advantages: np.ndarray
+  ) -> float:
     """One optimiser step of the policy; returns the gradient's norm."""
     count = float(batch.policy_mask.sum())
     for ids, inside, rows in self._micros(batch):
@@ -95,7 +101,9 @@ class TorchPpo:
       loss.backward()
     return self._step(self.policy)
 
-  def update_value(self, batch: types.RolloutBatch, returns) -> float:
+  def update_value(
+    self, batch: types.RolloutBatch, returns: np.ndarray
+  ) -> float:
     """One optimiser step of the value model."""
     count = float(batch.policy_mask.sum())
     for ids, inside, rows in self._micros(batch):

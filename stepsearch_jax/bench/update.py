@@ -6,13 +6,14 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.bench import duel, peers, workload
+from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import learner, records, specs
 
@@ -31,7 +32,9 @@ def full_rows(rows: int, length: int, vocab: int) -> types.RolloutBatch:
   return batch
 
 
-def batch_of(replays, vocab: int) -> types.RolloutBatch:
+def batch_of(
+  replays: Sequence[workload.Replay], vocab: int
+) -> types.RolloutBatch:
   """Random tokens in the lengths of a workload."""
   rng = np.random.default_rng(0)
   width = max(r.total for r in replays)
@@ -99,8 +102,10 @@ def learner_spec(
 class Ours:
   """The learner on a batch."""
 
-  def __init__(self, config, params, batch, estimator: str, micro_rows: int,
-               row_length: int):
+  def __init__(
+    self, config: decoder.DecoderConfig, params: types.Tree,
+    batch: types.RolloutBatch, estimator: str, micro_rows: int, row_length: int,
+  ):
     """Places the models; `micro_rows` packed rows are one pass."""
     self._batch = batch
     spec = learner_spec(
@@ -117,12 +122,14 @@ class Ours:
     experience, _ = self._learner.prepare(self._state, self._batch)
     return experience
 
-  def update(self, experience) -> dict[str, float]:
+  def update(self, experience: records.Experience) -> dict[str, float]:
     """Updates on an experience."""
     self._state, metrics = self._learner.update(self._state, experience)
     return metrics
 
-  def experience(self, old, advantages):
+  def experience(
+    self, old: np.ndarray, advantages: np.ndarray
+  ) -> records.Experience:
     """Made-up scores around the batch."""
     zeros = np.zeros_like(old)
     masks = records.Masks.of(self._batch, "policy")

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import tqdm
 from absl import logging
@@ -86,7 +87,9 @@ def refuse_overlong(refused: dict[str, str], total: int) -> None:
     )
 
 
-def evaluate(engine, params, tokenizer, job: Evaluation) -> dict:
+def evaluate(
+  engine: Any, params: types.Tree, tokenizer: types.TextCodec, job: Evaluation
+) -> dict:
   """Plays the questions, writes predictions and card, returns the card.
 
   Nothing is dropped: every question counts, answered or not. Only the primary
@@ -224,7 +227,8 @@ def _asked(question: types.Question) -> dict:
 
 
 def record(
-  trajectory: types.Trajectory, tokenizer, absent: Collection[str] = ()
+  trajectory: types.Trajectory, tokenizer: types.TextCodec,
+  absent: Collection[str] = (),
 ) -> dict:
   """Returns one prediction as a JSON-able row, with all that was seen."""
   question, turns = trajectory.question, trajectory.turns

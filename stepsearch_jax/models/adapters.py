@@ -50,7 +50,9 @@ class AdapterSpec:
       )
 
 
-def init(config: decoder.DecoderConfig, spec: AdapterSpec, key: jax.Array):
+def init(
+  config: decoder.DecoderConfig, spec: AdapterSpec, key: jax.Array
+) -> types.Tree:
   """Adapters that change nothing yet.
 
   Returns:
@@ -80,7 +82,7 @@ def init(config: decoder.DecoderConfig, spec: AdapterSpec, key: jax.Array):
   return tree
 
 
-def logical_axes(trunk_axes):
+def logical_axes(trunk_axes: types.Tree) -> types.Tree:
   """Axis names of adapters, from those of the trunk they adapt."""
   tree = {}
   for name, (module, inputs) in _TARGETS.items():
@@ -92,7 +94,10 @@ def logical_axes(trunk_axes):
   return tree
 
 
-def merge(trunk, adapters, spec: AdapterSpec, dtype):
+def merge(
+  trunk: types.Tree, adapters: types.Tree, spec: AdapterSpec,
+  dtype: jax.typing.DTypeLike,
+) -> types.Tree:
   """A trunk whose layer matrices have the adapters added.
 
   Args:

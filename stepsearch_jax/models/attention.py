@@ -64,7 +64,9 @@ def _merge(blocks, shape):
   return out.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def cached_attention(q, k, v, positions):
+def cached_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> jax.Array:
   """Attention of new tokens over a slot cache.
 
   Args:
@@ -158,7 +160,10 @@ def backend_of(platform: str) -> str:
   return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
 
 
-def packed_attention(q, k, v, segment_ids, backend: str | None = None):
+def packed_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+  backend: str | None = None,
+) -> jax.Array:
   """Causal self-attention of packed rows.
 
   Args:

@@ -91,7 +91,10 @@ class Bert(nn.Module):
     return x
 
 
-def embed(params, tokens, mask, *, config: BertConfig, pooling: str):
+def embed(
+  params: types.Tree, tokens: jax.Array, mask: jax.Array, *, config: BertConfig,
+  pooling: str,
+) -> jax.Array:
   """Unit sentence embeddings.
 
   Args:
@@ -114,7 +117,10 @@ def embed(params, tokens, mask, *, config: BertConfig, pooling: str):
   return pooled / jnp.maximum(norm, 1e-12)
 
 
-def relevance(params, tokens, kinds, mask, *, config: BertConfig):
+def relevance(
+  params: types.Tree, tokens: jax.Array, kinds: jax.Array, mask: jax.Array, *,
+  config: BertConfig,
+) -> jax.Array:
   """Scores of query-passage pairs by a cross-encoder.
 
   Args:

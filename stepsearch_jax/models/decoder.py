@@ -105,7 +105,9 @@ CACHE_AXES = (
 )
 
 
-def init_cache(config: DecoderConfig, slots: int, length: int, dtype) -> Cache:
+def init_cache(
+  config: DecoderConfig, slots: int, length: int, dtype: jax.typing.DTypeLike
+) -> Cache:
   """An empty cache of `slots` rows with `length` positions."""
   keys = (slots, config.num_kv_heads, config.head_dim, length)
   values = (slots, config.num_kv_heads, length, config.head_dim)
@@ -117,8 +119,9 @@ def init_cache(config: DecoderConfig, slots: int, length: int, dtype) -> Cache:
 
 
 def unstack(
-  trunk, count: int, pick: Callable = lambda leaf, i: leaf[i], is_leaf=None
-):
+  trunk: types.Tree, count: int, pick: Callable = lambda leaf, i: leaf[i],
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> types.Tree:
   """A trunk with a subtree for every layer, as the cached forward takes it.
 
   Args:

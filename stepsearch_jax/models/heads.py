@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 
 
@@ -24,12 +25,12 @@ def _boxed_trunk(config: decoder.DecoderConfig, key):
   return decoder.Decoder(config).init(key, tokens, tokens)["params"]
 
 
-def init_trunk(config: decoder.DecoderConfig, key: jax.Array):
+def init_trunk(config: decoder.DecoderConfig, key: jax.Array) -> types.Tree:
   """Random trunk parameters."""
   return nn.unbox(_boxed_trunk(config, key))
 
 
-def init_policy(config: decoder.DecoderConfig, key: jax.Array):
+def init_policy(config: decoder.DecoderConfig, key: jax.Array) -> types.Tree:
   """Random policy parameters."""
   trunk_key, head_key = jax.random.split(key)
   params = {"trunk": init_trunk(config, trunk_key)}
@@ -41,7 +42,7 @@ def init_policy(config: decoder.DecoderConfig, key: jax.Array):
   return params
 
 
-def value_from_policy(policy, key: jax.Array):
+def value_from_policy(policy: types.Tree, key: jax.Array) -> types.Tree:
   """A value model on a copy of the policy's trunk, with a small new head."""
   return {
     "trunk": jax.tree.map(jnp.copy, policy["trunk"]),
@@ -49,27 +50,27 @@ def value_from_policy(policy, key: jax.Array):
   }
 
 
-def value_head(policy, key: jax.Array):
+def value_head(policy: types.Tree, key: jax.Array) -> types.Tree:
   """A small random value head for a policy's trunk."""
   width = policy["trunk"]["embedding"].shape[1]
   kernel = 0.02 * jax.random.normal(key, (width, 1), jnp.float32)
   return {"kernel": kernel, "bias": jnp.zeros((1,), jnp.float32)}
 
 
-def init_value(config: decoder.DecoderConfig, key: jax.Array):
+def init_value(config: decoder.DecoderConfig, key: jax.Array) -> types.Tree:
   """Random value-model parameters."""
   trunk_key, head_key = jax.random.split(key)
   return value_from_policy({"trunk": init_trunk(config, trunk_key)}, head_key)
 
 
-def unembedding(params) -> jax.Array:
+def unembedding(params: types.Tree) -> jax.Array:
   """Output matrix [V, M] of a policy, tied or not."""
   if "head" in params:
     return params["head"]["kernel"]
   return params["trunk"]["embedding"]
 
 
-def logits(params, hidden: jax.Array) -> jax.Array:
+def logits(params: types.Tree, hidden: jax.Array) -> jax.Array:
   """Next-token logits [..., V] float32; for tests and short inputs."""
   weight = unembedding(params).astype(hidden.dtype)
   return jnp.einsum(
@@ -77,7 +78,7 @@ def logits(params, hidden: jax.Array) -> jax.Array:
   )
 
 
-def values(params, hidden: jax.Array) -> jax.Array:
+def values(params: types.Tree, hidden: jax.Array) -> jax.Array:
   """State values [...] float32 of hidden states [..., M]."""
   head = params["value_head"]
   wide = hidden.astype(jnp.float32)
@@ -85,7 +86,9 @@ def values(params, hidden: jax.Array) -> jax.Array:
   return out[..., 0] + head["bias"].astype(jnp.float32)[0]
 
 
-def logical_axes(config: decoder.DecoderConfig, kind: str = "policy"):
+def logical_axes(
+  config: decoder.DecoderConfig, kind: str = "policy"
+) -> types.Tree:
   """Tree of logical axis names like the parameters of `kind`.
 
   Args:

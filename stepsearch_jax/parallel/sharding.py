@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -93,7 +94,8 @@ class DeviceMesh:
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, tensor: int = 1, rules: str = "", devices=None
+  data: int = -1, fsdp: int = 1, tensor: int = 1, rules: str = "",
+  devices: Sequence[jax.Device] | np.ndarray | None = None,
 ) -> DeviceMesh:
   """Returns a mesh over all devices, or the given ones.
 
@@ -204,12 +206,16 @@ def _say_whole(name: str, size: int, axes: str, shards: int) -> None:
   )
 
 
-def named(mesh: DeviceMesh, names, shape) -> NamedSharding:
+def named(
+  mesh: DeviceMesh, names: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding:
   """Returns the sharding of an array with logical axis `names`."""
   return NamedSharding(mesh.mesh, _spec(mesh.mesh, mesh.rules, names, shape))
 
 
-def tree_shardings(mesh: DeviceMesh, axes, shapes):
+def tree_shardings(
+  mesh: DeviceMesh, axes: types.Tree, shapes: types.Tree
+) -> types.Tree:
   """Shardings of a parameter tree.
 
   Args:
@@ -225,7 +231,9 @@ def tree_shardings(mesh: DeviceMesh, axes, shapes):
   )
 
 
-def decode_shardings(mesh: DeviceMesh, axes, shapes):
+def decode_shardings(
+  mesh: DeviceMesh, axes: types.Tree, shapes: types.Tree
+) -> types.Tree:
   """Like `tree_shardings`, but whole along `fsdp`.
 
   Decoding reads every weight for every token: gathering them over `fsdp` once
@@ -254,7 +262,7 @@ def replicated(mesh: DeviceMesh) -> NamedSharding:
   return NamedSharding(mesh.mesh, PartitionSpec())
 
 
-def put(tree, shardings):
+def put(tree: types.Tree, shardings: types.Tree) -> types.Tree:
   """Places arrays on the mesh, in buffers of their own.
 
   Args:
@@ -275,7 +283,7 @@ def put(tree, shardings):
   return jax.tree.map(place, tree, shardings)
 
 
-def abstract(shapes, shardings):
+def abstract(shapes: types.Tree, shardings: types.Tree) -> types.Tree:
   """Shapes that know where their arrays would live, for lowering programs."""
 
   def place(x, where):
@@ -287,7 +295,7 @@ def abstract(shapes, shardings):
 
 
 @contextlib.contextmanager
-def scope(mesh: DeviceMesh):
+def scope(mesh: DeviceMesh) -> Iterator[None]:
   """Makes the models' logical constraints mean this mesh while tracing."""
   with jax.set_mesh(mesh.mesh), nn.logical_axis_rules(_as_flax(mesh.rules)):
     yield
@@ -303,7 +311,10 @@ def shards(name: str, size: int) -> int:
   return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
-def per_device(function, names, out_names, *arrays):
+def per_device(
+  function: Callable[..., jax.Array], names: Sequence[Sequence[str | None]],
+  out_names: Sequence[str | None], *arrays: jax.Array,
+) -> jax.Array:
   """Calls `function` on every device's own part of `arrays`.
 
   For kernels that the compiler cannot partition.

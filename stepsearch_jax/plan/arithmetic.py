@@ -11,9 +11,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from stepsearch_jax.models import attention, decoder, heads
@@ -28,7 +31,7 @@ _STATES = 64  # Upper bound for the stop automaton of the usual tags.
 _USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
 
 
-def resolve_mesh(config, chips: int) -> None:
+def resolve_mesh(config: ml_collections.ConfigDict, chips: int) -> None:
   """Replaces -1 in `config.mesh` by what `chips` devices leave, and checks."""
   sizes = sharding.mesh_shape(
     chips, *(config.mesh[axis] for axis in sharding.AXES)
@@ -37,18 +40,29 @@ def resolve_mesh(config, chips: int) -> None:
   Settings.from_config(config, devices=chips)
 
 
+class Built(NamedTuple):
+  """Programs of a run on described devices, and its largest chunk [B, S]."""
+
+  training: learner.Learner
+  rollout: rollout_programs.RolloutPrograms
+  chunk: tuple[int, int]
+
+
 def _settings(config) -> Settings:
   """The checked settings; `resolve_mesh` has named every axis."""
   return Settings.from_config(config, devices=0)
 
 
-def model_shape(config) -> decoder.DecoderConfig:
+def model_shape(config: ml_collections.ConfigDict) -> decoder.DecoderConfig:
   """Shape of the policy from `model.size` alone; nothing is downloaded."""
   return _settings(config).decoder(config.model.size.vocab)
 
 
-def build(config, machine: Machine, devices):
-  """(learner, rollout programs, largest chunk shape) on described devices."""
+def build(
+  config: ml_collections.ConfigDict, machine: Machine,
+  devices: Sequence[jax.Device],
+) -> Built:
+  """Returns the programs of a run, which need devices as descriptions only."""
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   model = dataclasses.replace(
     model_shape(config), attention=attention.backend_of(machine.platform)
@@ -61,7 +75,7 @@ def build(config, machine: Machine, devices):
   )
   rollout = config.rollout
   chunk = (rollout.extend_rows[-1], rollout.extend_tokens[-1])
-  return learner.Learner(model, model, spec, mesh), programs, chunk
+  return Built(learner.Learner(model, model, spec, mesh), programs, chunk)
 
 
 def _bytes(shapes, shardings) -> int:
@@ -74,7 +88,7 @@ def _bytes(shapes, shardings) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def resident(config) -> dict[str, float]:
+def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Bytes per chip of what a run keeps, by part."""
   model = model_shape(config)
   mesh = sharding.abstract_mesh(**config.mesh)
@@ -161,7 +175,9 @@ def _temporary(config) -> dict[str, float]:
   return found
 
 
-def program_peaks(config, programs) -> dict[str, float]:
+def program_peaks(
+  config: ml_collections.ConfigDict, programs: Mapping[str, Mapping[str, int]]
+) -> dict[str, float]:
   """Bytes per chip while each program runs: resident parts and its own."""
   parts = resident(config)
   always = sum(v for k, v in parts.items() if k not in _ROLLOUT_PARTS)
@@ -183,7 +199,9 @@ def program_peaks(config, programs) -> dict[str, float]:
   }
 
 
-def step_times(config, machine: Machine, tokens: int, share: float):
+def step_times(
+  config: ml_collections.ConfigDict, machine: Machine, tokens: int, share: float
+) -> dict[str, dict[str, Any]]:
   """Roofline of a step's phases.
 
   Args:
@@ -267,7 +285,9 @@ def _changes(config):
     yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
 
 
-def advice(config, peak: float, limit: float) -> list[tuple[str, float]]:
+def advice(
+  config: ml_collections.ConfigDict, peak: float, limit: float
+) -> list[tuple[str, float]]:
   """Up to three field changes, one upon the other, until the run fits.
 
   Args:
@@ -296,7 +316,8 @@ def advice(config, peak: float, limit: float) -> list[tuple[str, float]]:
 
 
 def make_plan(
-  config, machine: Machine, programs: dict, tokens: int, share: float
+  config: ml_collections.ConfigDict, machine: Machine, programs: dict,
+  tokens: int, share: float,
 ) -> dict:
   """Everything that `render` prints, JSON-able."""
   peaks = program_peaks(config, programs)

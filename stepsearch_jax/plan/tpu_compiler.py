@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+import jax
+import ml_collections
 import tqdm
 
 from stepsearch_jax import types
@@ -11,7 +14,7 @@ from stepsearch_jax.plan import arithmetic as planning
 from stepsearch_jax.plan import machines
 
 
-def topology_devices(machine: machines.Machine):
+def topology_devices(machine: machines.Machine) -> Sequence[jax.Device]:
   """Device descriptions of a TPU slice that need not exist here.
 
   Raises:
@@ -35,7 +38,9 @@ def topology_devices(machine: machines.Machine):
     ) from error
 
 
-def compile_programs(config, machine: machines.Machine):
+def compile_programs(
+  config: ml_collections.ConfigDict, machine: machines.Machine
+) -> dict[str, dict[str, int]]:
   """Bytes per chip of every program, by the TPU compiler.
 
   Returns:

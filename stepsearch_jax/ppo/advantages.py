@@ -19,7 +19,7 @@ class Advantages:
 
 def compute(
   estimator: estimators.Estimator, spec: specs.LearnerSpec,
-  inputs: estimators.Inputs, reference_logp, kl_coef,
+  inputs: estimators.Inputs, reference_logp: jax.Array, kl_coef: jax.Array,
 ) -> Advantages:
   """Subtracts the KL from the rewards and runs the estimator.
 
@@ -58,7 +58,9 @@ def compute(
   return Advantages(estimates, metrics)
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(
+  values: jax.Array, returns: jax.Array, mask: jax.Array
+) -> jax.Array:
   """Share of the variance of returns that values explain, [].
 
     1 - var(returns - values) / var(returns)

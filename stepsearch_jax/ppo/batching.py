@@ -132,7 +132,7 @@ class Packing:
     """Share of packed places that hold no token."""
     return float((self.source < 0).mean())
 
-  def pack(self, array: np.ndarray, fill=0) -> np.ndarray:
+  def pack(self, array: np.ndarray, fill: float = 0) -> np.ndarray:
     """[B, T] array to packed [R, S]."""
     return np.where(self.source >= 0, array.reshape(-1)[self.source], fill)
 

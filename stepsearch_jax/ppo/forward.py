@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.ppo import logprobs
 from stepsearch_jax.ppo.records import MicroBatch
@@ -36,7 +37,8 @@ def _trunk(params, micro: MicroBatch, config: decoder.DecoderConfig):
 
 
 def policy(
-  params, micro: MicroBatch, config: decoder.DecoderConfig, temperature: float
+  params: types.Tree, micro: MicroBatch, config: decoder.DecoderConfig,
+  temperature: float,
 ) -> PolicyOutput:
   """Runs a policy; `micro.policy_mask` says which tokens are wanted."""
   mask = micro.policy_mask
@@ -51,6 +53,8 @@ def policy(
   return PolicyOutput(logp.reshape(mask.shape), entropy.reshape(mask.shape))
 
 
-def values(params, micro: MicroBatch, config: decoder.DecoderConfig):
+def values(
+  params: types.Tree, micro: MicroBatch, config: decoder.DecoderConfig
+) -> jax.Array:
   """Runs a value model: state values [R, S] float32."""
   return heads.values(params, _trunk(params, micro, config))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stepsearch_jax.ppo import specs
 
 
-def penalty(logp, reference_logp, estimator: str):
+def penalty(
+  logp: jax.Array, reference_logp: jax.Array, estimator: str
+) -> jax.Array:
   """Estimates KL(policy || reference) per token.
 
     kl: log p - log q          abs: |log p - log q|

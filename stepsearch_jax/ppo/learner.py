@@ -53,11 +53,9 @@ class Learner:
   """
 
   def __init__(
-    self,
-    policy_config: decoder.DecoderConfig,
-    value_config: decoder.DecoderConfig,
-    spec: specs.LearnerSpec,
-    mesh,
+    self, policy_config: decoder.DecoderConfig,
+    value_config: decoder.DecoderConfig, spec: specs.LearnerSpec,
+    mesh: sharding.DeviceMesh,
   ):
     """Prepares the programs; nothing is compiled yet."""
     self.spec = spec
@@ -90,7 +88,9 @@ class Learner:
     found = {"policy": self.policy, "value": self.value}
     return {role: model for role, model in found.items() if model is not None}
 
-  def start(self, policy, reference, key: jax.Array) -> LearnerState:
+  def start(
+    self, policy: types.Tree, reference: types.Tree, key: jax.Array
+  ) -> LearnerState:
     """The first state of a run.
 
     Args:
@@ -104,7 +104,9 @@ class Learner:
     }
     return self.init_state(first["policy"], first.get("value"), reference)
 
-  def init_state(self, policy, value, reference) -> LearnerState:
+  def init_state(
+    self, policy: types.Tree, value: types.Tree, reference: types.Tree
+  ) -> LearnerState:
     """Fresh optimisers around what is trained, placed on the mesh.
 
     Args:
@@ -136,7 +138,7 @@ class Learner:
       ),
     )
 
-  def whole_policy(self, state: LearnerState):
+  def whole_policy(self, state: LearnerState) -> types.Tree:
     """The whole policy of a state, for rollouts."""
     if self.spec.policy.adapter is None:
       return state.policy.params

@@ -20,7 +20,10 @@ def chunk_size(vocab: int) -> int:
   return min(max(_CHUNK_ENTRIES // vocab // 128, 1), 16) * 128
 
 
-def token_logprobs(hidden, weight, targets, mask, temperature: float = 1.0):
+def token_logprobs(
+  hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array,
+  temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
   """Log-probability of targets and entropy of the distribution.
 
     logits = hidden weight^T / temperature

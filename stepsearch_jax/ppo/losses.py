@@ -18,12 +18,12 @@ class TokenLoss:
   clipped: jax.Array
 
 
-def masked_sum(x, mask):
+def masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Sum over masked-in entries; what lies elsewhere never matters."""
   return jnp.where(mask > 0, x, 0.0).sum()
 
 
-def turn_numbers(segment_ids, turn):
+def turn_numbers(segment_ids: jax.Array, turn: jax.Array) -> jax.Array:
   """Numbers the turns of packed rows from 1 on, [R, S] int32.
 
   Args:
@@ -42,7 +42,7 @@ def turn_numbers(segment_ids, turn):
   return jnp.cumsum(newest > before, axis=1, dtype=jnp.int32)
 
 
-def group_sums(x, mask, numbers):
+def group_sums(x: jax.Array, mask: jax.Array, numbers: jax.Array) -> jax.Array:
   """Sums masked-in entries of equal number: [R, S] to [R, S + 1].
 
   Args:
@@ -56,7 +56,10 @@ def group_sums(x, mask, numbers):
   return sums(jnp.where(mask > 0, x, 0.0), numbers)
 
 
-def log_ratio(logp, old_logp, mask, numbers=None):
+def log_ratio(
+  logp: jax.Array, old_logp: jax.Array, mask: jax.Array,
+  numbers: jax.Array | None = None,
+) -> jax.Array:
   """Log of the probability ratio of each token, 0 where masked.
 
   Without `numbers` a token's own. With them every token has the mean over the
@@ -82,7 +85,7 @@ def log_ratio(logp, old_logp, mask, numbers=None):
   return jnp.minimum(found, 10.0)
 
 
-def truncate(log_ratio, cap: float):
+def truncate(log_ratio: jax.Array, cap: float) -> jax.Array:
   """Bounds a ratio by `cap` as an importance weight.
 
   The value is min(ratio, cap); unlike clipping it keeps its gradient.
@@ -92,7 +95,8 @@ def truncate(log_ratio, cap: float):
 
 
 def policy_loss(
-  log_ratio, advantages, low: float, high: float, dual: float = 0.0
+  log_ratio: jax.Array, advantages: jax.Array, low: float, high: float,
+  dual: float = 0.0,
 ) -> TokenLoss:
   """PPO's clipped surrogate per token (arXiv 1707.06347, eq. 7).
 
@@ -131,7 +135,9 @@ class LikelihoodDrop:
   turns: jax.Array
 
 
-def likelihood_drop(logp, old_logp, mask, numbers) -> LikelihoodDrop:
+def likelihood_drop(
+  logp: jax.Array, old_logp: jax.Array, mask: jax.Array, numbers: jax.Array
+) -> LikelihoodDrop:
   """LLDS per token (arXiv 2512.04220).
 
     [sum of d over the turn > 0] max(0, d),   d = old_logp - logp
@@ -149,7 +155,9 @@ def likelihood_drop(logp, old_logp, mask, numbers) -> LikelihoodDrop:
   )
 
 
-def value_loss(values, old_values, returns, clip: float) -> TokenLoss:
+def value_loss(
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float
+) -> TokenLoss:
   """Clipped squared error of the value model per token.
 
     0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
@@ -168,6 +176,6 @@ def value_loss(values, old_values, returns, clip: float) -> TokenLoss:
   )
 
 
-def imitation_loss(logp, mask):
+def imitation_loss(logp: jax.Array, mask: jax.Array) -> jax.Array:
   """Negative log-likelihood of the masked tokens, summed."""
   return -masked_sum(logp, mask)

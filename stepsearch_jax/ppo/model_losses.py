@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.ppo import forward, kl, losses, specs
 from stepsearch_jax.ppo.records import MicroBatch
@@ -47,7 +48,7 @@ class MicroLoss:
   metrics: dict[str, jax.Array]
 
 
-def scale(weighting: str, mask, share: Share):
+def scale(weighting: str, mask: jax.Array, share: Share) -> jax.Array:
   """Returns what the sums of a micro-batch are multiplied by, []."""
   if weighting == specs.MicroWeighting.TOKEN:
     return 1.0 / jnp.maximum(share.tokens, 1.0)
@@ -56,7 +57,7 @@ def scale(weighting: str, mask, share: Share):
 
 
 def policy(
-  params, micro: MicroBatch, share: Share, *,
+  params: types.Tree, micro: MicroBatch, share: Share, *,
   config: decoder.DecoderConfig, spec: specs.LearnerSpec,
 ) -> MicroLoss:
   """Computes clipped policy loss, entropy bonus and KL loss.
@@ -104,7 +105,7 @@ def policy(
 
 
 def value(
-  params, micro: MicroBatch, share: Share, *,
+  params: types.Tree, micro: MicroBatch, share: Share, *,
   config: decoder.DecoderConfig, spec: specs.LearnerSpec,
 ) -> MicroLoss:
   """Computes the clipped value loss; arguments as in `policy`."""

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stepsearch_jax import types
 
-def warmup_factor(count, warmup: int, first_zero: bool = False):
+
+def warmup_factor(
+  count: jax.typing.ArrayLike, warmup: int, first_zero: bool = False
+) -> jax.Array:
   """Learning-rate factor of optimiser step `count` (from 0).
 
   Args:
@@ -38,7 +42,7 @@ def adamw(
   )
 
 
-def steps_taken(state) -> jax.Array:
+def steps_taken(state: types.Tree) -> jax.Array:
   """[] int32, optimiser steps behind a state of `adamw`."""
   return optax.tree_utils.tree_get(
     state, "count",

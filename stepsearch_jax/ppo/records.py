@@ -72,7 +72,7 @@ class SavedState:
   policy: Any
   rest: LearnerState
 
-  def join(self, reference) -> LearnerState:
+  def join(self, reference: types.Tree) -> LearnerState:
     """Returns the state that was split, around the run's reference."""
     return self.rest.replace(
       policy=self.rest.policy.replace(params=self.policy), reference=reference

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Iterable
 
 from stepsearch_jax import types
 from stepsearch_jax.models import adapters
@@ -60,7 +61,7 @@ class MicroWeighting(enum.StrEnum):
   MICRO_MEAN = "micro_mean"  # Every micro-batch does, as released.
 
 
-def choose(field: str, value: str, allowed) -> None:
+def choose(field: str, value: str, allowed: Iterable[str]) -> None:
   """Raises a UserError unless `value` is one of `allowed`."""
   names = [str(name) for name in allowed]
   types.expect(value in names, field, f"one of {', '.join(names)}", value)

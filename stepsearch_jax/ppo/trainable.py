@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from stepsearch_jax import types
 from stepsearch_jax.models import adapters, decoder, heads
 from stepsearch_jax.parallel import sharding
 
@@ -26,7 +27,7 @@ class Trainable:
   config: decoder.DecoderConfig
   adapter: adapters.AdapterSpec | None = None
 
-  def init(self, policy, key: jax.Array) -> Any:
+  def init(self, policy: types.Tree, key: jax.Array) -> Any:
     """Parameters to train, in a run that starts from `policy`."""
     if self.adapter is None:
       if self.role == "policy":
@@ -57,11 +58,11 @@ class Trainable:
       found["value_head"] = whole["value_head"]
     return found
 
-  def shardings(self, mesh) -> Any:
+  def shardings(self, mesh: sharding.DeviceMesh) -> Any:
     """Places of `init`'s result."""
     return sharding.tree_shardings(mesh, self.axes(), self.shapes())
 
-  def whole(self, params, reference) -> Any:
+  def whole(self, params: types.Tree, reference: types.Tree) -> Any:
     """The whole model, from what is trained and the frozen reference."""
     if self.adapter is None:
       return params
@@ -72,7 +73,9 @@ class Trainable:
     return {k: v for k, v in rest.items() if k != "adapters"} | {"trunk": trunk}
 
 
-def abstract_reference(config: decoder.DecoderConfig, mesh) -> Any:
+def abstract_reference(
+  config: decoder.DecoderConfig, mesh: sharding.DeviceMesh
+) -> Any:
   """Shape and place of the frozen policy, in the compute type."""
   policy = Trainable("policy", config)
   shapes = jax.tree.map(
@@ -84,6 +87,8 @@ def abstract_reference(config: decoder.DecoderConfig, mesh) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole_model(trainable: Trainable, params, reference):
+def whole_model(
+  trainable: Trainable, params: types.Tree, reference: types.Tree
+) -> types.Tree:
   """`Trainable.whole` as a program of its own, for rollouts and export."""
   return trainable.whole(params, reference)

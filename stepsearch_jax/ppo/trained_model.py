@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from stepsearch_jax import types
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import forward, model_losses, optimizer, specs
 from stepsearch_jax.ppo.model_losses import Share
@@ -34,7 +35,10 @@ class TrainedModel:
   next.
   """
 
-  def __init__(self, trainable: Trainable, spec: specs.LearnerSpec, mesh):
+  def __init__(
+    self, trainable: Trainable, spec: specs.LearnerSpec,
+    mesh: sharding.DeviceMesh,
+  ):
     """Prepares the programs; nothing is compiled yet."""
     self.trainable = trainable
     self.role = trainable.role
@@ -75,7 +79,7 @@ class TrainedModel:
       self._apply, donate_argnums=0, out_shardings=(self._placed, replicated)
     )
 
-  def start(self, params) -> Trained:
+  def start(self, params: types.Tree) -> Trained:
     """A fresh optimiser around parameters, placed on the mesh.
 
     Args:
@@ -91,7 +95,7 @@ class TrainedModel:
     return jax.tree.map(sharding.abstract, self._shapes, self._placed)
 
   def update(
-    self, trained: Trained, reference, micros: Sequence[MicroBatch],
+    self, trained: Trained, reference: types.Tree, micros: Sequence[MicroBatch],
     share: Share, lr_scale: float,
   ) -> tuple[Trained, dict[str, Any]]:
     """Takes one optimiser step.
@@ -114,7 +118,10 @@ class TrainedModel:
     trained, metrics = self.apply(trained, grads, np.float32(lr_scale))
     return trained, sums | metrics
 
-  def lowered(self, lower, reference, micro) -> dict[str, jax.stages.Lowered]:
+  def lowered(
+    self, lower: Callable[..., jax.stages.Lowered], reference: types.Tree,
+    micro: MicroBatch,
+  ) -> dict[str, jax.stages.Lowered]:
     """Its programs by name, lowered but not compiled.
 
     Args:

@@ -10,7 +10,7 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
@@ -40,7 +40,9 @@ def api_key() -> str:
 class OnlineRetriever:
   """Asks `POST {"q": query, "num": k}`, reads `organic` results."""
 
-  def __init__(self, spec: remote.RemoteSpec, url: str = _URL, **testing):
+  def __init__(
+    self, spec: remote.RemoteSpec, url: str = _URL, **testing: Callable
+  ):
     """Prepares a client.
 
     Args:

@@ -24,7 +24,7 @@ from stepsearch_jax import files, types
 class RecordingRetriever:
   """Passes searches on and writes each distinct one down."""
 
-  def __init__(self, inner, path: epath.PathLike):
+  def __init__(self, inner: types.Retriever, path: epath.PathLike):
     """Opens (or continues) a record.
 
     Args:
@@ -85,7 +85,9 @@ class RecordingRetriever:
 class ReplayRetriever:
   """Answers from a record."""
 
-  def __init__(self, path: epath.PathLike, inner=None):
+  def __init__(
+    self, path: epath.PathLike, inner: types.Retriever | None = None
+  ):
     """Reads the record.
 
     Args:

@@ -211,7 +211,7 @@ class PatientClient:
 class RemoteRetriever:
   """Speaks /retrieve; safe to call from several threads."""
 
-  def __init__(self, url: str, spec: RemoteSpec, **testing):
+  def __init__(self, url: str, spec: RemoteSpec, **testing: Callable):
     """Prepares a client.
 
     Args:

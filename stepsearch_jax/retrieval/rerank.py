@@ -21,7 +21,9 @@ _ROWS = 16
 class RerankingRetriever:
   """Takes `candidates` passages of a retriever, keeps the best by the model."""
 
-  def __init__(self, inner, reference: str, candidates: int = 20):
+  def __init__(
+    self, inner: types.Retriever, reference: str, candidates: int = 20
+  ):
     """Loads a BERT cross-encoder (one output) such as ms-marco-MiniLM.
 
     Args:

@@ -158,10 +158,8 @@ def scored_text(full_text: str) -> str:
 
 
 def mix_evidence(
-  spec: step_rewards.RewardSpec,
-  sampled: step_rewards.Evidence,
-  trajectory: types.Trajectory,
-  tokenizer,
+  spec: step_rewards.RewardSpec, sampled: step_rewards.Evidence,
+  trajectory: types.Trajectory, tokenizer: types.TextCodec,
 ) -> step_rewards.Evidence:
   """Evidence with the released text sources where the spec asks for them."""
   text = _decoded(trajectory, tokenizer)
@@ -176,7 +174,9 @@ def mix_evidence(
   )
 
 
-def trajectory_positions(trajectory: types.Trajectory, tokenizer) -> list[int]:
+def trajectory_positions(
+  trajectory: types.Trajectory, tokenizer: types.TextCodec
+) -> list[int]:
   """Returns `step_positions` of a rollout, counted from its first token."""
   start = int((trajectory.turn_index < 0).sum())
   positions = _text_positions(

@@ -147,9 +147,8 @@ def _turn_rewards(
 
 
 def score_trajectories(
-  spec: step_rewards.RewardSpec,
-  trajectories: Sequence[types.Trajectory],
-  tokenizer,
+  spec: step_rewards.RewardSpec, trajectories: Sequence[types.Trajectory],
+  tokenizer: types.TextCodec,
 ) -> list[TrajectoryReward]:
   """Returns the rewards of a batch of rollouts, in their order.
 

@@ -132,7 +132,10 @@ def init_state(config: decoder.DecoderConfig, spec: ProgramSpec) -> SlotState:
   )
 
 
-def extend(params, state, chunk, *, config, spec, kv_length):
+def extend(
+  params: types.Tree, state: SlotState, chunk: Chunk, *,
+  config: decoder.DecoderConfig, spec: ProgramSpec, kv_length: int,
+) -> SlotState:
   """Writes known tokens into the cache; see `Chunk`.
 
   The last token of a row stays out of the cache as its slot's `pending`.
@@ -201,8 +204,11 @@ def _decode_step(params, state, table, key, config, spec, first_stop,
   return state, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
 
 
-def decode_block(params, state, table, key, limit, leave, *, config, spec,
-                 first_stop, kv_length):
+def decode_block(
+  params: types.Tree, state: SlotState, table: jax.Array, key: jax.Array,
+  limit: jax.Array, leave: jax.Array, *, config: decoder.DecoderConfig,
+  spec: ProgramSpec, first_stop: int, kv_length: int,
+) -> tuple[SlotState, BlockOutput]:
   """Samples up to `spec.block` tokens in every active slot.
 
   Args:

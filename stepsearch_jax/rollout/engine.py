@@ -97,11 +97,8 @@ class Engine:
     return tokens
 
   def run(
-    self,
-    params,
-    questions: Sequence[types.Question],
-    episodes: Sequence[int],
-    temperature: float = 1.0,
+    self, params: types.Tree, questions: Sequence[types.Question],
+    episodes: Sequence[int], temperature: float = 1.0,
   ) -> records.Rollout:
     """Rolls out every question once.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
 
 
-def reshard_cast(params, config: decoder.DecoderConfig, training):
+def reshard_cast(
+  params: types.Tree, config: decoder.DecoderConfig, training: types.Tree
+) -> types.Tree:
   """Training weights in the type (and, under jit, layout) of decoding.
 
   Cast where they lie (`training`), so that what moves is the smaller type.
@@ -20,13 +25,15 @@ def reshard_cast(params, config: decoder.DecoderConfig, training):
   return apart(jax.tree.map(cast, params, training), config)
 
 
-def apart(policy, config: decoder.DecoderConfig, **how):
+def apart(
+  policy: types.Tree, config: decoder.DecoderConfig, **how: Callable
+) -> types.Tree:
   """A policy (or a tree like it) with its layers apart."""
   trunk = decoder.unstack(policy["trunk"], config.num_layers, **how)
   return policy | {"trunk": trunk}
 
 
-def decode_axes(config: decoder.DecoderConfig):
+def decode_axes(config: decoder.DecoderConfig) -> types.Tree:
   """Logical axes of what `reshard_cast` returns."""
   return apart(
     heads.logical_axes(config), config, pick=lambda names, i: names[1:],
@@ -34,7 +41,9 @@ def decode_axes(config: decoder.DecoderConfig):
   )
 
 
-def cache_shardings(mesh, cache: decoder.Cache) -> decoder.Cache:
+def cache_shardings(
+  mesh: sharding.DeviceMesh, cache: decoder.Cache
+) -> decoder.Cache:
   """Slots are split like batches, heads of the cache like weights."""
   return decoder.Cache(*(
     tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)

@@ -62,7 +62,7 @@ def fair_shares(sizes: Sequence[int], room: int) -> list[int]:
 
 
 def encode(
-  observation: search_env.Observation, tokenizer, limit: int
+  observation: search_env.Observation, tokenizer: types.TextCodec, limit: int
 ) -> Encoded:
   """Returns an observation as tokens within `limit`.
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.rollout import device, layout
@@ -55,12 +56,8 @@ class RolloutPrograms:
   """
 
   def __init__(
-    self,
-    config: decoder.DecoderConfig,
-    spec: ProgramSpec,
-    table: np.ndarray,
-    first_stop: int,
-    mesh,
+    self, config: decoder.DecoderConfig, spec: ProgramSpec, table: np.ndarray,
+    first_stop: int, mesh: sharding.DeviceMesh,
   ):
     """Prepares the programs; nothing is compiled yet."""
     # A cached forward is never differentiated: remat would only cost time.
@@ -113,7 +110,7 @@ class RolloutPrograms:
     return sharding.put(self._automaton, sharding.replicated(self._mesh))
 
   def lowered(
-    self, rows: int, tokens: int, params
+    self, rows: int, tokens: int, params: types.Tree
   ) -> dict[str, jax.stages.Lowered]:
     """The programs at their largest shapes, lowered but not compiled.
 
@@ -190,7 +187,7 @@ class RolloutPrograms:
     """Returns an empty slot cache; see `device.init_state`."""
     return self._init()
 
-  def decode_params(self, params):
+  def decode_params(self, params: types.Tree) -> types.Tree:
     """Policy parameters in the type and layout of the decode programs.
 
     Layers come apart, and weights that are sharded over `fsdp` for training
@@ -204,7 +201,7 @@ class RolloutPrograms:
     return next(b for b in self.kv_buckets if b >= kv_length)
 
   def extend(
-    self, params, state: device.SlotState, chunk: device.Chunk,
+    self, params: types.Tree, state: device.SlotState, chunk: device.Chunk,
     kv_length: int,
   ) -> device.SlotState:
     """Runs `device.extend`; `kv_length` bounds the tokens' positions."""
@@ -212,8 +209,8 @@ class RolloutPrograms:
     return program(params, state, chunk)
 
   def decode_block(
-    self, params, state: device.SlotState, key, kv_length: int,
-    limit: int, leave: int,
+    self, params: types.Tree, state: device.SlotState, key: jax.Array,
+    kv_length: int, limit: int, leave: int,
   ) -> tuple[device.SlotState, device.BlockOutput]:
     """Runs `device.decode_block`; `kv_length` bounds what it may reach."""
     return self._program(self.bucket(kv_length))(

@@ -77,7 +77,9 @@ def _first_highest(logits: jax.Array) -> jax.Array:
   return jnp.where(logits == highest, places, logits.shape[-1] - 1).min(-1)
 
 
-def uniforms(key, episode, position):
+def uniforms(
+  key: jax.Array, episode: jax.Array, position: jax.Array
+) -> jax.Array:
   """One draw per row that depends on (seed, episode, position) alone.
 
   Args:
@@ -97,7 +99,10 @@ def uniforms(key, episode, position):
   return jax.vmap(draw)(episode, position)
 
 
-def select(logits, temperature, uniform, top_k: int, top_p: float):
+def select(
+  logits: jax.Array, temperature: jax.Array, uniform: jax.Array, top_k: int,
+  top_p: float,
+) -> tuple[jax.Array, jax.Array]:
   """Chooses the next token of every slot.
 
   Args:

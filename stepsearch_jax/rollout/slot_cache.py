@@ -58,12 +58,8 @@ class SlotCache:
   """The device state of one rollout and the two ways to advance it."""
 
   def __init__(
-    self,
-    compiled: programs.RolloutPrograms,
-    params,
-    key: jax.Array,
-    temperature: float,
-    spec: records.EngineSpec,
+    self, compiled: programs.RolloutPrograms, params: types.Tree,
+    key: jax.Array, temperature: float, spec: records.EngineSpec,
     stats: records.RolloutStats,
   ):
     """Starts with empty slots.

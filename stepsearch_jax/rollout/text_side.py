@@ -12,13 +12,17 @@ from collections.abc import Sequence
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.rollout import observations, recorder
 
 
 class TextSide:
   """A protocol and a tokenizer as one."""
 
-  def __init__(self, env: search_env.SearchEnv, tokenizer, max_turn: int):
+  def __init__(
+    self, env: search_env.SearchEnv, tokenizer: tokenizer_lib.Tokenizer,
+    max_turn: int,
+  ):
     """Keeps the parts.
 
     Args:

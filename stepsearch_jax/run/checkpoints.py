@@ -162,7 +162,9 @@ class Checkpointer:
     self._manager.close()
 
 
-def save_reference(workdir: epath.PathLike, params, dtype) -> None:
+def save_reference(
+  workdir: epath.PathLike, params: types.Tree, dtype: jax.typing.DTypeLike
+) -> None:
   """Writes the frozen reference policy of a fresh run, in the compute type.
 
   Nothing is lost: the forward pass casts every weight to it anyway.
@@ -177,7 +179,7 @@ def save_reference(workdir: epath.PathLike, params, dtype) -> None:
     )
 
 
-def load_reference(workdir: epath.PathLike, like):
+def load_reference(workdir: epath.PathLike, like: types.Tree) -> types.Tree:
   """Reads what `save_reference` wrote.
 
   Raises:
@@ -193,7 +195,9 @@ def load_reference(workdir: epath.PathLike, like):
     return reader.restore(folder, _abstract(like))
 
 
-def load_policy(workdir: epath.PathLike, like, step: int | None = None):
+def load_policy(
+  workdir: epath.PathLike, like: types.Tree, step: int | None = None
+) -> tuple[int, types.Tree]:
   """Policy of the newest (or a given) checkpoint of a run.
 
   Args:

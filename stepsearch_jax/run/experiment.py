@@ -218,14 +218,14 @@ class Experiment:
       compiled, texts, self.retriever, rollout, self.settings.seed
     )
 
-  def initial_policy(self):
+  def initial_policy(self) -> types.Tree:
     """Policy parameters before any training."""
     reference = self.settings.model.reference
     if reference:
       return hf.load_policy(hf.resolve(reference), self.model)
     return heads.init_policy(self.model, jax.random.key(self.settings.seed))
 
-  def trained_policy(self, step: int | None = None):
+  def trained_policy(self, step: int | None = None) -> tuple[int, types.Tree]:
     """(step, whole policy) of the newest or given checkpoint of the run.
 
     Raises:

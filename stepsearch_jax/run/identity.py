@@ -141,7 +141,7 @@ def claim(
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path):
+def locked(workdir: epath.Path) -> Iterator[None]:
   """Context in which this process alone uses a local work directory.
 
   The system frees the lock of a process that dies, however it dies. Buckets

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.monitoring
@@ -183,7 +183,7 @@ class Profiler:
     self._recording = False
 
   @contextlib.contextmanager
-  def step(self, number: int):
+  def step(self, number: int) -> Iterator[None]:
     """Context of training step `number`, counted from 1."""
     if number == self._first:
       jax.profiler.start_trace(self._folder)
@@ -235,7 +235,7 @@ class Stopwatch:
     """Starts with no phase."""
     self._seconds: dict[str, float] = {}
 
-  def time(self, phase: str):
+  def time(self, phase: str) -> _Phase:
     """Context manager that adds its duration to `phase`."""
     return _Phase(self._seconds, phase)
 

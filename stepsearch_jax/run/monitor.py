@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import files
+from stepsearch_jax import files, types
+from stepsearch_jax.ppo import records
 from stepsearch_jax.types import expect
 
 ACTIONS = ("off", "warn", "halt", "rollback")
@@ -217,7 +218,7 @@ def _finite(tree):
   return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
-def first_nonfinite(**groups) -> str:
+def first_nonfinite(**groups: types.Tree) -> str:
   """Names the first tensor that holds a NaN or an infinity.
 
   Args:
@@ -236,7 +237,9 @@ def first_nonfinite(**groups) -> str:
   return ""
 
 
-def first_nonfinite_of(experience, learner) -> str:
+def first_nonfinite_of(
+  experience: records.Experience, learner: records.LearnerState
+) -> str:
   """The first tensor of a step that is not finite, in data-flow order."""
   return first_nonfinite(
     token_rewards=experience.batch.token_rewards,

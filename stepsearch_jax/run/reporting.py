@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -12,13 +13,17 @@ from stepsearch_jax.data import coverage
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.evaluation import playing
 from stepsearch_jax.retrieval import remote
+from stepsearch_jax.rewards import step_rewards
 from stepsearch_jax.rollout import records
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.run.state import RunState
 
 
-def reward_metrics(trajectories, scores) -> dict[str, float]:
+def reward_metrics(
+  trajectories: Sequence[types.Trajectory],
+  scores: Sequence[step_rewards.RewardParts],
+) -> dict[str, float]:
   """Means over a batch, under verl's names where verl has them."""
   turns = [trajectory.turns for trajectory in trajectories]
   gains = [sum(s.information_gains or ()) for s in scores]
@@ -80,11 +85,8 @@ _LOOKED_UP = 200_000
 
 
 def evaluate(
-  experiment: Experiment,
-  policy,
-  name: str,
-  folder: epath.Path,
-  **changes,
+  experiment: Experiment, policy: types.Tree, name: str, folder: epath.Path,
+  **changes: Any,
 ) -> dict:
   """Plays the evaluation questions; returns the card.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts
@@ -54,7 +55,7 @@ ALGORITHMS = {
 }
 
 
-def spec_of(cls: type[_Spec], section: Mapping[str, Any], **computed) -> _Spec:
+def spec_of(cls, section: Mapping[str, Any], **computed: Any) -> _Spec:
   """Builds a record: fields of a config section by name, others computed.
 
   This is the one way in which config becomes a record; a record has no
@@ -105,7 +106,9 @@ class Settings:
   config: dict[str, Any]
 
   @classmethod
-  def from_config(cls, config, devices: int | None = None) -> Settings:
+  def from_config(
+    cls, config: ml_collections.ConfigDict, devices: int | None = None
+  ) -> Settings:
     """Checks a config and freezes it.
 
     Args:

@@ -49,7 +49,7 @@ def start(
   return found
 
 
-def policy_of(experiment: Experiment, workdir: str):
+def policy_of(experiment: Experiment, workdir: str) -> types.Tree:
   """Returns the newest policy of another run.
 
   Raises:
@@ -110,7 +110,7 @@ def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
   return fitting
 
 
-def warm_start(experiment: Experiment, policy):
+def warm_start(experiment: Experiment, policy: types.Tree) -> types.Tree:
   """Returns policy parameters after imitating scripted trajectories."""
   settings, spec = experiment.settings, experiment.settings.warm_start
   scripts = demonstrations(experiment)

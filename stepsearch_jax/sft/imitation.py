@@ -58,17 +58,10 @@ def _micros(batch, steps, rows, row_length, seed):
 
 
 def imitate(
-  params,
-  batch: types.RolloutBatch,
-  config: decoder.DecoderConfig,
-  mesh,
-  *,
-  steps: int,
-  rows: int,
-  row_length: int,
-  learning_rate: float,
-  seed: int,
-):
+  params: types.Tree, batch: types.RolloutBatch, config: decoder.DecoderConfig,
+  mesh: sharding.DeviceMesh, *, steps: int, rows: int, row_length: int,
+  learning_rate: float, seed: int,
+) -> tuple[types.Tree, list[float]]:
   """Trains a policy on the policy tokens of `batch`.
 
   Args:

@@ -18,6 +18,7 @@ import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.rewards import text_match
 from stepsearch_jax.rollout import observations, recorder
@@ -72,12 +73,9 @@ class Demonstrations:
 
 
 def demonstrate(
-  questions: Sequence[types.Question],
-  habits: Habits,
-  env: search_env.SearchEnv,
-  retriever: types.Retriever,
-  tokenizer,
-  max_observation: int,
+  questions: Sequence[types.Question], habits: Habits,
+  env: search_env.SearchEnv, retriever: types.Retriever,
+  tokenizer: tokenizer_lib.Tokenizer, max_observation: int,
   rng: np.random.Generator,
 ) -> Demonstrations:
   """Records one demonstration per question.

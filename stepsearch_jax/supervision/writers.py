@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +103,8 @@ class EndpointWriter:
   at_once = _AT_ONCE
 
   def __init__(
-    self, url: str, model: str, max_tokens: int = 128,
-    temperature: float = 0.0, spec: remote.RemoteSpec = remote.PATIENCE,
-    **testing,
+    self, url: str, model: str, max_tokens: int = 128, temperature: float = 0.0,
+    spec: remote.RemoteSpec = remote.PATIENCE, **testing: Callable,
   ):
     """Prepares a client.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from absl import logging
 from etils import epath
@@ -36,7 +37,9 @@ def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
   return supervision.CachedWriter(writer, cache / "writers")
 
 
-def open_retrievers(names, passages, cache: epath.Path) -> dict:
+def open_retrievers(
+  names: Sequence[str], passages: Sequence[types.Passage], cache: epath.Path
+) -> dict:
   """Returns retrievers by name: "bm25", a /retrieve URL, or an encoder.
 
   Indexes stay in `cache`.

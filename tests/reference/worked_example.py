@@ -102,7 +102,7 @@ def lines() -> list[str]:
   chosen = float(whitened[0, CHOSEN])
   log_ratio = LATER_LOGP - float(logp[0, CHOSEN])
   loss = losses.policy_loss(
-    jnp.asarray(log_ratio), jnp.asarray(chosen), CLIP
+    jnp.asarray(log_ratio), jnp.asarray(chosen), 1 - CLIP, 1 + CLIP
   ).loss
   first = _table("| search | gain | penalty | step reward |", [
     f"| {number} | {gain:.4f} | {penalty:.4f} | {step:.4f} |"

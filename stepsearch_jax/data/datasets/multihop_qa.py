@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.data import questions
@@ -98,7 +99,10 @@ class MultihopQa(tfds.core.GeneratorBasedBuilder):
       }
 
 
-def build(path, folder, split: str = "train", name: str = "custom") -> str:
+def build(
+  path: epath.PathLike, folder: epath.PathLike, split: str = "train",
+  name: str = "custom",
+) -> str:
   """Builds a dataset from one question file.
 
   Args:

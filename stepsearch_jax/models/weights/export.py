@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from safetensors import numpy as safetensors_numpy
 
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder
+from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
 
 _ARCHITECTURES = {
@@ -23,7 +24,7 @@ _ARCHITECTURES = {
 
 
 def hf_config(
-  config: decoder.DecoderConfig, dtype: str, eos_ids, pad_id: int
+  config: decoder.DecoderConfig, dtype: str, eos_ids: Iterable[int], pad_id: int
 ) -> dict[str, Any]:
   """`config.json` of a policy, the inverse of `hf_weights.load_config`."""
   rope: dict[str, Any] = {"rope_type": "default"}
@@ -70,7 +71,7 @@ def hf_config(
 
 
 def tensors(
-  params, config: decoder.DecoderConfig, dtype: str
+  params: types.Tree, config: decoder.DecoderConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Tensors of a policy under their Hugging Face names and layouts."""
   for entry in hf_weights.weight_table(config):
@@ -84,11 +85,8 @@ def tensors(
 
 
 def save_policy(
-  folder: epath.PathLike,
-  params,
-  config: decoder.DecoderConfig,
-  tokenizer,
-  dtype: str = "bfloat16",
+  folder: epath.PathLike, params: types.Tree, config: decoder.DecoderConfig,
+  tokenizer: tokenizer_lib.Tokenizer, dtype: str = "bfloat16",
   shard_bytes: int = 4 * 10**9,
 ) -> None:
   """Writes a whole Hugging Face folder, or nothing.

@@ -97,7 +97,9 @@ def names(path: str) -> dict[str, str]:
   return found
 
 
-def read(path: str, config) -> Iterator[tuple[str, np.ndarray]]:
+def read(
+  path: str, config: decoder.DecoderConfig
+) -> Iterator[tuple[str, np.ndarray]]:
   """Dequantised tensors; llama's rotary pairs are put in halves again."""
   for tensor in gguf.GGUFReader(path).tensors:
     if tensor.name.startswith("rope_freqs"):

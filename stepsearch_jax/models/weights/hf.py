@@ -308,7 +308,7 @@ def _put(tree, entry: Entry, value, config) -> None:
   node[entry.path[-1]][entry.layer] = value
 
 
-def load_policy(path: str, config: decoder.DecoderConfig):
+def load_policy(path: str, config: decoder.DecoderConfig) -> types.Tree:
   """Policy parameters [`config.param_dtype`] from a local checkpoint.
 
   Raises:
@@ -317,7 +317,7 @@ def load_policy(path: str, config: decoder.DecoderConfig):
   return _load(path, config, "policy")[0]
 
 
-def load_value(path: str, config: decoder.DecoderConfig):
+def load_value(path: str, config: decoder.DecoderConfig) -> types.Tree:
   """Value model from a token-classification checkpoint with one label."""
   tree, missing = _load(path, config, "value", optional=("score.bias",))
   if missing:

@@ -9,7 +9,10 @@ from stepsearch_jax.ppo import masked, specs
 from stepsearch_jax.ppo.estimators import interface
 
 
-def gae(rewards, values, mask, gamma: float, lam: float, ends=None):
+def gae(
+  rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float,
+  lam: float, ends: jax.Array | None = None,
+) -> jax.Array:
   """Computes advantages token by token, from the last to the first.
 
     delta_t = r_t + gamma V(next) - V_t
@@ -55,7 +58,9 @@ def gae(rewards, values, mask, gamma: float, lam: float, ends=None):
   return advantages.T
 
 
-def returns_to_go(rewards, mask, gamma: float):
+def returns_to_go(
+  rewards: jax.Array, mask: jax.Array, gamma: float
+) -> jax.Array:
   """Discounted sums of later rewards, [B, T]: GAE with lambda 1 and V = 0."""
   return gae(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)
 

@@ -8,7 +8,7 @@ from stepsearch_jax.ppo import specs
 from stepsearch_jax.ppo.estimators import groups, interface, turns
 
 
-def anchor_scores(returns, anchor):
+def anchor_scores(returns: jax.Array, anchor: jax.Array) -> jax.Array:
   """z-score of every turn's return among turns that began in its state.
 
   Args:

@@ -37,13 +37,15 @@ def row_totals(inputs: interface.Inputs) -> jax.Array:
   return jnp.where(inputs.masks.policy > 0, inputs.rewards, 0.0).sum(-1)
 
 
-def per_row(scores, inputs: interface.Inputs) -> interface.Estimates:
+def per_row(scores: jax.Array, inputs: interface.Inputs) -> interface.Estimates:
   """Gives every policy token its row's score [B]."""
   found = jnp.where(inputs.masks.policy > 0, scores[:, None], 0.0)
   return interface.Estimates(found, found)
 
 
-def within(inside, scores, everyone) -> Statistics:
+def within(
+  inside: jax.Array, scores: jax.Array, everyone: jax.Array
+) -> Statistics:
   """Computes the statistics of the group of each score.
 
   Args:
@@ -64,7 +66,7 @@ def within(inside, scores, everyone) -> Statistics:
   return Statistics(count, mean, std, equal)
 
 
-def statistics(scores, *keys) -> Statistics:
+def statistics(scores: jax.Array, *keys: jax.Array) -> Statistics:
   """Statistics of rows [B] that agree in all `keys` ([B] int32 each)."""
   inside = jnp.ones((scores.shape[0],) * 2, bool)
   for key in keys:
@@ -72,17 +74,17 @@ def statistics(scores, *keys) -> Statistics:
   return within(inside, scores, scores)
 
 
-def center(scores, stats: Statistics):
+def center(scores: jax.Array, stats: Statistics) -> jax.Array:
   """Score minus the mean of its group; exactly 0 among equals and alone."""
   return jnp.where(stats.equal, 0.0, scores - stats.mean)
 
 
-def z_score(scores, stats: Statistics):
+def z_score(scores: jax.Array, stats: Statistics) -> jax.Array:
   """(score - mean) / (std + 1e-6); exactly 0 among equals and alone."""
   return center(scores, stats) / (stats.std + 1e-6)
 
 
-def leave_one_out(scores, group):
+def leave_one_out(scores: jax.Array, group: jax.Array) -> jax.Array:
   """Score minus the mean of the other rows of its group; alone, 0.
 
   x_i - mean of the others = (x_i - mean of all) n / (n - 1)

@@ -64,6 +64,9 @@ class Estimates:
   value_weights: jax.Array | None = None
 
 
+Function = Callable[[Inputs, specs.EstimatorSpec], Estimates]
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimator:
   """An estimator function and what it needs.
@@ -76,7 +79,7 @@ class Estimator:
     name: for messages.
   """
 
-  function: Callable[[Inputs, specs.EstimatorSpec], Estimates]
+  function: Function
   needs_values: bool = False
   needs_groups: bool = False
   name: str = ""
@@ -122,10 +125,12 @@ class Estimator:
     return jnp.asarray(array).astype(jnp.float32)
 
 
-def estimator(needs_values: bool = False, needs_groups: bool = False):
+def estimator(
+  needs_values: bool = False, needs_groups: bool = False
+) -> Callable[[Function], Estimator]:
   """Marks a function as an estimator and says what it needs."""
 
-  def mark(function) -> Estimator:
+  def mark(function: Function) -> Estimator:
     return Estimator(function, needs_values, needs_groups)
 
   return mark

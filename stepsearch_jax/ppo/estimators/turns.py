@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from stepsearch_jax.ppo.estimators import interface
 
 
-def first_tokens(turn):
+def first_tokens(turn: jax.Array) -> jax.Array:
   """Marks the first policy token of every turn, [B, T] float32.
 
   Args:
@@ -19,7 +19,7 @@ def first_tokens(turn):
   return ((turn >= 0) & (turn > newest)).astype(jnp.float32)
 
 
-def last_tokens(turn):
+def last_tokens(turn: jax.Array) -> jax.Array:
   """Marks the last policy token of every turn, [B, T] float32."""
   count = jnp.iinfo(turn.dtype).max
   later = jnp.pad(
@@ -29,7 +29,7 @@ def last_tokens(turn):
   return ((turn >= 0) & (turn < oldest)).astype(jnp.float32)
 
 
-def sums(x, turn, count: int):
+def sums(x: jax.Array, turn: jax.Array, count: int) -> jax.Array:
   """Adds up the tokens of each turn: [B, T] to [B, count].
 
   A turn that did not happen has 0. No scatter: the order of additions, and so
@@ -42,18 +42,18 @@ def sums(x, turn, count: int):
   return jax.vmap(one, out_axes=1)(jnp.arange(count, dtype=turn.dtype))
 
 
-def spread(per_turn, turn):
+def spread(per_turn: jax.Array, turn: jax.Array) -> jax.Array:
   """Gives every policy token its turn's number: [B, U] to [B, T]."""
   found = jnp.take_along_axis(per_turn, jnp.maximum(turn, 0), axis=1)
   return jnp.where(turn >= 0, found, 0.0)
 
 
-def rewards(inputs: interface.Inputs):
+def rewards(inputs: interface.Inputs) -> jax.Array:
   """Sum of the token rewards of each turn, [B, U]."""
   return sums(inputs.rewards, inputs.turn, inputs.anchor.shape[1])
 
 
-def returns_to_go(per_turn, gamma: float):
+def returns_to_go(per_turn: jax.Array, gamma: float) -> jax.Array:
   """G_t = r_t + gamma G_{t+1}, [B, U]."""
 
   def step(later, reward):

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.retrieval.index import encoding
 
 _WORD = re.compile(r"\w+")
@@ -57,9 +58,8 @@ def passage_text(passage: types.Passage) -> str:
 
 
 def load_encoder(
-  reference: str,
-  spec: encoding.EncodingSpec = encoding.FROM_MODEL,
-  mesh=None,
+  reference: str, spec: encoding.EncodingSpec = encoding.FROM_MODEL,
+  mesh: sharding.DeviceMesh | None = None,
 ) -> Encoder:
   """Returns an encoder by name.
 
@@ -150,10 +150,8 @@ class BertEncoder:
   counts_words = False
 
   def __init__(
-    self,
-    reference: str,
-    spec: encoding.EncodingSpec = encoding.FROM_MODEL,
-    mesh=None,
+    self, reference: str, spec: encoding.EncodingSpec = encoding.FROM_MODEL,
+    mesh: sharding.DeviceMesh | None = None,
   ):
     """Loads weights.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -31,7 +32,7 @@ class IndexMismatchError(types.UserError):
   """The index was built with another encoder or corpus."""
 
 
-def load_scann():
+def load_scann() -> Any:
   """The ScaNN module, or None where it has no wheel."""
   try:
     import scann

@@ -20,6 +20,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -58,7 +59,9 @@ class Measured:
   bytes: int = 0
 
 
-def build(scann, vectors: np.ndarray, kind: str, topk: int, soar: bool):
+def build(
+  scann: Any, vectors: np.ndarray, kind: str, topk: int, soar: bool
+) -> Any:
   """A ScaNN searcher of one kind over unit vectors [n, d]."""
   count, dim = vectors.shape
   builder = scann.scann_ops_pybind.builder(vectors, topk, "dot_product")
@@ -129,7 +132,9 @@ def _settings(kind: str, count: int) -> Iterator[Setting]:
         yield Setting(kind, leaves, reorder)
 
 
-def search(searcher, setting: Setting, queries: np.ndarray, k: int):
+def search(
+  searcher: Any, setting: Setting, queries: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
   """(rows [N, k], scores [N, k]) under a setting."""
   batched = searcher.search_batched
   if len(queries) >= _PARALLEL_QUERIES:
@@ -175,7 +180,7 @@ def exact_rows(
 
 
 def measure(
-  searcher, setting: Setting, queries: np.ndarray, truth: np.ndarray,
+  searcher: Any, setting: Setting, queries: np.ndarray, truth: np.ndarray,
   repeats: int = 3,
 ) -> Measured:
   """Recall against exact search, and the best rate of some repeats."""
@@ -191,8 +196,8 @@ def measure(
 
 
 def tune(
-  scann, vectors: np.ndarray, k: int, recall: float, topk: int, soar: bool
-):
+  scann: Any, vectors: np.ndarray, k: int, recall: float, topk: int, soar: bool
+) -> tuple[Any, Measured, list[Measured]]:
   """The fastest search that reaches a recall.
 
   Args:

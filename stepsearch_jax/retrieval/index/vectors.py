@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -117,7 +118,7 @@ def release(table: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def releasing(table: np.ndarray, every: float = 0.1):
+def releasing(table: np.ndarray, every: float = 0.1) -> Iterator[None]:
   """Lets go of the pages of `table` again and again, while others read it.
 
   ScaNN copies its input early in a long build; the mapped original would stay
