@@ -28,7 +28,10 @@ VERBS = {
   "plan": ("tools.plan", "memory and speed of a run before renting anything"),
   "bench": ("tools.bench", "measure this project beside its peers"),
   "sweep": ("sweep", "run the sweep of a config"),
+  "study": ("study", "run a study: arms, seeds, intervals, one table"),
 }
+
+LAUNCHERS = ("sweep", "study")  # Scripts of launch/, not modules.
 
 _COMPLETION = """\
 _stepsearch() {{
@@ -72,8 +75,8 @@ def main() -> None:
     sys.exit(f"error: there is no verb {verb!r}; {hint}")
   sys.argv = [f"stepsearch {verb}", *sys.argv[2:]]
   module = VERBS[verb][0]
-  if module == "sweep":
-    path = next(p for p in _LAUNCH if p.exists()) / "sweep.py"
+  if verb in LAUNCHERS:
+    path = next(p for p in _LAUNCH if p.exists()) / f"{verb}.py"
     runpy.run_path(str(path), run_name="__main__")
   else:
     runpy.run_module(f"stepsearch_jax.{module}", run_name="__main__",

@@ -24,8 +24,8 @@ def stepsearch(*arguments, cwd=ROOT):
 
 def test_every_verb_names_a_module_that_runs_as_a_command():
   for verb, (module, _) in verbs.VERBS.items():
-    if verb == "sweep":
-      path = ROOT / "launch/sweep.py"
+    if verb in verbs.LAUNCHERS:
+      path = ROOT / f"launch/{verb}.py"
     else:
       path = ROOT / "stepsearch_jax" / (module.replace(".", "/") + ".py")
     assert 'if __name__ == "__main__":' in path.read_text(), verb

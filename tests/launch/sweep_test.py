@@ -49,7 +49,8 @@ def test_a_field_that_does_not_exist_stops_the_sweep(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
   (["--config.ppo.learning=1"], "the command sets ppo.learning, which is no"),
   (["--config.seed=1"], "--config.seed: the sweep itself varies it"),
-  (["--config.total_steps=many"], "total_steps must be of type int, got 'many'"),
+  (["--config.total_steps=many"],
+   "total_steps must be of type int, got 'many'"),
   (["--steps=3"], "--steps=3: expected --config.FIELD=VALUE"),
 ])
 def test_overrides_that_cannot_be_are_refused(tmp_path, arguments, message):

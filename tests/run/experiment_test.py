@@ -25,4 +25,4 @@ def test_outcome_rewards_train_on_plain_questions_and_answers(tmp_path):
 
 def test_step_rewards_say_which_paragraphs_they_need(tmp_path):
   with pytest.raises(files.DataError, match=r"plain.jsonl:1: .*sub_support"):
-    experiment(tmp_path).train_questions
+    _ = experiment(tmp_path).train_questions

@@ -1,0 +1,62 @@
+"""Does step-wise credit help? StePPO beside PPO, GRPO and plain imitation.
+
+  stepsearch study --config=configs/credit_study.py --workdir=studies/credit
+
+Every seed has one start, an imitation of imperfect demonstrations, that all
+arms share. All arms that learn from rewards play the same number of rollouts
+and take the same number of optimizer steps; each chooses its learning rate
+from the same three values on the validation split. Beside them: the start,
+imitation of the same demonstrations for about the same time, and imitation of
+clean ones.
+
+Hardware: 2 CPU cores per run. Time and score: see the table in README.md.
+"""
+
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import quickstart
+
+BASELINE = "ppo"
+TUNING_SEED = 1000  # Takes part in no comparison.
+RATES = (1e-4, 3e-4, 1e-3)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """The quickstart's config with 1,000 test questions; same arguments."""
+  config = quickstart.get_config(arg)
+  if config.data.eval_limit == 0:
+    config.data.world.heldout = 1000
+    config.eval.every = 20
+  return config
+
+
+def study(add: Callable[..., None]) -> None:
+  """Lists the arms; the first one is the start."""
+  imitated = quickstart.get_config().warm_start.steps
+  add("start", seeds=10, total_steps=0)
+  add("imitation for the same time", seeds=5, total_steps=0,
+      warm_start=dict(steps=2 * imitated))
+  add("clean imitation", seeds=5, from_start=False, total_steps=0,
+      warm_start=dict(steps=3 * imitated, wording="usual", whole=0.0,
+                      repeat=0.0, give_up=0.0))
+  add("ppo", seeds=10, rates=RATES, algorithm="ppo")
+  add("grpo", seeds=10, rates=RATES, algorithm="grpo",
+      batch=dict(questions=16, rollouts=4))
+  add("reinforce", seeds=5, rates=RATES, algorithm="reinforce")
+  add("steppo", seeds=10, rates=RATES, algorithm="steppo")
+  add("steppo without gain", seeds=5, rates=RATES, algorithm="steppo",
+      reward=dict(information_gain=False))
+  add("steppo without penalty", seeds=5, rates=RATES, algorithm="steppo",
+      reward=dict(redundancy_penalty=False))
+  add("steppo without keys", seeds=5, rates=RATES, algorithm="steppo",
+      reward=dict(search_key_reward=False))
+  add("ppo, bonus per search", seeds=10, rates=RATES, algorithm="ppo",
+      reward=dict(search_bonus=0.1))
+
+
+def sweep(add: Callable[..., None]) -> None:
+  """The two sides of the main comparison, one seed each."""
+  for algorithm in ("ppo", "steppo"):
+    add(arg=f"algorithm={algorithm}")

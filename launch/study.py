@@ -1,0 +1,324 @@
+"""Runs a study: arms that differ in what they say, over shared seeds.
+
+  stepsearch study --config=configs/credit_study.py --workdir=studies/credit
+  stepsearch study --config=... --workdir=/shared/study --commands | parallel
+
+The config's `study(add)` lists the arms. Every seed has one start, which all
+arms that begin from it share; arms with several learning rates choose one on
+the validation split; the last evaluation is the figure. The same command goes
+on with a stopped study. One commit, one jax and one kind of machine: anything
+else is refused. A table and a plot end it, --report=FILE.md also puts them
+between the markers in that file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli, files, types
+from stepsearch_jax.evaluation import card, study
+from stepsearch_jax.run.settings import Settings
+
+_CONFIG = flags.DEFINE_string(
+  "config", None, "Config file with a study(add), with :arguments or without."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
+_COMMANDS = flags.DEFINE_bool(
+  "commands", False, "Print the commands that can run now, one per line."
+)
+_ONLY = flags.DEFINE_list("only", [], "Play these arms only, for instance ppo.")
+_ALLOW_DIRTY = flags.DEFINE_bool(
+  "allow_dirty", False, "Accept edited files; the table then says so."
+)
+_REPORT = flags.DEFINE_string("report", None, "Also write the table there.")
+
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmPlan:
+  """One arm of a study.
+
+  Attributes:
+    name: of the arm.
+    seeds: of its runs.
+    overrides: fields in which it differs from the config.
+    from_start: begins from its seed's shared start.
+    rates: values of ppo.policy_lr to choose from; () keeps the config's.
+  """
+
+  name: str
+  seeds: tuple[int, ...]
+  overrides: dict[str, object]
+  from_start: bool
+  rates: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A study as its config file describes it.
+
+  Attributes:
+    config: path of the config, with its argument.
+    arms: in the order of the table; the first one is the start.
+    baseline: arm that the others are compared with.
+    tuning_seed: seed of the runs that choose learning rates.
+  """
+
+  config: str
+  arms: tuple[ArmPlan, ...]
+  baseline: str
+  tuning_seed: int
+
+
+def load(config: str) -> Plan:
+  """Returns the checked plan of a config file.
+
+  Raises:
+    UserError: no study in it, an unknown field, or arms that differ in their
+      rollouts or optimizer steps.
+  """
+  path, _, argument = config.partition(":")
+  # A config imports its neighbors as `configs`.
+  sys.path.insert(0, str(pathlib.Path(path).resolve().parent.parent))
+  spec = importlib.util.spec_from_file_location("study_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  types.expect(hasattr(module, "study"), "--config", "a file with study(add)",
+               path)
+  arms: list[ArmPlan] = []
+
+  def add(name, seeds, from_start=True, rates=(), **overrides):
+    arms.append(ArmPlan(
+      name, tuple(range(seeds)), _flat(overrides), from_start, tuple(rates)
+    ))
+
+  module.study(add)
+  effort = {}
+  for arm in arms:
+    known = module.get_config(argument or None)
+    for field, value in arm.overrides.items():
+      _set(known, f"{path}: arm {arm.name}", field, value)
+    checked = Settings.from_config(known)
+    if known.total_steps:
+      effort[arm.name] = (
+        known.total_steps, checked.batch.trajectories, known.ppo.mini_batch,
+        known.ppo.epochs,
+      )
+  if len(set(effort.values())) > 1:
+    raise types.UserError(
+      f"{path}: arms differ in (steps, trajectories, mini_batch, epochs): "
+      f"{effort}"
+    )
+  return Plan(config, tuple(arms), module.BASELINE, module.TUNING_SEED)
+
+
+def _set(config, where: str, field: str, value: object) -> None:
+  """Sets a field that the config must have, with a value of its type."""
+  *outer, last = field.split(".")
+  node = config
+  for name in outer:
+    node = node.get(name, {})
+  types.expect(last in node, where, "fields of the config only", field)
+  try:
+    node[last] = value
+  except TypeError as error:
+    raise types.UserError(f"{where}: {field}: {error}") from error
+
+
+def _flat(overrides: dict, prefix: str = "") -> dict[str, object]:
+  found = {}
+  for name, value in overrides.items():
+    if isinstance(value, dict):
+      found |= _flat(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
+
+
+def claim(workdir: epath.Path, config: str) -> None:
+  """Writes down, or compares, what all runs of a study have in common."""
+  here = {
+    "config": config, "commit": card.commit(), "jax": jax.__version__,
+    "python": platform.python_version(), "machine": _processor(),
+  }
+  if here["commit"].endswith("-dirty") and not _ALLOW_DIRTY.value:
+    raise types.UserError(
+      f"the checkout is edited ({here['commit']}): commit first, or "
+      "--allow_dirty"
+    )
+  path = workdir / "study.json"
+  if not path.exists():
+    files.write_text(path, json.dumps(here, indent=2) + "\n")
+    return
+  there = json.loads(path.read_text())
+  for name, value in here.items():
+    types.expect(there.get(name) == value, f"{workdir}: {name}",
+                 f"{there.get(name)!r}, with which the study began", value)
+
+
+def _processor() -> str:
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return device.device_kind
+  info = pathlib.Path("/proc/cpuinfo")
+  names = [
+    line.partition(":")[2].strip()
+    for line in (info.read_text().splitlines() if info.exists() else ())
+    if line.startswith("model name")
+  ]
+  return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def run_folder(workdir: epath.Path, arm: ArmPlan, seed: int) -> epath.Path:
+  """Folder of one run."""
+  return workdir / arm.name / f"seed_{seed}"
+
+
+def command(
+  plan: Plan, workdir: epath.Path, arm: ArmPlan, seed: int,
+  folder: epath.Path, extra: Sequence[str] = (),
+) -> list[str]:
+  """The command of one run."""
+  start = plan.arms[0]
+  arguments = [f"--config={plan.config}", f"--workdir={folder}",
+               f"--config.seed={seed}"]
+  if arm.from_start and arm is not start:
+    arguments.append("--config.warm_start.policy="
+                     f"{run_folder(workdir, start, seed)}")
+    if "warm_start.steps" not in arm.overrides:
+      arguments.append("--config.warm_start.steps=0")
+  arguments += [f"--config.{k}={v}" for k, v in arm.overrides.items()]
+  return [sys.executable, "-m", "stepsearch_jax.train", *arguments, *extra]
+
+
+def is_finished(folder: epath.Path) -> bool:
+  """Whether a run has ended."""
+  return (folder / "summary.json").exists()
+
+
+def chosen_rate(workdir: epath.Path, arm: ArmPlan) -> float | None:
+  """The rate with the best validation EM; None while one is missing."""
+  scores = {}
+  for rate in arm.rates:
+    folder = workdir / "rates" / arm.name / f"{rate:g}"
+    if not is_finished(folder):
+      return None
+    scores[rate] = json.loads((folder / "summary.json").read_text())["em_after"]
+  return max(scores, key=lambda rate: scores[rate])
+
+
+def ready(
+  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan]
+) -> list[list[str]]:
+  """Commands of the runs that are not finished and wait for no other."""
+  found, start = [], plan.arms[0]
+  for arm in arms:
+    rate = []
+    if arm.rates:
+      best = chosen_rate(workdir, arm)
+      if best is None:
+        seed = plan.tuning_seed
+        if is_finished(run_folder(workdir, start, seed)):
+          found += [
+            command(plan, workdir, arm, seed, folder, [
+              f"--config.ppo.policy_lr={value}",
+              "--config.data.split=validation",
+            ])
+            for value in arm.rates
+            if not is_finished(
+              folder := workdir / "rates" / arm.name / f"{value:g}")
+          ]
+        continue
+      rate = [f"--config.ppo.policy_lr={best}"]
+    seeds = arm.seeds
+    if arm is start:
+      seeds = sorted({*arm.seeds, plan.tuning_seed,
+                      *(s for a in plan.arms for s in a.seeds)})
+    for seed in seeds:
+      folder = run_folder(workdir, arm, seed)
+      waits = arm.from_start and arm is not start and not is_finished(
+        run_folder(workdir, start, seed))
+      if not is_finished(folder) and not waits:
+        found.append(command(plan, workdir, arm, seed, folder, rate))
+  return found
+
+
+def report(plan: Plan, workdir: epath.Path) -> list[str]:
+  """Returns the table of what is finished, and draws the curves."""
+  arms = []
+  for arm in plan.arms:
+    runs = {
+      seed: folder for seed in arm.seeds
+      if is_finished(folder := run_folder(workdir, arm, seed))
+    }
+    if runs:
+      rate = chosen_rate(workdir, arm) if arm.rates else None
+      arms.append(study.read_arm(
+        arm.name, runs, f"policy_lr {rate:g}" if rate else ""))
+  if plan.baseline not in [arm.name for arm in arms]:
+    return [f"no finished run of {plan.baseline} yet"]
+  study.plot(arms, workdir / "study.png")
+  about = json.loads((workdir / "study.json").read_text())
+  return [
+    f"`{plan.config}`, commit {about['commit']}, jax {about['jax']}, "
+    f"{about['machine']}", "", *study.table(arms, plan.baseline),
+  ]
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  plan, workdir = load(_CONFIG.value), epath.Path(_WORKDIR.value)
+  names = [arm.name for arm in plan.arms]
+  strange = set(_ONLY.value) - set(names)
+  types.expect(not strange, "--only", f"names among {names}", sorted(strange))
+  workdir.mkdir(parents=True, exist_ok=True)
+  claim(workdir, plan.config)
+  arms = [a for a in plan.arms if not _ONLY.value or a.name in _ONLY.value
+          or a is plan.arms[0]]
+  if _COMMANDS.value:
+    for line in ready(plan, workdir, arms):
+      print(shlex.join(line))
+    return
+  while commands := ready(plan, workdir, arms):
+    print(f"{len(commands)} runs to go", flush=True)
+    code = subprocess.run(commands[0], check=False).returncode
+    if code:
+      raise types.UserError(
+        f"{shlex.join(commands[0])} ended with code {code}; the same study "
+        "goes on from there"
+      )
+  lines = report(plan, workdir)
+  files.write_text(workdir / "study.md", "\n".join(lines) + "\n")
+  print("\n".join(lines))
+  if _REPORT.value:
+    _fill(epath.Path(_REPORT.value), lines)
+
+
+def _fill(path: epath.Path, lines: Sequence[str]) -> None:
+  """Puts lines between the markers of a file."""
+  text = path.read_text()
+  types.expect(BEGIN in text and END in text, "--report",
+               f"a file with {BEGIN} and {END}", str(path))
+  head, _, rest = text.partition(BEGIN)
+  _, _, tail = rest.partition(END)
+  files.write_text(
+    path, head + BEGIN + "\n" + "\n".join(lines) + "\n" + END + tail
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["config", "workdir"])

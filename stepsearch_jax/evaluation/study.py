@@ -1,0 +1,202 @@
+"""A study's runs as one table and one picture.
+
+The figure of a run is its last evaluation, the area under its curve the
+second; arms are compared with the baseline on the same seeds and questions.
+It knows folders of finished runs, not how they were started.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from stepsearch_jax import types
+from stepsearch_jax.evaluation import statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """Outcomes of one arm over its seeds.
+
+  Attributes:
+    name: of the arm.
+    note: chosen learning rate or other remark for the table; may be "".
+    seeds: of its finished runs, ascending.
+    questions: ids of the test questions, the same for all seeds.
+    em: [seeds, N] exact match per question after the last step.
+    curve: {step: [seeds] mean exact match}.
+    hops: {hops: mean exact match}.
+    means: further means over seeds and questions: searches, recall.
+    seconds: mean seconds of a run.
+  """
+
+  name: str
+  note: str
+  seeds: tuple[int, ...]
+  questions: tuple[str, ...]
+  em: np.ndarray
+  curve: dict[int, np.ndarray]
+  hops: dict[int, float]
+  means: dict[str, float]
+  seconds: float
+
+  @property
+  def area(self) -> float:
+    """Mean exact match along the curve (trapezoids, per step)."""
+    steps = np.array(sorted(self.curve), np.float64)
+    values = np.array([self.curve[int(s)].mean() for s in steps])
+    if len(steps) < 2:
+      return float(values.mean())
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def read_arm(
+  name: str, runs: Mapping[int, epath.Path], note: str = ""
+) -> Arm:
+  """Returns the outcomes of an arm's finished runs.
+
+  Args:
+    name: of the arm.
+    runs: folder per seed.
+    note: see `Arm`.
+
+  Raises:
+    UserError: two runs were asked different questions.
+  """
+  seeds, ids, em, seconds = tuple(sorted(runs)), None, [], []
+  curve, hops = collections.defaultdict(list), collections.defaultdict(list)
+  means = collections.defaultdict(list)
+  for seed in seeds:
+    evaluations = sorted((runs[seed] / "evaluations").glob("step_*"))
+    for folder in evaluations:
+      step = int(folder.name.removeprefix("step_"))
+      card = json.loads((folder / "card.json").read_text())
+      curve[step].append(card["metrics"]["em"])
+    rows = _predictions(evaluations[-1])
+    asked = tuple(row["id"] for row in rows)
+    if ids is not None and asked != ids:
+      raise types.UserError(
+        f"{evaluations[-1]}: other questions than in {name}'s first run; a "
+        "study compares runs on the same ones"
+      )
+    ids = asked
+    em.append([row["em"] for row in rows])
+    for row in rows:
+      hops[row.get("hops", 0)].append(row["em"])
+      means["searches"].append(row["searches"])
+      means["recall"].append(row.get("retrieval_recall", np.nan))
+    summary = json.loads((runs[seed] / "summary.json").read_text())
+    seconds.append(summary["train_seconds"])
+  return Arm(
+    name, note, seeds, ids or (), np.array(em, np.float64),
+    {step: np.array(values) for step, values in curve.items()},
+    {n: float(np.mean(values)) for n, values in sorted(hops.items()) if n},
+    {key: float(np.nanmean(values)) for key, values in means.items()},
+    float(np.mean(seconds)),
+  )
+
+
+def _predictions(folder: epath.Path) -> list[dict]:
+  """Rows of an evaluation, in the order of their ids."""
+  lines = (folder / "predictions.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return sorted((r for r in rows if "id" in r), key=lambda row: row["id"])
+
+
+def differences(arm: Arm, baseline: Arm) -> np.ndarray:
+  """Returns [seeds, N] differences on the seeds that both arms have.
+
+  Raises:
+    UserError: no seed is common, or the questions differ.
+  """
+  common = [seed for seed in arm.seeds if seed in baseline.seeds]
+  if not common or arm.questions != baseline.questions:
+    raise types.UserError(
+      f"{arm.name} and {baseline.name} have no seeds, or not the same "
+      f"questions, in common: seeds {arm.seeds} and {baseline.seeds}"
+    )
+  return np.stack([
+    arm.em[arm.seeds.index(seed)] - baseline.em[baseline.seeds.index(seed)]
+    for seed in common
+  ])
+
+
+def table(arms: Sequence[Arm], baseline: str) -> list[str]:
+  """Returns a study as the lines of a Markdown table.
+
+  Means have hierarchical bootstrap intervals over seeds and questions; the
+  p-value is of a paired permutation test over seeds' means against the
+  baseline, adjusted by Holm over the arms.
+  """
+  by_name = {arm.name: arm for arm in arms}
+  base = by_name[baseline]
+  rivals = [arm for arm in arms if arm is not base]
+  gaps = {arm.name: differences(arm, base) for arm in rivals}
+  p_values = [
+    statistics.permutation_test(gap.mean(1), np.zeros(len(gap)))
+    for gap in gaps.values()
+  ]
+  adjusted = dict(zip(gaps, statistics.holm(p_values), strict=True))
+  kinds = sorted({n for arm in arms for n in arm.hops})
+  head = ["arm", "seeds", "EM (95 %)", f"EM - {baseline} (95 %)", "p (Holm)",
+          "area", *(f"{n} hops" for n in kinds), "searches", "recall",
+          "s per run", "note"]
+  lines = [_row(head), _row(["---"] * len(head))]
+  for arm in arms:
+    mean = statistics.hierarchical_bootstrap(arm.em)
+    cells = [arm.name, str(len(arm.seeds)), _estimate(mean), "-", "-"]
+    if arm is not base:
+      gap = statistics.hierarchical_bootstrap(gaps[arm.name])
+      cells[3:] = [_estimate(gap, signed=True), f"{adjusted[arm.name]:.3f}"]
+    cells += [f"{arm.area:.3f}"]
+    cells += [f"{arm.hops[n]:.3f}" if n in arm.hops else "-" for n in kinds]
+    cells += [f"{arm.means['searches']:.2f}", f"{arm.means['recall']:.3f}",
+              f"{arm.seconds:.0f}", arm.note]
+    lines.append(_row(cells))
+  return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+  return "| " + " | ".join(cells) + " |"
+
+
+def _estimate(estimate: statistics.Estimate, signed: bool = False) -> str:
+  form = "+.3f" if signed else ".3f"
+  return (f"{estimate.value:{form}} ({estimate.low:{form}} to "
+          f"{estimate.high:{form}})")
+
+
+def plot(arms: Sequence[Arm], path: epath.Path) -> None:
+  """Draws held-out exact match over training steps, bands over seeds."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+  for arm in arms:
+    steps = sorted(arm.curve)
+    values = [arm.curve[step] for step in steps]
+    middle = [value.mean() for value in values]
+    if len(steps) == 1:
+      axis.axhline(middle[0], linestyle="--", linewidth=1,
+                   label=f"{arm.name} ({len(arm.seeds)})")
+      continue
+    (line,) = axis.plot(steps, middle, label=f"{arm.name} ({len(arm.seeds)})")
+    error = [
+      1.96 * value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
+      for value in values
+    ]
+    axis.fill_between(
+      steps, np.subtract(middle, error), np.add(middle, error), alpha=0.15,
+      color=line.get_color(),
+    )
+  axis.set(xlabel="training step", ylabel="held-out exact match, mean and 95 %")
+  axis.legend(fontsize=8)
+  figure.savefig(str(path), dpi=110)
+  plt.close(figure)

@@ -1,0 +1,82 @@
+"""Outcomes of arms: areas, pairs by seed and question, the table."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from stepsearch_jax import types
+from stepsearch_jax.evaluation import study
+
+
+def write_run(folder, finals, start=0.0, ids=None):
+  """A finished run: EM `start` at step 0, `finals` per question at 10."""
+  for step, scores in ((0, [start] * len(finals)), (10, finals)):
+    place = folder / "evaluations" / f"step_{step:06d}"
+    place.mkdir(parents=True)
+    rows = [
+      {"id": ids[i] if ids else f"q{i}", "em": em, "hops": 2 + i % 2,
+       "searches": 3, "retrieval_recall": 0.5}
+      for i, em in enumerate(scores)
+    ]
+    (place / "predictions.jsonl").write_text(
+      "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    (place / "card.json").write_text(
+      json.dumps({"metrics": {"em": float(np.mean(scores))}})
+    )
+  (folder / "summary.json").write_text(json.dumps({"train_seconds": 7.0}))
+  return epath.Path(folder)
+
+
+@pytest.fixture
+def arms(tmp_path):
+  base = study.read_arm("ppo", {
+    seed: write_run(tmp_path / f"ppo{seed}", [1.0, 0.0, 0.0, 0.0])
+    for seed in range(4)
+  })
+  better = study.read_arm("steppo", {
+    seed: write_run(tmp_path / f"steppo{seed}", [1.0, 1.0, 0.0, 1.0], 0.5)
+    for seed in (3, 1, 2)
+  }, "policy_lr 0.0003")
+  return base, better
+
+
+def test_an_arm_has_finals_curve_hops_and_area(arms):
+  base, better = arms
+  assert base.seeds == (0, 1, 2, 3) and better.seeds == (1, 2, 3)
+  assert base.em.shape == (4, 4) and base.em.mean() == 0.25
+  assert better.area == pytest.approx((0.5 + 0.75) / 2)
+  assert better.hops == {2: 0.5, 3: 1.0}
+  assert better.means == {"searches": 3.0, "recall": 0.5}
+
+
+def test_differences_pair_seeds_and_questions(arms):
+  base, better = arms
+  gap = study.differences(better, base)
+  np.testing.assert_array_equal(gap, [[0, 1, 0, 1]] * 3)
+
+
+def test_the_table_says_how_sure_a_difference_is(arms):
+  lines = study.table(arms, "ppo")
+  assert lines[0].startswith("| arm | seeds | EM (95 %) | EM - ppo (95 %)")
+  base, better = lines[2:]
+  assert base.startswith("| ppo | 4 | 0.250 (")
+  assert "| +0.500 (" in better and better.endswith("| policy_lr 0.0003 |")
+  # Three equal signs: 2 of 2^3 patterns are as extreme.
+  assert "| 0.250 |" in better
+
+
+def test_runs_on_other_questions_are_refused(tmp_path):
+  runs = {
+    0: write_run(tmp_path / "a", [1.0, 0.0]),
+    1: write_run(tmp_path / "b", [1.0, 0.0], ids=["x", "y"]),
+  }
+  with pytest.raises(types.UserError, match="other questions"):
+    study.read_arm("ppo", runs)
+
+
+def test_the_curves_are_drawn(arms, tmp_path):
+  study.plot(arms, epath.Path(tmp_path) / "study.png")
+  assert (tmp_path / "study.png").stat().st_size > 10_000

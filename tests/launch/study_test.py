@@ -1,0 +1,108 @@
+"""A study's plan: who waits for whom, what is refused, what is equal."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+from etils import epath
+
+from stepsearch_jax import types
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEAD = """
+from configs import quickstart
+BASELINE, TUNING_SEED = "ppo", 99
+def get_config(arg=None):
+  return quickstart.get_config(arg)
+def study(add):
+  add("start", seeds=2, total_steps=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher():
+  spec = importlib.util.spec_from_file_location(
+    "study_launcher", ROOT / "launch/study.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # Dataclasses look themselves up.
+  spec.loader.exec_module(module)
+  return module
+
+
+def write(tmp_path, body):
+  path = tmp_path / "plan.py"
+  path.write_text(HEAD + body)
+  return f"{path}:runlocal"
+
+
+def finish(folder, em=0.5):
+  folder.mkdir(parents=True)
+  (folder / "summary.json").write_text(json.dumps({"em_after": em}))
+
+
+def flag(command, name):
+  return [a.split("=", 1)[1] for a in command if a.startswith(f"--{name}=")]
+
+
+def test_the_shipped_study_is_a_fair_one(launcher):
+  plan = launcher.load(str(ROOT / "configs/credit_study.py"))
+  names = [arm.name for arm in plan.arms]
+  assert names[0] == "start" and plan.baseline in names
+  seeds = {arm.name: len(arm.seeds) for arm in plan.arms}
+  for name in ("ppo", "grpo", "steppo", "ppo, bonus per search"):
+    assert seeds[name] >= 10
+  assert min(seeds.values()) >= 5
+  rates = {arm.rates for arm in plan.arms if "algorithm" in arm.overrides}
+  assert len(rates) == 1 and len(next(iter(rates))) == 3
+
+
+def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
+  config = write(tmp_path, "  add('ppo', seeds=2, rates=(1e-4, 1e-3), "
+                 "algorithm='ppo')\n")
+  plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
+  first = launcher.ready(plan, workdir, plan.arms)
+  assert [flag(c, "config.seed") for c in first] == [["0"], ["1"], ["99"]]
+  assert all(flag(c, "config.total_steps") == ["0"] for c in first)
+  for seed in (0, 1, 99):
+    finish(workdir / "start" / f"seed_{seed}")
+  tuning = launcher.ready(plan, workdir, plan.arms)
+  assert [flag(c, "config.ppo.policy_lr") for c in tuning] == [
+    ["0.0001"], ["0.001"]
+  ]
+  assert all(flag(c, "config.data.split") == ["validation"] for c in tuning)
+  finish(workdir / "rates/ppo/0.0001", 0.1)
+  finish(workdir / "rates/ppo/0.001", 0.2)
+  runs = launcher.ready(plan, workdir, plan.arms)
+  assert [flag(c, "config.ppo.policy_lr") for c in runs] == [["0.001"]] * 2
+  assert flag(runs[1], "config.warm_start.policy") == [
+    str(workdir / "start/seed_1")
+  ]
+  finish(workdir / "ppo/seed_0")
+  assert len(launcher.ready(plan, workdir, plan.arms)) == 1
+
+
+def test_arms_with_other_rollouts_or_fields_are_refused(launcher, tmp_path):
+  two = "  add('ppo', seeds=1, algorithm='ppo')\n"
+  more = "  add('big', seeds=1, batch=dict(questions=16))\n"
+  with pytest.raises(types.UserError, match="arms differ in"):
+    launcher.load(write(tmp_path, two + more))
+  wrong = "  add('x', seeds=1, ppo=dict(learning_rate=1.0))\n"
+  with pytest.raises(types.UserError, match="ppo.learning_rate"):
+    launcher.load(write(tmp_path, wrong))
+
+
+def test_a_study_of_another_commit_is_refused(launcher, tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path)
+  monkeypatch.setattr(launcher.card, "commit", lambda: "abc")
+  launcher.claim(workdir, "c.py")
+  launcher.claim(workdir, "c.py")
+  monkeypatch.setattr(launcher.card, "commit", lambda: "def")
+  with pytest.raises(types.UserError, match="commit: expected 'abc'"):
+    launcher.claim(workdir, "c.py")
+  monkeypatch.setattr(launcher.card, "commit", lambda: "abc-dirty")
+  launcher.flags.FLAGS(["study"])
+  with pytest.raises(types.UserError, match="commit first"):
+    launcher.claim(workdir, "c.py")
