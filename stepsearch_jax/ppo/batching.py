@@ -132,6 +132,14 @@ class Packing:
     """Share of packed places that hold no token."""
     return float((self.source < 0).mean())
 
+  def padded(self, rows: int) -> Packing:
+    """Returns the packing with empty rows behind it, `rows` in all."""
+    more = ((0, rows - len(self.source)), (0, 0))
+    return Packing(
+      np.pad(self.source, more, constant_values=-1),
+      np.pad(self.segment_ids, more), np.pad(self.positions, more),
+    )
+
   def pack(self, array: np.ndarray, fill: float = 0) -> np.ndarray:
     """[B, T] array to packed [R, S]."""
     return np.where(self.source >= 0, array.reshape(-1)[self.source], fill)
@@ -144,12 +152,31 @@ class Packing:
     return out.reshape(shape)
 
 
+def micro_sizes(rows: int, whole: int, tail: int) -> list[int]:
+  """Splits packed rows into micro-batches of two sizes.
+
+  Args:
+    rows: packed rows that hold tokens.
+    whole: rows of a micro-batch.
+    tail: rows of the smaller ones that end a mini-batch where they compute
+      less than one more whole one; `whole` for none.
+
+  Returns:
+    Sizes in order; their sum is at least `rows`, by less than `tail` where
+    the smaller ones are used.
+  """
+  count, rest = divmod(rows, whole)
+  small = -(-rest // tail)
+  if small * tail >= whole:
+    return [whole] * (count + 1)
+  return [whole] * count + [tail] * small
+
+
 def pack(
   rows: Sequence[int],
   lengths: np.ndarray,
   width: int,
   row_length: int,
-  multiple: int,
 ) -> Packing:
   """First-fit-decreasing packing of trajectories into rows.
 
@@ -158,7 +185,6 @@ def pack(
     lengths: [B] tokens of every batch row.
     width: T of the batch.
     row_length: S of the packed rows, at least the longest trajectory.
-    multiple: the number of packed rows is rounded up to this.
 
   Raises:
     UserError: a trajectory does not fit a row.
@@ -178,7 +204,7 @@ def pack(
       places.append([])
     free[r] -= size
     places[r].append(b)
-  count = max(-(-len(free) // multiple), 1) * multiple
+  count = max(len(free), 1)
   source = np.full((count, row_length), -1, np.int64)
   segments = np.zeros((count, row_length), np.int32)
   positions = np.zeros((count, row_length), np.int32)

@@ -1,8 +1,9 @@
 """The StePPO learner: rollout batch in, updated models out.
 
-Three kinds of compiled program of one shape each ([micro_rows, row_length]
-packed rows): forward, accumulate gradients, apply. Longer, shorter or fewer
-trajectories change how many times they run, never what is compiled.
+Three kinds of compiled program: forward and accumulate, each over packed rows
+[micro_rows, row_length] and over fewer rows at the end of a mini-batch, and
+apply. Longer, shorter or fewer trajectories change how many times they run,
+never what is compiled.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class Learner:
     self.spec = spec
     self._mesh = mesh
     self._replicated = sharding.replicated(mesh)
+    devices = mesh.mesh.size
+    shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
+    self._tail_rows = spec.batch.tail_rows(shards)
     estimator = estimators.find(spec.estimator.name)
     self._compute = jax.jit(
       functools.partial(advantages.compute, estimator, spec)
@@ -186,10 +190,17 @@ class Learner:
     if self.spec.estimator.scope == specs.MaskScope.ATTENDED:
       # The released value model also sees the token behind the last.
       lengths = np.minimum(lengths + 1, batch.tokens.shape[1])
-    shape = self.spec.batch
-    return batching.pack(
-      rows, lengths, batch.tokens.shape[1], shape.row_length, shape.micro_rows
+    packing = batching.pack(
+      rows, lengths, batch.tokens.shape[1], self.spec.batch.row_length
     )
+    return packing.padded(sum(self._sizes(len(packing.source))))
+
+  def _sizes(self, rows: int) -> list[int]:
+    """Rows of each micro-batch over so many packed rows."""
+    batch, tail = self.spec.batch, self._tail_rows
+    if self.spec.loss.micro_weighting == specs.MicroWeighting.MICRO_MEAN:
+      tail = batch.micro_rows  # A mean over micro-batches of one size.
+    return batching.micro_sizes(rows, batch.micro_rows, tail)
 
   def _micros(
     self, packing: batching.Packing, batch: types.RolloutBatch, **arrays
@@ -212,11 +223,12 @@ class Learner:
       "segment_ids": packing.segment_ids,
       "positions": packing.positions,
     }
-    where, rows = sharding.batch(self._mesh), self.spec.batch.micro_rows
-    for start in range(0, len(packing.source), rows):
-      part = slice(start, start + rows)
+    where, start = sharding.batch(self._mesh), 0
+    for size in self._sizes(len(packing.source)):
+      part = slice(start, start + size)
       micro = MicroBatch(**{name: x[part] for name, x in packed.items()})
       yield sharding.put(micro, where)
+      start += size
 
   def prepare(
     self, state: LearnerState, batch: types.RolloutBatch
@@ -276,7 +288,7 @@ class Learner:
       metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
     metrics |= {
       "critic/kl_coeff": coefficient,
-      "update/padding_share": packing.padding_share,
+      "forward/padding_share": packing.padding_share,
     }
     experience = Experience(
       batch, masks, now.logp, frozen.logp, values, found.estimates.advantages,
@@ -363,8 +375,9 @@ class Learner:
         batch.turn[rows] == batch.answer_turn[rows, None],
         loss.llds_answer_weight,
       )
+    packing = self._packing(batch, rows)
     micros = list(self._micros(
-      self._packing(batch, rows), batch, logp=experience.logp,
+      packing, batch, logp=experience.logp,
       reference_logp=experience.reference_logp, values=experience.values,
       advantages=experience.advantages, returns=experience.returns,
       value_weights=experience.value_weights, **weights,
@@ -373,7 +386,7 @@ class Learner:
       "policy": mask.sum(), "value": (experience.value_weights[rows] > 0).sum()
     }
     turns = batching.count_turns(batch.turn[rows])
-    seen = {}
+    seen = {"update/padding_share": packing.padding_share}
     # One model after the other: only one set of gradients exists at a time.
     for role, model in self.models.items():
       if role == "policy" and not train_policy:

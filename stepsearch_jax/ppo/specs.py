@@ -280,6 +280,15 @@ class BatchSpec:
     within("ppo.micro_rows", self.micro_rows, 1)
     within("rollout.context", self.row_length, 1)
 
+  def tail_rows(self, shards: int) -> int:
+    """Rows of the smaller passes that end a mini-batch; see `micro_sizes`.
+
+    Args:
+      shards: data shards of the mesh, which must divide the rows.
+    """
+    small = -(-(self.micro_rows // 4) // shards) * shards
+    return small if 0 < small < self.micro_rows else self.micro_rows
+
   def optimizer_steps(self, trajectories: int) -> int:
     """Optimizer steps over a batch of so many trajectories."""
     return self.epochs * -(-trajectories // self.mini_batch)

@@ -35,7 +35,7 @@ def _micros(batch, steps, rows, row_length, seed):
   rng = np.random.default_rng(seed)
   packing = batching.pack(
     range(len(batch.tokens)), batch.lengths, batch.tokens.shape[1],
-    row_length, 1,
+    row_length,
   )
   packed = {
     "tokens": packing.pack(batch.tokens),

@@ -3,6 +3,7 @@
 import fakes
 import numpy as np
 import pytest
+from ppo import parts
 
 from stepsearch_jax import types
 from stepsearch_jax.ppo import batching
@@ -117,8 +118,9 @@ def test_packing_holds_every_token_once_and_comes_back(seed):
   rng = np.random.default_rng(seed)
   lengths = rng.integers(1, 30, 20)
   rows = rng.permutation(20)[:13]
-  packing = batching.pack(rows, lengths, 30, 40, 4)
-  assert len(packing.source) % 4 == 0
+  packing = batching.pack(rows, lengths, 30, 40)
+  packing = packing.padded(len(packing.source) + 3)
+  assert (packing.source[-3:] < 0).all()
   array = rng.normal(size=(20, 30))
   want = np.zeros_like(array)
   for row in rows:
@@ -140,11 +142,49 @@ def test_packing_holds_every_token_once_and_comes_back(seed):
 
 
 def test_packing_goes_by_length_and_not_by_the_loss_mask():
-  packing = batching.pack([0, 1], np.array([6, 4]), 8, 10, 1)
+  packing = batching.pack([0, 1], np.array([6, 4]), 8, 10)
   assert len(packing.source) == 1
   assert packing.source[0].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
 
 
 def test_a_trajectory_longer_than_a_row_is_refused():
   with pytest.raises(types.UserError, match="11 tokens .* row of 10"):
-    batching.pack([0], np.array([11]), 12, 10, 1)
+    batching.pack([0], np.array([11]), 12, 10)
+
+
+@pytest.mark.parametrize("rows, whole, tail, want", [
+  (32, 16, 4, [16, 16]),
+  (2, 16, 4, [4]),
+  (18, 16, 4, [16, 4]),
+  (25, 16, 4, [16, 4, 4, 4]),
+  (29, 16, 4, [16, 16]),  # Four small ones compute as much.
+  (16, 16, 4, [16]),
+  (5, 2, 2, [2, 2, 2]),  # No smaller size.
+  (9, 16, 8, [16]),
+  (1, 1, 1, [1]),
+])
+def test_the_tail_of_a_mini_batch_computes_few_empty_rows(
+  rows, whole, tail, want
+):
+  found = batching.micro_sizes(rows, whole, tail)
+  assert found == want
+  assert batching.micro_sizes(sum(found), whole, tail) == found
+
+
+def test_sizes_hold_all_rows_and_never_an_empty_micro_batch():
+  for whole in (1, 2, 4, 16):
+    for tail in {1, max(whole // 4, 1), whole}:
+      for rows in range(1, 70):
+        found = batching.micro_sizes(rows, whole, tail)
+        assert sum(found) >= rows > sum(found[:-1])
+        assert sum(found) - rows < whole
+        assert set(found) <= {whole, tail}
+
+
+@pytest.mark.parametrize("micro_rows, shards, want", [
+  (16, 1, 4), (16, 8, 8), (8, 8, 8), (4, 1, 1), (2, 1, 2), (1, 1, 1),
+  (12, 4, 4),
+])
+def test_the_small_size_divides_over_the_data_shards(micro_rows, shards, want):
+  spec = parts.learner_spec(batch__micro_rows=micro_rows).batch
+  assert spec.tail_rows(shards) == want

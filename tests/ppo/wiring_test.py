@@ -183,14 +183,16 @@ def test_old_logp_of_good_and_bad_rows_by_hand():
   })
 
 
-def test_llds_with_one_optimizer_step_per_batch_warns(caplog):
+def test_an_update_says_what_it_pads_and_that_llds_needs_a_second_step(caplog):
   assert parts.SPEC.batch.optimizer_steps(4) == 1
   assert parts.SPEC.batch.optimizer_steps(5) == 2
   ours = update_test.make_learner(loss__llds_coef=0.5)
   state, batch = fresh(ours), update_test.make_batch()
   with caplog.at_level(logging.WARNING, logger="absl"):
-    ours.update(state, update_test.experience(batch))
+    _, metrics = ours.update(state, update_test.experience(batch))
   assert "ppo.llds_coef = 0.5 does nothing" in caplog.text
+  # 42 tokens, packed as 16, 12 + 5 and 9 into rows of 20.
+  assert metrics["update/padding_share"] == pytest.approx(1 - 42 / 60)
 
 
 def test_the_kl_that_has_no_gradient_is_no_loss():
