@@ -300,6 +300,9 @@ def _log():
   log.wandb_project = ""  # Empty = no Weights & Biases.
   # (first, last) training step of a profile in the run's profile/; () = none.
   log.profile = ()
+  # Rollouts kept in trajectories/: of the first, the last and every n-th step.
+  log.trajectories = 16
+  log.trajectories_every = 10
   return log
 
 

@@ -20,10 +20,10 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from stepsearch_jax import cli, files
+from stepsearch_jax import cli, files, types
 from stepsearch_jax.data import input_pipeline
 from stepsearch_jax.parallel import distributed
-from stepsearch_jax.ppo import batching
+from stepsearch_jax.ppo import batching, records
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.run import (
@@ -35,6 +35,7 @@ from stepsearch_jax.run import (
   reporting,
   starting,
 )
+from stepsearch_jax.run import trajectories as trajectories_lib
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.run.state import RunState
@@ -253,6 +254,7 @@ class Job:
           settings.monitor.lr_factor ** len(self.rollbacks),
         )
     state.step += 1
+    self._keep(trajectories, rewards, experience)
     values = {
       **seen,
       **updated,
@@ -268,6 +270,25 @@ class Job:
       lambda: monitor.first_nonfinite_of(experience, state.learner),
     )
     return values
+
+  def _keep(
+    self, trajectories: Sequence[types.Trajectory],
+    rewards: Sequence[token_rewards.TrajectoryReward],
+    experience: records.Experience,
+  ) -> None:
+    """Writes some rollouts of the step down, for people to look at."""
+    log, step = self.experiment.settings.log, self.state.step
+    due = step in (1, self.steps) or step % log.trajectories_every == 0
+    if not (log.trajectories and due and distributed.is_primary()):
+      return
+    kept = slice(log.trajectories)
+    files.write_text(
+      self.experiment.workdir / "trajectories" / f"step_{step:06d}.jsonl",
+      files.to_jsonl(trajectories_lib.describe(
+        trajectories[kept], rewards[kept], experience,
+        self.experiment.tokenizer,
+      )),
+    )
 
   def has_collapsed(self, values: dict[str, float]) -> bool:
     """Reports alarms of a step; returns whether the run has to go back."""

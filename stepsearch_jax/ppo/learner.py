@@ -293,7 +293,7 @@ class Learner:
     experience = Experience(
       batch, masks, now.logp, frozen.logp, values, found.estimates.advantages,
       found.estimates.returns, found.estimates.value_weights,
-      float(found.metrics["critic/kl"]),
+      float(found.metrics["critic/kl"]), now.entropy,
     )
     metrics |= batch_metrics.old_logp_by_advantage(experience)
     metrics = jax.device_get(metrics)

@@ -134,6 +134,8 @@ class Experience:
     returns: [B, T], what values are fitted to.
     value_weights: [B, T], weight of each token in the value loss.
     kl: mean KL to the reference, per token.
+    entropy: [B, T] of the policy before the update; None where recorded
+      log-probabilities save that pass.
   """
 
   batch: types.RolloutBatch
@@ -145,6 +147,7 @@ class Experience:
   returns: np.ndarray
   value_weights: np.ndarray
   kl: float
+  entropy: np.ndarray | None = None
 
 
 @flax.struct.dataclass

@@ -240,12 +240,20 @@ class LogSpec:
   Attributes:
     wandb_project: "" logs to files only.
     profile: (first, last) step of a profile in `profile/`; () writes none.
+    trajectories: rollouts kept of a step in `trajectories/`; 0 keeps none.
+    trajectories_every: steps between two that keep some, besides the first.
   """
 
   wandb_project: str
   profile: tuple[int, ...]
+  trajectories: int
+  trajectories_every: int
 
   def __post_init__(self):
+    expect(self.trajectories >= 0, "log.trajectories", "0 (none) or more",
+           self.trajectories)
+    expect(self.trajectories_every >= 1, "log.trajectories_every",
+           "1 or more steps", self.trajectories_every)
     expect(
       self.profile == ()
       or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),

@@ -1,0 +1,99 @@
+"""A kept rollout says what each token earned, and what each turn was shown."""
+
+import fakes
+import numpy as np
+import pytest
+
+from stepsearch_jax import types
+from stepsearch_jax.ppo import records
+from stepsearch_jax.rewards import step_rewards, token_rewards
+from stepsearch_jax.run import trajectories
+
+
+@pytest.fixture(scope="module")
+def row():
+  tokenizer = fakes.make_tokenizer()
+  gold = types.Passage("g", "Silent Harbor", "directed by Ada Brandt.")
+  question = types.Question(
+    "q", "Who?", ("Ada Brandt",), support=(gold,),
+    search_keys=(("Silent Harbor director",),),
+  )
+  pieces = [
+    ("Question: Who?", types.Provenance.PROMPT, -1),
+    ("<search> Silent Harbor </search>", types.Provenance.POLICY, 0),
+    ("<information> Ada Brandt </information>",
+     types.Provenance.OBSERVATION, 0),
+    ("<answer> Ada Brandt </answer>", types.Provenance.POLICY, 1),
+  ]
+  tokens, provenance, turn = [], [], []
+  for text, who, index in pieces:
+    ids = tokenizer.encode(text)
+    tokens += ids
+    provenance += [int(who)] * len(ids)
+    turn += [index] * len(ids)
+  ends = np.nonzero(np.diff([*turn, 9]))[0]
+  trajectory = types.Trajectory(
+    question, 5, np.int32(tokens), np.int8(provenance), np.int16(turn),
+    np.zeros(len(tokens), np.float32),
+    [
+      types.Turn(
+        pieces[1][0], types.Action.SEARCH, "Silent Harbor", (gold,),
+        pieces[2][0],
+        int(np.nonzero(np.array(provenance) == 1)[0][
+          len(tokenizer.encode(pieces[1][0])) - 1]),
+        retrieved=True,
+      ),
+      types.Turn(pieces[3][0], types.Action.ANSWER, "Ada Brandt", (), "",
+                 int(ends[-1])),
+    ],
+    "Ada Brandt", types.StopReason.ANSWER,
+  )
+  (reward,) = token_rewards.score_trajectories(
+    step_rewards.PRESETS["paper"](), [trajectory], tokenizer
+  )
+  count = len(tokens)
+  numbers = np.arange(count, dtype=np.float32)[None]
+  masks = records.Masks(*[trajectory.policy_mask[None]] * 3)
+  experience = records.Experience(
+    None, masks, numbers, numbers - 0.5, 2 * numbers, 3 * numbers, numbers,
+    numbers, 0.0, 4 * numbers,
+  )
+  (found,) = trajectories.describe(
+    [trajectory], [reward], experience, tokenizer
+  )
+  return found, reward, pieces
+
+
+def test_tokens_spell_the_rollout_behind_the_prompt(row):
+  found, _, pieces = row
+  assert found["prompt"] == pieces[0][0]
+  text = "".join(token["text"] for token in found["tokens"])
+  assert text == "".join(piece for piece, _, _ in pieces[1:])
+
+
+def test_only_policy_tokens_carry_values_each_its_own(row):
+  found, reward, _ = row
+  start = len(reward.tokens) - len(found["tokens"])
+  paid = 0.0
+  for place, token in enumerate(found["tokens"], start):
+    if "values" not in token:
+      continue
+    earned, advantage, logp, kl, value, entropy = token["values"]
+    assert (advantage, logp, kl, value, entropy) == (
+      3 * place, place, 0.5, 2 * place, 4 * place
+    )
+    paid += earned
+  assert paid == pytest.approx(found["reward"], abs=1e-3)
+  turns = {t["turn"] for t in found["tokens"] if "values" in t}
+  assert turns == {0, 1}
+
+
+def test_turns_mark_support_and_repeats(row):
+  search, answer = row[0]["turns"]
+  assert search["action"] == "search" and answer["documents"] == []
+  assert search["documents"] == [{
+    "title": "Silent Harbor", "text": "directed by Ada Brandt.",
+    "support": True, "repeated": False,
+  }]
+  assert search["gain"] == pytest.approx(1.0)
+  assert row[0]["em"] == 1.0 and row[0]["prediction"] == "Ada Brandt"
