@@ -300,8 +300,8 @@ def _log():
   log.wandb_project = ""  # Empty = no Weights & Biases.
   # (first, last) training step of a profile in the run's profile/; () = none.
   log.profile = ()
-  # Rollouts kept in trajectories/: of the first, the last and every n-th step.
-  log.trajectories = 16
+  log.trajectories = 16  # Rollouts kept of a step in trajectories/; 0 = none.
+  # Steps between two that keep rollouts, besides the first and the last.
   log.trajectories_every = 10
   return log
 
