@@ -113,10 +113,15 @@ class Row:
   def texts(self, name: str, plain: bool = False) -> tuple[str, ...]:
     """Returns a string, number or list of these as distinct texts.
 
-    Blank ones are left out. JSON text of a list counts as the list, unless
-    `plain` says that the field holds one text as it is.
+    Blank ones are left out. JSON text of a list counts as the list; if `plain`
+    says that the field holds one text, only a list of texts does.
     """
-    value = self[name] if plain else parsed(self[name])
+    value = parsed(self[name])
+    if plain and isinstance(self[name], str) and not (
+      isinstance(value, list) and value
+      and all(isinstance(item, str) for item in value)
+    ):
+      value = self[name]
     if value is None:
       return ()
     values = value if isinstance(value, (list, tuple)) else [value]

@@ -39,6 +39,10 @@ _SHOWN = re.compile(
   r"<(information|tool_response|documents|results?)>.*?(?:</\1>|\Z)"
   r"|<\|begin_of_documents\|>.*?(?:<\|end_of_documents\|>|\Z)", re.DOTALL
 )
+# The instruction of this family's prompts, which names the tags.
+_INSTRUCTION = re.compile(
+  r"\A.*?<answer>\W*(?:and\W*)?</answer>.*?\bQuestion:", re.DOTALL
+)
 # Where a chat's last answer begins; what is before it is the prompt.
 _ASSISTANT = (
   "<|im_start|>assistant", "<|start_header_id|>assistant<|end_header_id|>",
@@ -189,9 +193,10 @@ def _of_transcript(
       text = text.removeprefix(row[prompt])
   # A prompt without chat marks ends with the question.
   asked = row.get("question")
+  label = -1
   if isinstance(asked, str) and asked.strip():
     label = text.find("Question: " + asked.strip())
-    text = text[label if label >= 0 else 0 :]
+  text = text[label:] if label >= 0 else _INSTRUCTION.sub("", text)
   return text_match.last_answer(_SHOWN.sub("\n", _after_prompt(text)))
 
 

@@ -178,6 +178,8 @@ def test_fields_of_all_other_schemas_may_be_there_and_null(schema):
 def test_answers_that_look_like_lists_stay_answers_where_one_is_asked():
   row = {"question": "q?", "answer": "[1, 2]"}
   assert questions.parse_question("f:1", row).answers == ("[1, 2]",)
+  row = {"question": "q?", "answer": '["Paris", "Lutetia"]'}
+  assert questions.parse_question("f:1", row).answers == ("Paris", "Lutetia")
   row = {"question": "q?", "golden_answers": "[Paris]"}
   assert questions.parse_question("f:1", row).answers == ("[Paris]",)
 
@@ -392,3 +394,12 @@ def test_every_damage_is_one_line_that_names_the_file(tmp_path):
     with pytest.raises(files.DataError, match=name.replace(".", r"\.")) as at:
       questions.load_questions(str(path))
     assert "\n" not in str(at.value) and len(str(at.value)) < 400, name
+
+
+def test_nan_is_as_good_as_null():
+  nan = float("nan")
+  row = {**MUSIQUE, "answers": nan, "golden_answers": nan, "support": nan,
+         "search_keys": nan, "prompt": nan, "metadata": nan, "qid": nan}
+  want = questions.parse_question("f:1", MUSIQUE)
+  assert questions.parse_question("f:1", row) == want
+  assert questions.parse_question("f:1", {**MUSIQUE, "id": nan}, 7).id == "7"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stepsearch_jax import files
+from stepsearch_jax import files, types
 from stepsearch_jax.data import questions
 from stepsearch_jax.retrieval.index import corpus
 
@@ -145,3 +145,10 @@ def test_own_rows_round_trip(shared):
   for question in questions.load_questions(path):
     row = json.loads(json.dumps(questions.to_row(question)))
     assert questions.parse_question("f:1", row) == question
+
+
+def test_numbers_of_no_hop_stay_as_they_are_in_sub_questions():
+  hops = [types.SubQuestion("Who is #0?", "Ada"),
+          types.SubQuestion("Where is #1, not #2 or #9?", "Rome")]
+  assert types.resolved(hops) == [
+    "Who is #0?", "Where is Ada, not Rome or #9?"]

@@ -125,6 +125,9 @@ RIGHT = "<answer> Paris </answer>"
     {"role": "assistant", "content": [{"type": "text", "text": RIGHT}]}]},
   {"target": "Paris", "response":
    f"{RIGHT}<information> <answer> Rome </answer> </information>"},
+  {"target": "Paris", "response": f"{RIGHT} Question: another one?"},
+  {"target": "Paris", "response":
+   f"Answer inside <answer> and </answer>. Question: capital?\n{RIGHT}"},
   {"target": "Paris", "response":
    f"{RIGHT}<tool_response> <answer> Rome </answer> </tool_response>"},
 ], ids=str)
@@ -142,6 +145,9 @@ SEARCH_R1 = ("Answer the question. For example, <answer> Paris </answer>. "
   {"target": "Paris", "response": SEARCH_R1 + "I give up",
    "question": "capital of France?"},
   {"target": "Paris", "output": SEARCH_R1 + "I give up", "input": SEARCH_R1},
+  {"target": "Paris", "response":
+   "Answer inside <answer> and </answer>, for example <answer> Paris </answer>."
+   " Question: capital of France?\nI give up"},
   {"target": "Paris", "response":
    f"<|im_start|>user\n{RIGHT}<|im_end|>\n<|im_start|>assistant\nno"},
   {"target": "Paris", "response": f"[INST] {RIGHT} [/INST] no"},
