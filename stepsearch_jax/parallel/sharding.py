@@ -271,8 +271,11 @@ def put(tree: types.Tree, shardings: types.Tree) -> types.Tree:
   """
 
   def place(x, where):
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      return jax.jit(jnp.copy, out_shardings=where)(x)
+    if isinstance(x, jax.Array):
+      if not (x.is_fully_addressable and where.is_fully_addressable):
+        return jax.jit(jnp.copy, out_shardings=where)(x)
+      # From device to device: a large model never passes through the host.
+      return jax.device_put(x, where, may_alias=False)
     x = np.asarray(x)
     return jax.make_array_from_callback(
       x.shape, where, lambda part: np.array(x[part])
