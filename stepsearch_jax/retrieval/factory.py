@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.retrieval import (
   bm25,
@@ -200,7 +200,7 @@ def _ready_index(spec: RetrievalSpec) -> epath.Path:
       f"retrieval.index = {spec.index!r} does not exist: build it with "
       "python -m stepsearch_jax.tools.build_index"
     )
-  return folder
+  return buckets.local_copy(folder)
 
 
 def _open_ready(spec, encoder, passages, corpus_path):
@@ -215,16 +215,27 @@ def _open_ready(spec, encoder, passages, corpus_path):
 def _open_built(spec, encoder, workdir, passages):
   """The index in the work directory: whole, or a shard per process."""
   folder = workdir / "index"
-  if not folder.exists():
+  if not _is_whole(folder):
     encoder.fit(passages)  # On all of it, so that shards' scores compare.
     if jax.process_count() > 1:
       passages = distributed.share(passages)
       folder = workdir / (
         f"index_{jax.process_index()}_of_{jax.process_count()}"
       )
-  if not folder.exists():
+  if not _is_whole(folder):
     logging.info("building an index of %d passages", len(passages))
-    index_build.build_index(folder, passages, encoder, fit=False)
+    built = buckets.scratch(folder)
+    if built != folder and built.exists():
+      built.rmtree()  # Of a bucket that has been emptied since.
+    index_build.build_index(built, passages, encoder, fit=False)
+    if built != folder:
+      buckets.publish(built, folder, last="manifest.json")
   return local.open_retriever(
-    folder, encoder, corpus_lib.corpus_hash(passages), spec.cache
+    buckets.local_copy(folder), encoder, corpus_lib.corpus_hash(passages),
+    spec.cache,
   )
+
+
+def _is_whole(folder: epath.Path) -> bool:
+  """Whether an index is there, its last file included."""
+  return (folder / "manifest.json").exists()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.data import questions as questions_lib
 from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
@@ -146,16 +147,15 @@ class Experiment:
     folder = self.workdir / "tokenizer"
 
     def train():
-      if folder.exists():
+      if (folder / "tokenizer.json").exists():
         return
       trained = tokenizer_lib.train_bpe(
         self._protocol_texts(), model.size.vocab
       )
-      partial = self.workdir / "tokenizer.partial"
-      if partial.exists():
-        partial.rmtree()
-      trained.save(partial)
-      partial.rename(folder)  # Whole or not at all.
+      with tempfile.TemporaryDirectory() as temporary:
+        saved = epath.Path(temporary) / "tokenizer"
+        trained.save(saved)
+        buckets.publish(saved, folder, last="tokenizer.json")
 
     distributed.in_turn(train)
     return tokenizer_lib.load(str(folder))

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.models.weights import gguf as gguf_weights
 
@@ -38,7 +38,7 @@ def resolve(reference: str) -> str:
     return _in_package(reference.removeprefix("package:"))
   path = epath.Path(reference)
   if path.exists():
-    return str(path)
+    return str(buckets.local_copy(path))
   if reference.endswith((".gguf", ".json")) or reference.startswith((".", "/")):
     raise types.UserError(f"model file or folder {reference!r} does not exist")
   import huggingface_hub
