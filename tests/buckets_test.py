@@ -110,9 +110,10 @@ def test_appended_rows_stay_in_a_bucket(folder):
 def test_an_index_is_built_for_a_bucket_and_opened_from_it(
   folder, tmp_path, monkeypatch
 ):
+  from retrieval import factory_test
+
   from stepsearch_jax import types
   from stepsearch_jax.retrieval import factory
-  from retrieval import factory_test
 
   passages = [types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
               types.Passage("2", "Lintel", "Lintel lies on the Mossing.")]
