@@ -61,6 +61,7 @@ class Learner:
     """Prepares the programs; nothing is compiled yet."""
     self.spec = spec
     self._mesh = mesh
+    self._warned = False
     self._replicated = sharding.replicated(mesh)
     devices = mesh.mesh.size
     shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
@@ -111,7 +112,7 @@ class Learner:
   def init_state(
     self, policy: types.Tree, value: types.Tree, reference: types.Tree
   ) -> LearnerState:
-    """Fresh optimisers around what is trained, placed on the mesh.
+    """Fresh optimizers around what is trained, placed on the mesh.
 
     Args:
       policy: what is trained of it, see `trainable.Trainable.init`.
@@ -305,7 +306,7 @@ class Learner:
     """Runs all epochs and mini-batches; the models of `state` are donated.
 
     Args:
-      state: current models and optimisers.
+      state: current models and optimizers.
       experience: from `prepare`.
       lr_scale: multiplies both learning rates (see the sentinel's rollback).
 
@@ -317,13 +318,7 @@ class Learner:
     train_policy = step >= spec.critic_warmup
     history = []
     rows = np.arange(len(experience.batch.tokens))
-    if spec.loss.llds_coef and spec.batch.optimizer_steps(len(rows)) == 1:
-      logging.log_first_n(
-        logging.WARNING, "ppo.llds_coef = %g does nothing: a batch of %d "
-        "trajectories is one optimizer step, and before it no token has "
-        "become less likely; lower ppo.mini_batch or raise ppo.epochs", 1,
-        spec.loss.llds_coef, len(rows),
-      )
+    self._warn_of_llds(len(rows))
     with sharding.scope(self._mesh):
       for _ in range(spec.batch.epochs):
         for start in range(0, len(rows), spec.batch.mini_batch):
@@ -349,6 +344,17 @@ class Learner:
     )
     return state, metrics
 
+  def _warn_of_llds(self, trajectories: int) -> None:
+    """Says once where LLDS cannot do anything."""
+    coef, steps = self.spec.loss.llds_coef, self.spec.batch.optimizer_steps
+    if coef and steps(trajectories) == 1 and not self._warned:
+      self._warned = True
+      logging.warning(
+        "ppo.llds_coef = %g does nothing: a batch of %d trajectories is one "
+        "optimizer step, before which no token has become less likely; lower "
+        "ppo.mini_batch or raise ppo.epochs", coef, trajectories,
+      )
+
   def _uses_recorded(self, state: LearnerState) -> bool:
     """Whether log-probabilities of the rollout stand for the policy's.
 
@@ -360,30 +366,19 @@ class Learner:
 
   def _mini_batch(self, state, experience, rows, train_policy, lr_scale):
     """One optimizer step over `rows`."""
-    batch, loss = experience.batch, self.spec.loss
-    mask = batch.policy_mask[rows]
-    weights = {
-      name: np.zeros(batch.tokens.shape, np.float32)
-      for name in ("weights", "llds_weights")
-    }
-    weights["weights"][rows] = weighting.aggregation(
-      mask, loss.aggregation, self.spec.batch.row_length
-    )
-    if loss.llds_coef:
-      weights["llds_weights"][rows] = weighting.llds(
-        experience.advantages[rows], mask,
-        batch.turn[rows] == batch.answer_turn[rows, None],
-        loss.llds_answer_weight,
-      )
+    batch = experience.batch
+    weights = weighting.of_mini_batch(experience, rows, self.spec)
     packing = self._packing(batch, rows)
     micros = list(self._micros(
       packing, batch, logp=experience.logp,
       reference_logp=experience.reference_logp, values=experience.values,
       advantages=experience.advantages, returns=experience.returns,
-      value_weights=experience.value_weights, **weights,
+      value_weights=experience.value_weights, weights=weights.policy,
+      llds_weights=weights.llds,
     ))
     tokens = {
-      "policy": mask.sum(), "value": (experience.value_weights[rows] > 0).sum()
+      "policy": batch.policy_mask[rows].sum(),
+      "value": (experience.value_weights[rows] > 0).sum(),
     }
     turns = batching.count_turns(batch.turn[rows])
     seen = {"update/padding_share": packing.padding_share}

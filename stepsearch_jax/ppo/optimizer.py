@@ -12,7 +12,7 @@ from stepsearch_jax import types
 def warmup_factor(
   count: jax.typing.ArrayLike, warmup: int, first_zero: bool = False
 ) -> jax.Array:
-  """Learning-rate factor of optimiser step `count` (from 0).
+  """Learning-rate factor of optimizer step `count` (from 0).
 
   Args:
     count: steps already taken.
@@ -26,7 +26,7 @@ def warmup_factor(
 def warmup_schedule(
   learning_rate: float, warmup: int, first_zero: bool = False
 ) -> optax.Schedule:
-  """Learning rate by optimiser step: linear warm-up, then constant."""
+  """Learning rate by optimizer step: linear warm-up, then constant."""
   return lambda count: learning_rate * warmup_factor(count, warmup, first_zero)
 
 
@@ -43,7 +43,7 @@ def adamw(
 
 
 def steps_taken(state: types.Tree) -> jax.Array:
-  """[] int32, optimiser steps behind a state of `adamw`."""
+  """[] int32, optimizer steps behind a state of `adamw`."""
   return optax.tree_utils.tree_get(
     state, "count",
     filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",

@@ -22,7 +22,7 @@ class Trained:
 
   Attributes:
     params: what is trained of it (see `trainable.Trainable`).
-    opt: state of its optimiser.
+    opt: state of its optimizer.
   """
 
   params: Any

@@ -55,7 +55,7 @@ class OldLogp(enum.StrEnum):
 
 
 class MicroWeighting(enum.StrEnum):
-  """How the micro-batches of one optimiser step are averaged."""
+  """How the micro-batches of one optimizer step are averaged."""
 
   TOKEN = "token"  # Every token of the mini-batch counts the same.
   MICRO_MEAN = "micro_mean"  # Every micro-batch does, as released.
@@ -234,7 +234,7 @@ class OptimizerSpec:
   Attributes:
     role: "policy" or "value", for messages.
     learning_rate: after the warm-up.
-    warmup: optimiser steps of linear warm-up.
+    warmup: optimizer steps of linear warm-up.
     first_rate_zero: the first step changes nothing, as released (C9, see the
       quirk table in stepsearch_jax/README.md).
     weight_decay: decoupled, on every parameter.
@@ -264,7 +264,7 @@ class BatchSpec:
 
   Attributes:
     epochs: times that every trajectory is trained on.
-    mini_batch: trajectories per optimiser step.
+    mini_batch: trajectories per optimizer step.
     micro_rows: packed rows of one forward and backward pass.
     row_length: tokens of a packed row.
   """
@@ -302,8 +302,8 @@ class LearnerSpec:
     estimator: from rewards to advantages.
     loss: what is minimised.
     kl: distance to the reference.
-    policy: optimiser of the policy.
-    value: optimiser of the value model; unused without one.
+    policy: optimizer of the policy.
+    value: optimizer of the value model; unused without one.
     batch: shapes of the passes.
     temperature: of the distribution that was sampled from.
     critic_warmup: training steps that leave the policy alone.

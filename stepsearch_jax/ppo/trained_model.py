@@ -1,4 +1,4 @@
-"""One model in training: its places, its optimiser, its compiled programs."""
+"""One model in training: its places, its optimizer, its compiled programs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainedModel:
     self._compile()
 
   def _place(self) -> None:
-    """Shapes of parameters and optimiser state, and where they live."""
+    """Shapes of parameters and optimizer state, and where they live."""
     tx, shapes = self._optimizer, self.trainable.shapes()
     placed = self.trainable.shardings(self._mesh)
     opt = jax.eval_shape(tx.init, shapes)
@@ -80,7 +80,7 @@ class TrainedModel:
     )
 
   def start(self, params: types.Tree) -> Trained:
-    """A fresh optimiser around parameters, placed on the mesh.
+    """A fresh optimizer around parameters, placed on the mesh.
 
     Args:
       params: see `Trainable.init`; copied, so that donating the result never
@@ -98,7 +98,7 @@ class TrainedModel:
     self, trained: Trained, reference: types.Tree, micros: Sequence[MicroBatch],
     share: Share, lr_scale: float,
   ) -> tuple[Trained, dict[str, Any]]:
-    """Takes one optimiser step.
+    """Takes one optimizer step.
 
     Args:
       trained: donated.

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from stepsearch_jax.ppo import specs
+from stepsearch_jax.ppo.records import Experience
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weights of tokens, [B, T] float32; rows of other mini-batches are 0.
+
+  Attributes:
+    policy: in the policy's loss, relative to a mean over tokens.
+    llds: in the LLDS penalty.
+  """
+
+  policy: np.ndarray
+  llds: np.ndarray
+
+
+def of_mini_batch(
+  experience: Experience, rows: np.ndarray, spec: specs.LearnerSpec
+) -> Weights:
+  """Computes the weights of one optimizer step over `rows`."""
+  batch, loss = experience.batch, spec.loss
+  mask = batch.policy_mask[rows]
+  policy, penalty = np.zeros((2, *batch.tokens.shape), np.float32)
+  policy[rows] = aggregation(mask, loss.aggregation, spec.batch.row_length)
+  if loss.llds_coef:
+    penalty[rows] = llds(
+      experience.advantages[rows], mask,
+      batch.turn[rows] == batch.answer_turn[rows, None],
+      loss.llds_answer_weight,
+    )
+  return Weights(policy, penalty)
 
 
 def aggregation(mask: np.ndarray, kind: str, length: int) -> np.ndarray:

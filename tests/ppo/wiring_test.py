@@ -1,5 +1,6 @@
 """What the learner hands to whom: KL, rates, masks, weights, warnings."""
 
+import dataclasses
 import logging
 
 import jax
@@ -85,6 +86,26 @@ def test_micro_batches_weigh_by_tokens_or_the_same():
   assert float(model_losses.scale("micro_mean", 0 * mask, nothing)) == 1
 
 
+def test_the_value_loss_is_a_mean_over_weighted_tokens_by_hand(monkeypatch):
+  monkeypatch.setattr(
+    model_losses.forward, "values",
+    lambda params, micro, config: jnp.array([[1.0, 2.0, 3.0]]),
+  )
+  zeros = jnp.zeros((1, 3))
+  fields = {f.name: zeros for f in dataclasses.fields(records.MicroBatch)}
+  micro = records.MicroBatch(**fields | dict(
+    value_weights=jnp.array([[2.0, 0.0, 0.5]]),
+    values=jnp.array([[1.0, 0.0, 3.0]]), returns=jnp.array([[0.0, 9.0, 5.0]]),
+  ))
+  share = model_losses.Share(*map(jnp.float32, (4, 1, 1)))
+  found = model_losses.value(
+    None, micro, share, config=None, spec=parts.SPEC
+  )
+  # Half squares of 1 and 2, weighed 2 and .5, over 4 tokens.
+  assert float(found.loss) == pytest.approx((2 * 0.5 + 0.5 * 2) / 4)
+  assert float(found.metrics["critic/vpred_mean"]) == pytest.approx(4 / 4)
+
+
 def test_explained_variance_of_perfect_constant_and_opposite_values():
   returns = jnp.array([[1.0, 3.0, 5.0, 99.0]])
   mask = jnp.array([[1.0, 1.0, 1.0, 0.0]])
@@ -154,6 +175,14 @@ def test_recorded_log_probabilities_save_a_pass_and_report_the_mismatch(
   )
 
 
+def test_warm_up_of_the_value_model_leaves_the_policy_alone():
+  ours = update_test.make_learner(critic_warmup=1)
+  state, batch = fresh(ours), update_test.make_batch()
+  after, metrics = ours.update(state, update_test.experience(batch))
+  assert after.policy is state.policy and int(after.step) == 1
+  assert not any(name.startswith("actor/") for name in metrics)
+
+
 def test_mismatch_metrics_by_hand():
   batch = parts.rollout_batch([[1, 1, 1, 0]])
   batch.rollout_logp = np.float32([[-1, -2, -3, 0]])
@@ -186,7 +215,7 @@ def test_old_logp_of_good_and_bad_rows_by_hand():
 def test_an_update_says_what_it_pads_and_that_llds_needs_a_second_step(caplog):
   assert parts.SPEC.batch.optimizer_steps(4) == 1
   assert parts.SPEC.batch.optimizer_steps(5) == 2
-  ours = update_test.make_learner(loss__llds_coef=0.5)
+  ours = update_test.make_learner.__wrapped__(loss__llds_coef=0.5)
   state, batch = fresh(ours), update_test.make_batch()
   with caplog.at_level(logging.WARNING, logger="absl"):
     _, metrics = ours.update(state, update_test.experience(batch))

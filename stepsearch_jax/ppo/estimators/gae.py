@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over policy tokens (arXiv 1506.02438)."""
+"""Generalized advantage estimation over policy tokens (arXiv 1506.02438)."""
 
 from __future__ import annotations
 

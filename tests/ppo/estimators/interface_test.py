@@ -1,5 +1,7 @@
 """A user's own estimator: found by name, checked, named in what goes wrong."""
 
+import pathlib
+import re
 import sys
 import types as python_types
 
@@ -8,7 +10,7 @@ import pytest
 from ppo import parts
 from ppo.estimators.estimators_test import make_batch, make_inputs
 
-from stepsearch_jax import types
+from stepsearch_jax import ppo, types
 from stepsearch_jax.ppo import estimators
 
 
@@ -71,6 +73,32 @@ def test_what_a_user_gets_wrong_is_one_line(install, function, message):
   with pytest.raises(types.UserError, match=message) as caught:
     run(install(function))
   assert "\n" not in str(caught.value)
+
+
+def test_the_example_of_the_readme_works_as_it_stands(monkeypatch):
+  text = (pathlib.Path(ppo.__path__[0]) / "README.md").read_text()
+  module = python_types.ModuleType("mine")
+  exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], vars(module))
+  monkeypatch.setitem(sys.modules, "mine", module)
+  found = estimators.find("mine:estimate")
+  assert found.needs_groups
+  batch, _ = make_batch()
+  totals = batch.token_rewards.sum(1)
+  advantages = run(found).advantages
+  for row in np.nonzero(batch.policy_mask.any(1))[0]:
+    best = totals[row] == totals[batch.group == batch.group[row]].max()
+    np.testing.assert_array_equal(
+      advantages[row], (1 if best else -1) * batch.policy_mask[row]
+    )
+
+
+def test_the_readme_lists_every_estimator_and_what_it_needs():
+  text = (pathlib.Path(ppo.__path__[0]) / "README.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| .* \| (\w*) ?\|$", text, re.MULTILINE)
+  assert dict(rows) == {
+    name: "values" if found.needs_values else "groups" * found.needs_groups
+    for name, found in estimators.REGISTRY.items()
+  }
 
 
 @pytest.mark.parametrize("name, message", [
