@@ -63,7 +63,16 @@ class _ReplayedTexts:
 
   def prompt(self, question: types.Question) -> list[int]:
     """Returns a prompt of the recorded length."""
-    return self._tokens(self._replays[int(question.id)].prompt)
+    place = int(question.id)
+    replay = self._replays[place]
+    own = place if replay.question is None else replay.question
+    template = np.random.default_rng(1).integers(
+      1, self._vocab, replay.common
+    )
+    rest = np.random.default_rng((2, own)).integers(
+      1, self._vocab, replay.prompt - replay.common
+    )
+    return [*template.tolist(), *rest.tolist()]
 
   def turn_budget(self, record: recorder.Recorder) -> int:
     """Returns the recorded length of the turn, which ends it there."""
@@ -150,7 +159,8 @@ class Ours:
       extend_rows=shapes.rows, extend_tokens=shapes.tokens,
     )
     self._engine = engine.Engine(
-      self.programs, _ReplayedTexts(replays, config.vocab_size),
+      self.programs,
+      _ReplayedTexts(replays, config.vocab_size),
       _DelayedLengths(delay), limits, seed=0,
     )
     self.stats = records.RolloutStats()
@@ -192,10 +202,6 @@ class TurnByTurn:
     self._model = peers.torch_policy(params, config)
     self._replays, self._vocab = replays, config.vocab_size
     self._fixed = fixed
-
-  def compile_ahead(self) -> None:
-    """Compiles all programs, side by side."""
-    self._engine.compile_ahead()
 
   def play(self) -> list[tuple[int, int]]:
     """Returns (tokens, sampled tokens) of every trajectory."""

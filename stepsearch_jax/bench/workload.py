@@ -18,10 +18,14 @@ class Replay:
   Attributes:
     prompt: of the prompt.
     turns: (generated, observed) of each turn; the last observes nothing.
+    common: tokens of the prompt with which every prompt begins.
+    question: trajectories of one number have the same prompt; None = its own.
   """
 
   prompt: int
   turns: tuple[tuple[int, int], ...]
+  common: int = 0
+  question: int | None = None
 
   @property
   def total(self) -> int:

@@ -1,6 +1,7 @@
-"""Device side of the rollout: a slot cache and two functions over it.
+"""Device side of the rollout: a slot cache and three functions over it.
 
 `extend` writes known tokens (prompts, observations) into slots of the cache;
+`copy_prefix` lets a slot take over what another one holds already;
 `decode_block` samples up to a block of tokens in all active slots, leaving
 early when every slot has stopped. The newest token of a slot is `pending`:
 it is known but not yet in the cache, and the next program run feeds it.
@@ -153,6 +154,37 @@ def extend(
     cache=state.cache.replace(slots=chunk.slot),
     kv_length=kv_length,
   )
+  return _placed(state, cache, chunk, spec)
+
+
+def copy_prefix(state, source, chunk, *, spec, kv_length):
+  """Takes over the first cached positions of other slots.
+
+  Positions behind the prefix are copied along, up to `kv_length`; a slot
+  never attends to what it has not written itself.
+
+  Args:
+    state: slots; donated.
+    source: [B] int32, the slot that holds the prefix of each row.
+    chunk: the token behind each prefix, [B, 1]; see `Chunk`.
+    spec: shapes.
+    kv_length: static bound on the prefixes' lengths.
+
+  Returns:
+    The new `SlotState`.
+  """
+  target = jnp.where(chunk.length > 0, chunk.slot, spec.slots)
+  cache = decoder.Cache(
+    tuple(k.at[target, :, :, :kv_length].set(
+      k[source, :, :, :kv_length], mode="drop") for k in state.cache.k),
+    tuple(v.at[target, :, :kv_length].set(
+      v[source, :, :kv_length], mode="drop") for v in state.cache.v),
+  )
+  return _placed(state, cache, chunk, spec)
+
+
+def _placed(state, cache, chunk, spec) -> SlotState:
+  """Returns the state in which a chunk's last tokens are pending."""
   last = jnp.maximum(chunk.length - 1, 0)
   newest = jnp.take_along_axis(chunk.tokens, last[:, None], axis=1)[:, 0]
   # Rows without tokens point past the last slot and are dropped.

@@ -16,6 +16,9 @@ the data alone, never on the time of day: a search is read a fixed number of
 decode steps after it was asked, however fast or slow it was. So a run repeats
 bit for bit whatever the retriever's speed.
 
+Prompts begin alike, and rollouts of one question have the same prompt: a slot
+takes over what some slot holds of its prompt and writes only the rest.
+
 This is the one place that sees both the device programs and the text world.
 """
 
@@ -28,6 +31,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import logging
 
 from stepsearch_jax import types
@@ -76,7 +80,7 @@ class Engine:
   def compile_ahead(self) -> None:
     """Compiles all that a rollout can need; else each is when first needed."""
     self.programs.compile_ahead(
-      self._spec.extend_rows, self._spec.extend_tokens
+      self._spec.extend_rows, self._spec.extend_tokens, self._spec.max_prompt
     )
 
   def prompt_tokens(self, question: types.Question) -> list[int]:
@@ -207,7 +211,9 @@ class _Schedule:
           prompt.order, prompt.question, prompt.episode
         )
         record.append(prompt.tokens, types.Provenance.PROMPT)
-        self._slots[place] = slot = Slot(place, record)
+        self._slots[place] = slot = Slot(
+          place, record, np.asarray(prompt.tokens, np.int32)
+        )
         self._let_speak(slot)
 
   def _let_speak(self, slot: Slot) -> None:

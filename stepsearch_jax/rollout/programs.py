@@ -78,6 +78,12 @@ class RolloutPrograms:
       donate_argnums=1,
       out_shardings=placed,
     )
+    self._copy = jax.jit(
+      functools.partial(device.copy_prefix, spec=spec),
+      static_argnames="kv_length",
+      donate_argnums=0,
+      out_shardings=placed,
+    )
     self._decode = jax.jit(
       functools.partial(
         device.decode_block, config=config, spec=spec, first_stop=first_stop
@@ -127,7 +133,8 @@ class RolloutPrograms:
       "decode_block": self._lower_decode(kv_length),
     }
 
-  def _lower_extend(self, kv_length: int, rows: int, tokens: int):
+  def _chunk(self, rows: int, tokens: int) -> device.Chunk:
+    """Returns the shape of a chunk, replicated."""
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     chunk = device.Chunk(
       slot=row, start=row, length=row, budget=row, episode=row,
@@ -135,10 +142,20 @@ class RolloutPrograms:
       begins_turn=jax.ShapeDtypeStruct((rows,), jnp.bool_),
       temperature=jax.ShapeDtypeStruct((rows,), jnp.float32),
     )
-    chunk = sharding.abstract(chunk, sharding.replicated(self._mesh))
+    return sharding.abstract(chunk, sharding.replicated(self._mesh))
+
+  def _lower_extend(self, kv_length: int, rows: int, tokens: int):
     with sharding.scope(self._mesh):
       return self._extend.lower(
-        self._weights, self._state, chunk, kv_length=kv_length
+        self._weights, self._state, self._chunk(rows, tokens),
+        kv_length=kv_length,
+      )
+
+  def _lower_copy(self, kv_length: int, rows: int):
+    chunk = self._chunk(rows, 1)
+    with sharding.scope(self._mesh):
+      return self._copy.lower(
+        self._state, chunk.slot, chunk, kv_length=kv_length
       )
 
   def _lower_decode(self, kv_length: int):
@@ -154,21 +171,32 @@ class RolloutPrograms:
       )
 
   def _program(self, *shape: int) -> jax.stages.Compiled:
-    """Returns `decode_block` for (kv_length), `extend` for (kv_length, rows,
-    tokens).
+    """Returns the program of a shape, compiled when it is first needed.
+
+    (kv_length) is `decode_block`, (kv_length, rows) `copy_prefix` and
+    (kv_length, rows, tokens) `extend`.
     """
     if shape not in self._compiled:
-      lower = self._lower_extend if len(shape) > 1 else self._lower_decode
+      lower = (self._lower_decode, self._lower_copy,
+               self._lower_extend)[len(shape) - 1]
       self._compiled[shape] = lower(*shape).compile()
     return self._compiled[shape]
 
-  def compile_ahead(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+  def compile_ahead(
+    self, rows: Sequence[int], tokens: Sequence[int], prompt: int
+  ) -> None:
     """Compiles whatever a rollout can need, with a progress bar.
 
     Args:
       rows, tokens: bucket sizes of chunks, increasing.
+      prompt: tokens of the longest prompt.
     """
     shapes = [(kv_length,) for kv_length in self.kv_buckets]
+    shapes += [
+      (kv_length, count) for kv_length in self.kv_buckets
+      if kv_length <= self.bucket(prompt) for count in rows
+      if count <= self.spec.slots or count == rows[0]
+    ]
     for below, size in zip((0, *tokens), tokens, strict=False):
       # A chunk has this size because a row of it is longer than the last.
       lengths = [length for length in self.kv_buckets if length > below]
@@ -207,6 +235,14 @@ class RolloutPrograms:
     """Runs `device.extend`; `kv_length` bounds the tokens' positions."""
     program = self._program(self.bucket(kv_length), *chunk.tokens.shape)
     return program(params, state, chunk)
+
+  def copy_prefix(
+    self, state: device.SlotState, source: np.ndarray, chunk: device.Chunk,
+    kv_length: int,
+  ) -> device.SlotState:
+    """Runs `device.copy_prefix`; `kv_length` bounds the prefixes."""
+    program = self._program(self.bucket(kv_length), len(source))
+    return program(state, source, chunk)
 
   def decode_block(
     self, params: types.Tree, state: device.SlotState, key: jax.Array,

@@ -57,6 +57,7 @@ class RolloutStats:
   Attributes:
     policy_tokens: tokens sampled.
     ingested_tokens: tokens written from prompts and observations.
+    shared_tokens: tokens of prompts that another prompt had written already.
     extend_padding: places of written chunks that held no token.
     decode_steps: runs of the policy for one token in every slot.
     slot_steps: decode steps times slots.
@@ -73,6 +74,7 @@ class RolloutStats:
 
   policy_tokens: int = 0
   ingested_tokens: int = 0
+  shared_tokens: int = 0
   extend_padding: int = 0
   decode_steps: int = 0
   slot_steps: int = 0

@@ -18,6 +18,9 @@ import numpy as np
 from stepsearch_jax import types
 from stepsearch_jax.rollout import device, programs, recorder, records
 
+# Shorter prefixes are not worth a program that copies them.
+_LEAST_SHARED = 32
+
 
 class Phase(enum.StrEnum):
   """What a slot waits for."""
@@ -34,6 +37,7 @@ class Slot:
   Attributes:
     place: row of the cache.
     record: the trajectory so far.
+    prompt: its prompt, tokens [N] int32.
     budget: tokens that the policy may write in its next turn.
     phase: what the slot waits for.
     cached: tokens that the cache holds. While the policy speaks all but the
@@ -43,15 +47,44 @@ class Slot:
 
   place: int
   record: recorder.Recorder
+  prompt: np.ndarray
   budget: int = 0
   phase: Phase = Phase.WRITING
   cached: int = 0
   idled: int = 0
 
   @property
+  def is_new(self) -> bool:
+    """Whether nothing of the trajectory has been written yet."""
+    return self.cached == 0
+
+  @property
   def missing(self) -> int:
     """Tokens that the next writing feeds."""
     return len(self.record.tokens) - self.cached
+
+  def shares(self, other: Slot, held: int) -> int:
+    """Returns how much of its prompt the row of another slot can give.
+
+    The last token of a prompt never counts, since it is fed and not stored.
+
+    Args:
+      other: a slot.
+      held: tokens of it that its row holds.
+    """
+    count = min(len(self.prompt) - 1, len(other.prompt), held)
+    differ = self.prompt[:count] != other.prompt[:count]
+    same = int(differ.argmax()) if differ.any() else count
+    return same if same >= _LEAST_SHARED else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+  """The first `length` tokens in row `source`, for a slot."""
+
+  slot: Slot
+  source: int
+  length: int
 
 
 class SlotCache:
@@ -79,34 +112,114 @@ class SlotCache:
     self._temperature = temperature
     self._spec = spec
     self._stats = stats
+    # What each row of the cache was last written with.
+    self._rows: dict[int, Slot] = {}
     # Stopped slots that end a block: a few per cent may idle, and a large
     # batch does not return to the host for every one of them.
     self._leave = max(compiled.spec.slots // 16, 1)
 
   def write(self, slots: Sequence[Slot]) -> None:
-    """Writes the missing tokens of slots, the longest together; they speak."""
+    """Writes the missing tokens of slots, which then speak."""
     if not slots:
       return
     began = time.perf_counter()
+    waiting = list(slots)
+    while waiting:
+      # 1. Prompts that others can take more over from go first ...
+      ready = self._take_over(waiting)
+      # 2. ... then what is still missing is written, the longest together.
+      self._write_missing([s for s in ready if s.phase is Phase.WRITING])
+      self._rows.update((slot.place, slot) for slot in ready)
+      waiting = [slot for slot in waiting if slot not in ready]
+    jax.block_until_ready(self._state.position)  # For honest timings.
+    self._stats.extend_seconds += time.perf_counter() - began
+
+  def _take_over(self, waiting: Sequence[Slot]) -> list[Slot]:
+    """Copies what rows hold of new prompts; returns slots to write now."""
+    anew = {slot.place for slot in waiting if slot.is_new}
+    ready, copies, new = [], [], []
+    for slot in waiting:
+      if slot.is_new:
+        row, shared = self._holder(slot, anew)
+        ahead = max(
+          (slot.shares(other, len(other.prompt) - 1) for other in new),
+          default=0,
+        )
+        whole = ahead == len(slot.prompt) - 1
+        if ahead > shared and (whole or ahead >= shared + _LEAST_SHARED):
+          continue  # Until that one is written.
+        new.append(slot)
+        if row and (row.place != slot.place or shared == slot.missing - 1):
+          copies.append(_Copy(slot, row.place, shared))
+        elif row:
+          slot.cached = shared
+        self._stats.shared_tokens += shared
+      ready.append(slot)
+    while copies:
+      rows = self._bucket_that_fills(len(copies))
+      self._copy(copies[:rows])
+      copies = copies[rows:]
+    return ready
+
+  def _holder(self, slot: Slot, anew: set[int]) -> tuple[Slot | None, int]:
+    """Returns whose row holds most of a prompt, and how much; its own first.
+
+    Rows that are about to be written anew are none to copy from.
+    """
+    best, shared = None, 0
+    own = self._rows.get(slot.place)
+    others = (row for p, row in sorted(self._rows.items()) if p not in anew)
+    for row in (own, *others):
+      held = slot.shares(row, row.cached) if row else 0
+      if held > shared:
+        best, shared = row, held
+    return best, shared
+
+  def _copy(self, copies: Sequence[_Copy]) -> None:
+    """Copies prefixes; a slot that lacks only its last token speaks."""
+    group = [copy.slot for copy in copies]
+    for copy in copies:
+      copy.slot.cached = copy.length
+    chunk = self._chunk(group, 1)
+    source = np.zeros(len(chunk.slot), np.int32)
+    source[: len(copies)] = [copy.source for copy in copies]
+    self._state = self._programs.copy_prefix(
+      self._state, source, chunk, int(chunk.start.max())
+    )
+    self._advance(group, chunk)
+
+  def _bucket_that_fills(self, count: int) -> int:
+    """Returns the largest number of rows without padding, or `count`."""
+    return max((r for r in self._spec.extend_rows if r <= count),
+               default=count)
+
+  def _write_missing(self, slots: Sequence[Slot]) -> None:
+    """Writes missing tokens in chunks, the longest rows together."""
     waiting = sorted(slots, key=lambda slot: (-slot.missing, slot.place))
     while waiting:
-      # No padding rows: the largest bucket that the waiting slots fill.
-      rows = max((r for r in self._spec.extend_rows if r <= len(waiting)),
-                 default=len(waiting))
+      rows = self._bucket_that_fills(len(waiting))
       group, waiting = waiting[:rows], waiting[rows:]
       self._write_chunk(group)
       longer = [slot for slot in group if slot.phase is Phase.WRITING]
       waiting = longer + waiting
-    jax.block_until_ready(self._state.position)  # For honest timings.
-    self._stats.extend_seconds += time.perf_counter() - began
 
   def _write_chunk(self, group: Sequence[Slot]) -> None:
     """Writes up to one chunk of tokens of each slot."""
-    chunk = self._chunk(group)
+    longest = max(slot.missing for slot in group)
+    size = next((s for s in self._spec.extend_tokens if s >= longest),
+                self._spec.extend_tokens[-1])
+    chunk = self._chunk(group, size)
     kv_length = int((chunk.start + chunk.length).max())
     self._state = self._programs.extend(
       self._params, self._state, chunk, kv_length
     )
+    self._advance(group, chunk)
+    written = int(chunk.length.sum())
+    self._stats.ingested_tokens += written
+    self._stats.extend_padding += chunk.tokens.size - written
+
+  def _advance(self, group: Sequence[Slot], chunk: device.Chunk) -> None:
+    """Notes what the cache holds after a chunk."""
     for row, slot in enumerate(group):
       # The last token of a chunk is fed but not stored, so the next chunk of
       # a longer row begins with it.
@@ -114,11 +227,8 @@ class SlotCache:
       if chunk.begins_turn[row]:
         slot.phase = Phase.SPEAKING
 
-  def _chunk(self, group: Sequence[Slot]) -> device.Chunk:
-    """Returns the next tokens of a group, padded to bucket sizes."""
-    longest = max(slot.missing for slot in group)
-    size = next((s for s in self._spec.extend_tokens if s >= longest),
-                self._spec.extend_tokens[-1])
+  def _chunk(self, group: Sequence[Slot], size: int) -> device.Chunk:
+    """Returns the next `size` tokens of a group, padded to bucket sizes."""
     rows = next(r for r in self._spec.extend_rows if r >= len(group))
     ints = {
       name: np.zeros(rows, np.int32)
@@ -135,8 +245,6 @@ class SlotCache:
       ints["length"][row] = count
       ints["budget"][row] = slot.budget
       ints["episode"][row] = slot.record.episode
-      self._stats.ingested_tokens += count
-    self._stats.extend_padding += rows * size - int(ints["length"].sum())
     return device.Chunk(
       tokens=tokens,
       begins_turn=begins,

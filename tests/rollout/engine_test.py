@@ -14,7 +14,7 @@ from stepsearch_jax.env.actions import ParsedTurn
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.rollout import automaton
+from stepsearch_jax.rollout import automaton, slot_cache
 from stepsearch_jax.rollout import engine as engine_lib
 
 
@@ -74,6 +74,19 @@ def test_rollouts_do_not_depend_on_retrieval_delays(
   slow = play(parts, compiled, retriever=fakes.FakeRetriever(0.02))
   same(fast, slow)
   assert fast.stats.searches > 10
+
+
+def test_shared_prefixes_change_no_token(parts, compiled, monkeypatch):
+  """Twelve rollouts of four questions in four slots, at two temperatures."""
+  for temperature in (0.0, 1.0):
+    monkeypatch.setattr(slot_cache, "_LEAST_SHARED", 10**9)
+    alone = play(parts, compiled, count=12, temperature=temperature)
+    monkeypatch.setattr(slot_cache, "_LEAST_SHARED", 2)
+    shared = play(parts, compiled, count=12, temperature=temperature)
+    same(alone, shared)
+    assert alone.stats.shared_tokens == 0 < shared.stats.shared_tokens
+    assert shared.stats.ingested_tokens < alone.stats.ingested_tokens
+    assert shared.stats.decode_steps == alone.stats.decode_steps
 
 
 def test_finished_slots_idle_little_while_questions_wait(parts):

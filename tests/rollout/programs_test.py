@@ -2,6 +2,7 @@
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +68,48 @@ def test_top_k_and_top_p_reach_the_policy(parts):
   assert sampled(1.5, top_p=1e-6) == greedy
 
 
+def test_prefixes_are_copied_in_place_and_nothing_else_changes(parts):
+  """Slot 5 takes over 3 tokens of slot 2, slot 6 of slot 0."""
+  tokenizer, model, _ = parts
+  compiled = fakes.make_programs(tokenizer, model, slots=64, context=512)
+  rng = np.random.default_rng(0)
+  state = compiled.init_state()
+  cache = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+    state.cache,
+  )
+  before = jax.tree.map(np.array, cache)
+  ints = lambda *values: np.array(values, np.int32)  # noqa: E731
+  chunk = device.Chunk(
+    slot=ints(5, 6, 0), tokens=ints(40, 41, 0)[:, None], start=ints(3, 3, 0),
+    length=ints(1, 1, 0), begins_turn=np.array([True, False, False]),
+    budget=ints(7, 8, 9), episode=ints(70, 80, 90),
+    temperature=np.array([0.5, 1.0, 2.0], np.float32),
+  )
+  after = compiled.copy_prefix(
+    state.replace(cache=cache), ints(2, 0, 0), chunk, 3
+  )
+  for old, new in zip(before.k, after.cache.k, strict=True):
+    new = np.asarray(new)
+    np.testing.assert_array_equal(new[5, ..., :3], old[2, ..., :3])
+    np.testing.assert_array_equal(new[6, ..., :3], old[0, ..., :3])
+    np.testing.assert_array_equal(np.delete(new, [5, 6], 0),
+                                  np.delete(old, [5, 6], 0))
+  for old, new in zip(before.v, after.cache.v, strict=True):
+    new = np.asarray(new)
+    np.testing.assert_array_equal(new[5, :, :3], old[2, :, :3])
+    np.testing.assert_array_equal(np.delete(new, [5, 6], 0),
+                                  np.delete(old, [5, 6], 0))
+  assert np.asarray(after.pending)[[5, 6, 0]].tolist() == [40, 41, 0]
+  assert np.asarray(after.position)[[5, 6, 0]].tolist() == [3, 3, 0]
+  assert np.asarray(after.active).nonzero()[0].tolist() == [5]
+  assert after.budget[5] == 7 and after.episode[6] == 80
+  whole = sum(leaf.nbytes for leaf in jax.tree.leaves(before))
+  memory = compiled._program(256, 3).memory_analysis()
+  assert memory.alias_size_in_bytes >= whole
+  assert memory.temp_size_in_bytes < whole / 8
+
+
 def test_a_second_rollout_compiles_nothing(parts, compilations):
   tokenizer, model, policy = parts
   engine = fakes.make_engine(tokenizer, model, fakes.FakeRetriever())
@@ -95,8 +138,9 @@ def test_programs_compiled_ahead_are_all_that_rollouts_need(
   compiled = engine.programs._compiled
   lengths = sorted({kv_length for kv_length, *_ in compiled})
   assert longest > lengths[0] and not compilations
-  # (256, 384, 512) x 2 sizes x 2 counts of rows, and 3 decode blocks.
-  assert lengths == [256, 384, 512] and len(compiled) == 15
+  # (256, 384, 512) x 2 sizes x 2 counts of rows, 3 decode blocks, and copies
+  # of 2 counts of rows for prompts of at most 64 tokens.
+  assert lengths == [256, 384, 512] and len(compiled) == 17
   engine.close()
 
 
@@ -107,5 +151,5 @@ def test_programs_compiled_ahead_are_all_that_rollouts_need(
 def test_a_wrong_shape_or_filter_names_its_field(field, value):
   fields = dict(slots=1, context=1, block=1, top_k=0, top_p=1.0)
   programs.ProgramSpec(**fields)
-  with pytest.raises(types.UserError, match=f"rollout.{field} .*{value}"):
+  with pytest.raises(types.UserError, match=f"rollout.{field}: .*{value}"):
     programs.ProgramSpec(**(fields | {field: value}))

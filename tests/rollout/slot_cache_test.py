@@ -13,7 +13,7 @@ class Recording:
   spec = programs.ProgramSpec(8, 256, 4, 0, 1.0)
 
   def __init__(self):
-    self.chunks = []
+    self.chunks, self.copies = [], []
 
   def decode_params(self, params):
     return params
@@ -25,18 +25,33 @@ class Recording:
     self.chunks.append((chunk, kv_length))
     return state
 
+  def copy_prefix(self, state, source, chunk, kv_length):
+    self.copies += [
+      (int(source[row]), int(chunk.slot[row]), int(chunk.start[row]),
+       bool(chunk.begins_turn[row]))
+      for row in range(len(source)) if chunk.length[row]
+    ]
+    assert chunk.start.max() <= kv_length
+    return state
+
+
+def make_slot(place, tokens):
+  record = recorder.Recorder(place, fakes.make_questions(1)[0], place)
+  record.append(tokens, types.Provenance.PROMPT)
+  return slot_cache.Slot(place, record, np.array(record.tokens), budget=7)
+
 
 def write(lengths, **spec):
-  """Chunks of slots whose records have so many tokens 100, 101, ..."""
+  """Chunks of slots; the first one's tokens are 100, 101, ..."""
   stats, device = records.RolloutStats(), Recording()
   cache = slot_cache.SlotCache(
     device, {}, None, 1.0, fakes.engine_spec(**spec), stats
   )
   slots = []
   for place, length in enumerate(lengths):
-    record = recorder.Recorder(place, fakes.make_questions(1)[0], place)
-    record.append(range(100, 100 + length), types.Provenance.PROMPT)
-    slots.append(slot_cache.Slot(place, record, budget=7))
+    # Every prompt is another, so that none is shared.
+    slots.append(make_slot(place, range(100 * place + 100,
+                                        100 * place + 100 + length)))
   cache.write(slots)
   return slots, device.chunks, stats
 
@@ -67,3 +82,83 @@ def test_the_longest_rows_go_together():
   assert [chunk.slot.tolist() for chunk, _ in chunks] == [[3, 1], [2, 0]]
   assert [chunk.tokens.shape[1] for chunk, _ in chunks] == [64, 8]
   assert chunks[0][0].budget.tolist() == [7, 7]
+
+
+TEMPLATE = list(range(40))
+
+
+def make_cache():
+  stats, device = records.RolloutStats(), Recording()
+  cache = slot_cache.SlotCache(
+    device, {}, None, 1.0,
+    fakes.engine_spec(extend_rows=(1, 4), extend_tokens=(16, 64)), stats,
+  )
+  return cache, device, stats
+
+
+def prompt(question):
+  """40 tokens that all share, 5 of the question."""
+  return TEMPLATE + [1000 * question + i for i in range(5)]
+
+
+def fed(device):
+  """(slot, first position, tokens) of everything written by the model."""
+  return [
+    (int(chunk.slot[row]), int(chunk.start[row]), int(chunk.length[row]))
+    for chunk, _ in device.chunks for row in range(len(chunk.slot))
+    if chunk.length[row]
+  ]
+
+
+def test_a_template_is_written_once_and_copied():
+  cache, device, stats = make_cache()
+  slots = [make_slot(place, prompt(place)) for place in range(3)]
+  cache.write(slots)
+  assert fed(device) == [(0, 0, 45), (1, 40, 5), (2, 40, 5)]
+  assert device.copies == [(0, 1, 40, False), (0, 2, 40, False)]
+  assert stats.shared_tokens == 80 and stats.ingested_tokens == 55
+  assert all(slot.phase is slot_cache.Phase.SPEAKING for slot in slots)
+  assert [slot.cached for slot in slots] == [44] * 3
+
+
+def test_rollouts_of_a_question_copy_its_prompt_and_write_nothing():
+  cache, device, stats = make_cache()
+  cache.write([make_slot(place, prompt(place // 3)) for place in range(6)])
+  # Two prompts are written, of the second only what the first lacks.
+  assert fed(device) == [(0, 0, 45), (3, 40, 5)]
+  assert sorted(device.copies) == [
+    (0, 1, 44, True), (0, 2, 44, True), (0, 3, 40, False),
+    (3, 4, 44, True), (3, 5, 44, True),
+  ]
+  assert stats.shared_tokens == 4 * 44 + 40
+
+
+def test_a_refilled_slot_keeps_the_template_and_looks_for_its_question():
+  cache, device, _ = make_cache()
+  cache.write([make_slot(place, prompt(place)) for place in range(2)])
+  device.chunks.clear()
+  device.copies.clear()
+  cache.write([make_slot(0, prompt(7))])
+  assert fed(device) == [(0, 40, 5)] and not device.copies
+  cache.write([make_slot(1, prompt(7))])
+  assert device.copies == [(0, 1, 44, True)]
+  # The same question in the same slot again: nothing moves, it just speaks.
+  cache.write([make_slot(1, prompt(7))])
+  assert device.copies[1:] == [(1, 1, 44, True)]
+  assert fed(device) == [(0, 40, 5)]
+
+
+def test_a_row_about_to_be_written_anew_is_no_source():
+  """Slots 0 and 1 are refilled together; only slot 2 still holds question 2."""
+  cache, device, _ = make_cache()
+  cache.write([make_slot(place, prompt(place)) for place in range(3)])
+  device.copies.clear()
+  cache.write([make_slot(0, prompt(1)), make_slot(1, prompt(2))])
+  assert device.copies == [(2, 1, 44, True)]
+
+
+def test_short_common_beginnings_are_not_shared():
+  cache, device, stats = make_cache()
+  cache.write([make_slot(p, TEMPLATE[:31] + [100 + p]) for p in range(2)])
+  assert not device.copies and stats.shared_tokens == 0
+  assert fed(device) == [(0, 0, 32), (1, 0, 32)]
