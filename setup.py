@@ -74,6 +74,7 @@ setuptools.setup(
     "stepsearch_jax.shipped.configs": "configs",
     "stepsearch_jax.shipped.launch": "launch",
   },
+  package_data={"stepsearch_jax.view": ["*.js", "*.css"]},
   entry_points={
     "console_scripts": ["stepsearch = stepsearch_jax.__main__:main"],
   },

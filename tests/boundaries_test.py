@@ -40,12 +40,13 @@ MAY_IMPORT = {
             "parallel", "ppo", "rewards", "run", "types"},
   "evaluate": {"cli", "data", "evaluation", "files", "ml_collections",
                "parallel", "run", "types"},
+  "view": {"files", "types"},
   "bench": {"cli", "data", "env", "evaluation", "files", "jax", "models",
             "parallel", "plan", "ppo", "retrieval", "rewards", "rollout",
             "run", "types"},
   "tools": {"bench", "cli", "data", "env", "evaluation", "files", "jax",
             "ml_collections", "models", "parallel", "plan", "retrieval",
-            "rewards", "run", "supervision", "types"},
+            "rewards", "run", "supervision", "types", "view"},
 }
 # The rollout's device side knows no strings and no retrievers.
 DEVICE_SIDE = ("device", "layout", "programs", "sampling")

@@ -82,6 +82,7 @@ def _row(
     "reward": float(reward.tokens.sum()),
     "outcome": float(reward.parts.score),
     "prompt": tokenizer.decode(trajectory.tokens[:start].tolist()),
+    "start": start,  # Place of the first of the tokens below.
     "turns": _turns(trajectory, reward),
     "tokens": _tokens(trajectory, measures, start, tokenizer),
   }

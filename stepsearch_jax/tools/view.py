@@ -1,0 +1,81 @@
+"""Shows runs as one HTML page: settings, curves, rollouts with their credit.
+
+  stepsearch view --workdir=runs/quickstart --output=report.html
+  stepsearch view --workdir=runs/a,runs/b --output=report.html
+  stepsearch view --workdir=runs/quickstart --live
+
+The page needs no network and opens from a mail. In it every token of the
+policy can be colored by reward, advantage, log-probability, KL, value or
+entropy. Two runs, or two steps, stand side by side on the same question.
+"""
+
+from __future__ import annotations
+
+import http.server
+
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli, files
+from stepsearch_jax.view import collect, page
+
+_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of the runs.")
+_OUTPUT = flags.DEFINE_string("output", "report.html", "HTML file to write.")
+_ROLLOUTS = flags.DEFINE_integer(
+  "rollouts", 1000, "Rollouts in the page at most.", lower_bound=0
+)
+_LIVE = flags.DEFINE_bool(
+  "live", False, "Serve the page on this machine while runs go on."
+)
+_PORT = flags.DEFINE_integer("port", 8899, "Port of --live.")
+_REFRESH = flags.DEFINE_integer(
+  "refresh", 30, "Seconds between two loads of a live page."
+)
+
+
+def serve(workdirs: list[epath.Path]) -> None:
+  """Serves a page that is made anew at every load, until interrupted."""
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the page."""
+
+    def do_GET(self) -> None:
+      """Sends the page."""
+      body = page.render(
+        collect.collect(workdirs, _ROLLOUTS.value), _REFRESH.value
+      ).encode()
+      self.send_response(200)
+      self.send_header("Content-Type", "text/html; charset=utf-8")
+      self.send_header("Content-Length", str(len(body)))
+      self.end_headers()
+      self.wfile.write(body)
+
+    def log_message(self, *unused) -> None:
+      """Logs nothing."""
+
+  with http.server.ThreadingHTTPServer(
+    ("127.0.0.1", _PORT.value), Handler
+  ) as server:
+    print(f"http://127.0.0.1:{_PORT.value}  (Ctrl-C ends it)", flush=True)
+    try:
+      server.serve_forever()
+    except KeyboardInterrupt:
+      print()
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  workdirs = [epath.Path(folder) for folder in _WORKDIR.value]
+  data = collect.collect(workdirs, _ROLLOUTS.value)
+  if _LIVE.value:
+    serve(workdirs)
+    return
+  text = page.render(data)
+  files.write_text(epath.Path(_OUTPUT.value), text)
+  count = sum(len(run["rollouts"]) for run in data["runs"])
+  print(f"{_OUTPUT.value}: {len(data['runs'])} runs, {count} rollouts, "
+        f"{len(text.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["workdir"])

@@ -1,0 +1,51 @@
+"""One self-contained HTML page over runs: no network, opens from a mail.
+
+Everything that runs were asked, shown or wrote is data here: it travels as
+JSON in which nothing can end the element, the page puts it on the screen as
+text, and its policy lets no other script run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Any
+
+from etils import epath
+
+_HERE = epath.Path(__file__).parent
+
+
+def render(data: dict[str, Any], refresh: int = 0) -> str:
+  """Returns the page.
+
+  Args:
+    data: see `collect.collect`.
+    refresh: seconds after which the page loads itself again; 0 never does.
+  """
+  script = "\n".join(
+    (_HERE / name).read_text() for name in ("elements.js", "page.js")
+  )
+  style = (_HERE / "page.css").read_text()
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  policy = (f"default-src 'none'; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{digest}'")
+  again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+  return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">{again}
+<title>stepsearch_jax: runs</title><style>{style}</style></head>
+<body><header id="header"></header><main id="main"></main>
+<script type="application/json" id="data">{embed(data)}</script>
+<script>{script}</script></body></html>
+"""
+
+
+def embed(data: Any) -> str:
+  """Returns JSON that can stand inside a script element."""
+  text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+  for character in "<>&\u2028\u2029":
+    text = text.replace(character, f"\\u{ord(character):04x}")
+  return text
