@@ -54,9 +54,14 @@ def _model():
   model.reference = ""
   model.tokenizer = ""  # Empty = the model's own.
   model.dtype = "bfloat16"  # Compute type; master weights are float32.
-  # Compute activations again in the backward pass: slower, far less memory.
-  model.remat = True
-  # Of a new model, and of the reference for tools/plan.
+  # What training keeps of a layer for the backward pass: full = its input (the
+  # layer is computed again), dots = also what its matrices gave, none = all.
+  model.remat = "full"
+  # Variables of the chat template; None = as the template has it.
+  model.chat = ml_collections.ConfigDict(
+    dict(enable_thinking=ml_collections.config_dict.placeholder(bool))
+  )
+  # Of a new model; tools/plan also takes it for a reference it cannot read.
   model.size = ml_collections.ConfigDict(
     dict(
       family="qwen2", hidden=128, mlp=512, layers=4, heads=4, kv_heads=2,

@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.total_steps = 60
 
   config.model.dtype = "float32"
-  config.model.remat = False
+  config.model.remat = "none"
   config.model.size = dict(
     family="qwen2", hidden=128, mlp=256, layers=3, heads=4, kv_heads=2,
     vocab=1536, tied=True,

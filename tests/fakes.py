@@ -37,7 +37,7 @@ def make_model(vocab_size: int, **changes):
   settings = dict(
     family="qwen2", vocab_size=vocab_size, hidden_size=32,
     intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=8, qkv_bias=True, dtype=jnp.float32, remat=False,
+    head_dim=8, qkv_bias=True, dtype=jnp.float32, remat="none",
   )
   return decoder.DecoderConfig(**(settings | changes))
 

@@ -163,7 +163,7 @@ def test_a_run_knows_its_settings_and_data(finished, tmp_path):
     with pytest.raises(identity.ChangedSettingsError, match="data"):
       train.train(tiny(data=dict(limit=100)), workdir,
                   allow_changes=["data.limit"])
-    free = tiny(model=dict(remat=False), checkpoint=dict(keep=3))
+    free = tiny(model=dict(remat="none"), checkpoint=dict(keep=3))
     assert train.train(free, workdir)["steps"] == 2
     longer = train.train(
       tiny(total_steps=3), workdir, allow_changes=["total_steps"]

@@ -2,10 +2,13 @@
 
     W' = W + alpha / rank * A B      for every matrix W of the layers
 
-with A drawn and B zero at first, so that W' = W. Weights are merged before the
-forward pass: one more copy of the layers in the compute type, but the same
-programs, kernels and shardings as without adapters. Embeddings, norms and
-biases stay as they are.
+with A drawn and B zero at first, so that W' = W. Embeddings, norms and biases
+stay as they are.
+
+Training never forms W': the forward pass adds x A B to x W (`collection`). A
+merged matrix in bfloat16 would lose every update below half a unit in its last
+place, and its gradient would be as large as the trunk. For decoding and export
+`merge` forms W' once, in float32; what is decoded in bfloat16 is rounded then.
 """
 
 from __future__ import annotations
@@ -94,29 +97,43 @@ def logical_axes(trunk_axes: types.Tree) -> types.Tree:
   return tree
 
 
+def collection(adapters: types.Tree, spec: AdapterSpec) -> types.Tree:
+  """Returns adapters as the decoder's collection "adapters", unmerged.
+
+  Args:
+    adapters: from `init`, trained or not.
+    spec: their size; B comes scaled by alpha / rank.
+  """
+  layers: dict = {}
+  for name, pair in adapters.items():
+    scaled = {"a": pair["a"], "b": pair["b"] * (spec.alpha / spec.rank)}
+    layers.setdefault(_TARGETS[name][0], {})[name] = scaled
+  return {"layers": layers}
+
+
 def merge(
   trunk: types.Tree, adapters: types.Tree, spec: AdapterSpec,
-  dtype: jax.typing.DTypeLike,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> types.Tree:
-  """A trunk whose layer matrices have the adapters added.
+  """Returns a tree like `trunk` whose layer matrices have the adapters added.
+
+  The sum is formed in float32.
 
   Args:
     trunk: frozen parameters.
     adapters: from `init`, trained or not.
     spec: their size.
-    dtype: of the merged matrices, the compute type of the model.
-
-  Returns:
-    A tree like `trunk`.
+    dtype: of the merged matrices.
   """
   layers = {k: dict(v) for k, v in trunk["layers"].items()}
   scale = spec.alpha / spec.rank
   for name, pair in adapters.items():
     module = _TARGETS[name][0]
     frozen = layers[module][name]
-    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(
-      pair["a"], pair["b"]
-    )
-    merged = frozen.astype(jnp.float32) + scale * delta.astype(jnp.float32)
+    a, b = (pair[side].astype(jnp.float32) for side in "ab")
+    delta = jax.vmap(
+      lambda a, b: jnp.tensordot(a, b, 1, precision="highest")
+    )(a, b)
+    merged = frozen.astype(jnp.float32) + scale * delta
     layers[module][name] = merged.astype(dtype)
   return {**trunk, "layers": layers}

@@ -6,9 +6,12 @@ yields zeros, never NaN.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax.models import cudnn
 from stepsearch_jax.parallel import sharding
 
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
@@ -116,6 +119,14 @@ def _xla_packed(q, k, v, segment_ids):
 
 def _cudnn_packed(q, k, v, segment_ids):
   """The same through cuDNN's fused kernel (bfloat16 or float16 on GPU)."""
+  if cudnn.kernel() is None:
+    return _masked_packed(q, k, v, segment_ids)
+  segments = functools.partial(cudnn.packed, otherwise=_xla_packed)
+  return _on_own_heads(segments, q, k, v, segment_ids)
+
+
+def _masked_packed(q, k, v, segment_ids):
+  """The same with a mask [R, 1, S, S], where cuDNN takes no segments."""
   same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   valid = segment_ids[:, None, :, None] > 0
   return jax.nn.dot_product_attention(
@@ -124,7 +135,12 @@ def _cudnn_packed(q, k, v, segment_ids):
 
 
 def _splash_packed(q, k, v, segment_ids):
-  """The same through the splash kernel on TPU, on each device's own heads."""
+  """The same through the splash kernel on TPU."""
+  return _on_own_heads(_splash_local, q, k, v, segment_ids)
+
+
+def _on_own_heads(kernel, q, k, v, segment_ids):
+  """Calls a kernel on every device's own rows and heads."""
   heads, kv = q.shape[2], k.shape[2]
   if sharding.shards("heads", heads) != sharding.shards("kv_heads", kv):
     # Too few kv heads to split: every query head brings its own copy.
@@ -132,9 +148,7 @@ def _splash_packed(q, k, v, segment_ids):
   query = ("batch", "length", "heads", "head_dim")
   key = ("batch", "length", "kv_heads", "head_dim")
   names = (query, key, key, ("batch", "length"))
-  return sharding.per_device(
-    _splash_local, names, query, q, k, v, segment_ids
-  )
+  return sharding.per_device(kernel, names, query, q, k, v, segment_ids)
 
 
 def _splash_local(q, k, v, segment_ids):

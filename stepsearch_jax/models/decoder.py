@@ -1,6 +1,7 @@
 """Decoder trunk of Qwen2/2.5, Qwen3 and Llama: tokens to hidden states.
 
-Used purely: `Decoder(config).apply({"params": trunk}, ...)`. For training,
+Used purely: `Decoder(config).apply({"params": trunk}, ...)`, with low-rank
+adapters in a second collection (`adapters.collection`). For training,
 layers are stacked and scanned: one layer is compiled and remembered. With a
 cache they are apart (`unstack`), weights and cache entries of each layer in
 arrays of their own: a scan would copy its slice of every weight in every step.
@@ -10,7 +11,7 @@ Weights and activations name logical axes only.
 from __future__ import annotations
 
 import dataclasses
-import math
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -20,34 +21,35 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax import types
-from stepsearch_jax.models import attention
-
-FAMILIES = ("qwen2", "qwen3", "llama")
+from stepsearch_jax.models import attention, families, layers, rope
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Context extension of the rotary embedding.
+class Remat(enum.StrEnum):
+  """What training keeps of a layer for the backward pass."""
 
-  Attributes:
-    kind: "llama3" (Llama 3.1 model card) or "yarn" (arXiv 2309.00071).
-    factor: how much longer the context became.
-    original: context length before extension.
-    low, high: llama3: wavelength band limits; yarn: beta_slow, beta_fast.
-    attention_factor: yarn's scale of the rotary table; 0 = from `factor`.
-  """
-
-  kind: str
-  factor: float
-  original: int
-  low: float = 1.0
-  high: float = 4.0
-  attention_factor: float = 0.0
+  FULL = "full"  # Its input: the layer is computed again.
+  DOTS = "dots"  # The results of its weight matrices too.
+  NONE = "none"  # Everything.
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Shape of a decoder; hashable, so that it can be static under jit."""
+  """Shape of a decoder; hashable, so that it can be static under jit.
+
+  Attributes:
+    family: key of `families.FAMILIES`.
+    vocab_size, hidden_size, intermediate_size, num_layers: V, M, F and L.
+    num_heads, num_kv_heads, head_dim: query heads share the kv heads evenly.
+    rope_theta, rope_scaling: see `rope.frequencies`.
+    rms_norm_eps: added to the mean square in every norm.
+    tie_embeddings: the embedding is also the output matrix.
+    qkv_bias, qk_norm: None = as the family has them.
+    o_bias, mlp_bias: the attention's output, the MLP's matrices have a bias.
+    max_positions: the context that the model was made for.
+    dtype, param_dtype: types of the computation and of the parameters.
+    remat: what training keeps for the backward pass.
+    attention: backend, see `attention.packed_attention`.
+  """
 
   family: str
   vocab_size: int
@@ -58,22 +60,25 @@ class DecoderConfig:
   num_kv_heads: int
   head_dim: int
   rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  rope_scaling: rope.RopeScaling | None = None
   rms_norm_eps: float = 1e-6
   tie_embeddings: bool = True
-  qkv_bias: bool = False
-  qk_norm: bool = False
+  qkv_bias: bool | None = None
+  qk_norm: bool | None = None
+  o_bias: bool = False
+  mlp_bias: bool = False
   max_positions: int = 32768
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = True
-  attention: str | None = None  # See `attention.packed_attention`.
+  remat: Remat = Remat.FULL
+  attention: str | None = None
 
   def __post_init__(self):
-    if self.family not in FAMILIES:
-      raise types.UserError(
-        f"model family must be one of {FAMILIES}, got {self.family!r}"
-      )
+    family = families.find(self.family, "model family")
+    for name in ("qkv_bias", "qk_norm"):
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, getattr(family, name))
+    object.__setattr__(self, "remat", Remat(self.remat))
     if self.num_heads % self.num_kv_heads:
       raise types.UserError(
         f"{self.num_heads} heads cannot share {self.num_kv_heads} kv heads"
@@ -82,7 +87,7 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Cache:
-  """Keys and values of P slots, one array a layer.
+  """Keys and values of P slots, one array per layer.
 
   A decode step multiplies a few queries with all keys, and the weights with
   all values; in these layouts both are matrix products without a transpose.
@@ -111,10 +116,10 @@ def init_cache(
   """An empty cache of `slots` rows with `length` positions."""
   keys = (slots, config.num_kv_heads, config.head_dim, length)
   values = (slots, config.num_kv_heads, length, config.head_dim)
-  layers = range(config.num_layers)
+  count = range(config.num_layers)
   return Cache(
-    tuple(jnp.zeros(keys, dtype) for _ in layers),
-    tuple(jnp.zeros(values, dtype) for _ in layers),
+    tuple(jnp.zeros(keys, dtype) for _ in count),
+    tuple(jnp.zeros(values, dtype) for _ in count),
   )
 
 
@@ -130,84 +135,14 @@ def unstack(
     pick: (stacked leaf, layer) to the layer's own leaf.
     is_leaf: see `jax.tree.map`.
   """
-  layers = {
+  apart = {
     f"layer_{i}": jax.tree.map(
       lambda leaf, i=i: pick(leaf, i), trunk["layers"], is_leaf=is_leaf
     )
     for i in range(count)
   }
   rest = {name: leaf for name, leaf in trunk.items() if name != "layers"}
-  return rest | layers
-
-
-def rope_frequencies(config: DecoderConfig) -> tuple[jax.Array, float]:
-  """Rotary frequencies [D/2] float32 and the scale of the table."""
-  dim = config.head_dim
-  exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
-  base = 1.0 / config.rope_theta**exponents
-  scaling = config.rope_scaling
-  if scaling is None:
-    return base, 1.0
-  if scaling.kind == "llama3":
-    wavelength = 2 * math.pi / base
-    smooth = (scaling.original / wavelength - scaling.low) / (
-      scaling.high - scaling.low
-    )
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * base / scaling.factor + smooth * base, 1.0
-
-  def correction(rotations):
-    ratio = scaling.original / (rotations * 2 * math.pi)
-    return dim * math.log(ratio) / (2 * math.log(config.rope_theta))
-
-  first = max(math.floor(correction(scaling.high)), 0)
-  last = min(math.ceil(correction(scaling.low)), dim - 1)
-  ramp = jnp.arange(dim // 2, dtype=jnp.float32) - first
-  ramp = jnp.clip(ramp / max(last - first, 0.001), 0.0, 1.0)
-  factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-  return ramp * base / scaling.factor + (1 - ramp) * base, factor
-
-
-def _rotate(x, cos, sin):
-  """Applies the rotary embedding (half-split layout) in float32."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  out = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return out.astype(x.dtype)
-
-
-def _weight(module, name, shape, axes, config, inputs):
-  """A matrix drawn with standard deviation 1/sqrt(inputs).
-
-  The usual fixed 0.02 suits wide models; in a model of width 128 it leaves
-  attention almost uniform for a long time.
-  """
-  init = nn.with_logical_partitioning(
-    nn.initializers.normal(inputs**-0.5, config.param_dtype), axes
-  )
-  return module.param(name, init, shape, config.param_dtype)
-
-
-class RMSNorm(nn.Module):
-  """Root-mean-square norm (arXiv 1910.07467) in float32."""
-
-  eps: float
-  dtype: Any
-  param_dtype: Any
-  axis: str
-
-  @nn.compact
-  def __call__(self, x):
-    """Normalises the last axis of `x`."""
-    init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-    scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(
-      jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
-    )
-    return wide.astype(self.dtype) * scale.astype(self.dtype)
+  return rest | apart
 
 
 class Attention(nn.Module):
@@ -216,25 +151,24 @@ class Attention(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, rope, positions, segment_ids, cache, slots, kv_length):
+  def __call__(
+    self, x, angles, positions, segment_ids, cache, slots, kv_length
+  ):
     """Returns (output [B, S, M], the layer's cache (keys, values))."""
     c = self.config
     width = c.hidden_size
 
     def project(name, heads, axis):
-      kernel = _weight(
+      kernel = layers.weight(
         self, f"{name}_kernel", (width, heads, c.head_dim),
         ("embed", axis, "head_dim"), c, width,
       )
-      out = jnp.einsum("bsm,mhd->bshd", x, kernel.astype(c.dtype))
+      out = layers.multiply(
+        self, f"{name}_kernel", x, kernel, "bsm,mhd->bshd", c.dtype
+      )
       if c.qkv_bias:
-        init = nn.with_logical_partitioning(
-          nn.initializers.zeros, (axis, "head_dim")
-        )
-        bias = self.param(
-          f"{name}_bias", init, (heads, c.head_dim), c.param_dtype
-        )
-        out = out + bias.astype(c.dtype)
+        shape, axes = (heads, c.head_dim), (axis, "head_dim")
+        out = out + layers.bias(self, f"{name}_bias", shape, axes, c)
       return out
 
     q = project("q", c.num_heads, "heads")
@@ -242,9 +176,9 @@ class Attention(nn.Module):
     v = project("v", c.num_kv_heads, "kv_heads")
     if c.qk_norm:
       norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "head_dim")
-      q = RMSNorm(*norm, name="q_norm")(q)
-      k = RMSNorm(*norm, name="k_norm")(k)
-    q, k = _rotate(q, *rope), _rotate(k, *rope)
+      q = layers.RMSNorm(*norm, name="q_norm")(q)
+      k = layers.RMSNorm(*norm, name="k_norm")(k)
+    q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
     if cache is None:
       mixed = attention.packed_attention(
         q, k, v, segment_ids, c.attention
@@ -253,11 +187,16 @@ class Attention(nn.Module):
       cache = _write(cache, k, v, slots, positions)
       keys, values = _read(cache, slots, kv_length)
       mixed = attention.cached_attention(q, keys, values, positions)
-    kernel = _weight(
+    kernel = layers.weight(
       self, "o_kernel", (c.num_heads, c.head_dim, width),
       ("heads", "head_dim", "embed"), c, 2 * c.num_layers * width,
     )
-    return jnp.einsum("bshd,hdm->bsm", mixed, kernel.astype(c.dtype)), cache
+    out = layers.multiply(
+      self, "o_kernel", mixed, kernel, "bshd,hdm->bsm", c.dtype
+    )
+    if c.o_bias:
+      out = out + layers.bias(self, "o_bias", (width,), ("norm",), c)
+    return out, cache
 
 
 def _write(cache, k, v, slots, positions):
@@ -292,15 +231,26 @@ class Mlp(nn.Module):
     c = self.config
     wide = (c.hidden_size, c.intermediate_size)
     axes = ("embed", "mlp")
-    gate = _weight(self, "gate_kernel", wide, axes, c, wide[0])
-    up = _weight(self, "up_kernel", wide, axes, c, wide[0])
-    down = _weight(
+    gate = layers.weight(self, "gate_kernel", wide, axes, c, wide[0])
+    up = layers.weight(self, "up_kernel", wide, axes, c, wide[0])
+    down = layers.weight(
       self, "down_kernel", wide[::-1], axes[::-1], c,
       2 * c.num_layers * wide[1],
     )
-    hidden = nn.silu(x @ gate.astype(c.dtype)) * (x @ up.astype(c.dtype))
+
+    def multiply(name, x, kernel, equation):
+      out = layers.multiply(
+        self, f"{name}_kernel", x, kernel, equation, c.dtype
+      )
+      if c.mlp_bias:
+        shape, axis = out.shape[-1:], "norm" if name == "down" else "mlp"
+        out = out + layers.bias(self, f"{name}_bias", shape, (axis,), c)
+      return out
+
+    hidden = nn.silu(multiply("gate", x, gate, "bsm,mf->bsf"))
+    hidden = hidden * multiply("up", x, up, "bsm,mf->bsf")
     hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
-    return hidden @ down.astype(c.dtype)
+    return multiply("down", hidden, down, "bsf,fm->bsm")
 
 
 class Block(nn.Module):
@@ -310,18 +260,18 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, rope, positions, segment_ids, cache=None, slots=None,
+    self, x, angles, positions, segment_ids, cache=None, slots=None,
     kv_length=None,
   ):
     """Returns (hidden [B, S, M], the layer's cache), as a scan wants it."""
     c = self.config
     norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
     mixed, cache = Attention(c, name="attention")(
-      RMSNorm(*norm, name="attention_norm")(x),
-      rope, positions, segment_ids, cache, slots, kv_length,
+      layers.RMSNorm(*norm, name="attention_norm")(x),
+      angles, positions, segment_ids, cache, slots, kv_length,
     )
     x = x + mixed
-    x = x + Mlp(c, name="mlp")(RMSNorm(*norm, name="mlp_norm")(x))
+    x = x + Mlp(c, name="mlp")(layers.RMSNorm(*norm, name="mlp_norm")(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
     return x, cache
 
@@ -356,46 +306,53 @@ class Decoder(nn.Module):
       (hidden [B, S, M] after the final norm, cache).
     """
     c = self.config
-    table = _weight(
+    table = layers.weight(
       self, "embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), c,
       c.hidden_size,
     )
-    x = jnp.take(table.astype(c.dtype), tokens, axis=0)
-    x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-    frequencies, scale = rope_frequencies(c)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    rope = (jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+    with jax.named_scope("embedding"):
+      x = jnp.take(table.astype(c.dtype), tokens, axis=0)
+      x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+    with jax.named_scope("rope"):
+      frequencies, scale = rope.frequencies(
+        c.head_dim, c.rope_theta, c.rope_scaling
+      )
+      turns = positions.astype(jnp.float32)[..., None] * frequencies
+      angles = (jnp.cos(turns) * scale, jnp.sin(turns) * scale)
     if segment_ids is None and cache is None:
       segment_ids = jnp.ones_like(tokens)
     if cache is None:
-      x = self._stacked(x, rope, positions, segment_ids)
+      x = self._stacked(x, angles, positions, segment_ids)
     else:
-      x, cache = self._cached(x, rope, positions, cache, kv_length)
+      x, cache = self._cached(x, angles, positions, cache, kv_length)
     norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
-    return RMSNorm(*norm, name="final_norm")(x), cache
+    return layers.RMSNorm(*norm, name="final_norm")(x), cache
 
-  def _stacked(self, x, rope, positions, segment_ids):
+  def _stacked(self, x, angles, positions, segment_ids):
     """A scan over stacked layers."""
     c = self.config
     block = Block
-    if c.remat:
-      block = nn.remat(Block, prevent_cse=False)
-    layers = nn.scan(
+    if c.remat != Remat.NONE:
+      policy = None
+      if c.remat == Remat.DOTS:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      block = nn.remat(Block, prevent_cse=False, policy=policy)
+    stack = nn.scan(
       block,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "adapters": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, name="layers")
-    return layers(x, rope, positions, segment_ids)[0]
+    return stack(x, angles, positions, segment_ids)[0]
 
-  def _cached(self, x, rope, positions, cache, kv_length):
+  def _cached(self, x, angles, positions, cache, kv_length):
     """Layer after layer, each with its own weights and cache."""
     keys, values = [], []
     for i, entries in enumerate(zip(cache.k, cache.v, strict=True)):
       x, (k, v) = Block(self.config, name=f"layer_{i}")(
-        x, rope, positions, None, entries, cache.slots, kv_length
+        x, angles, positions, None, entries, cache.slots, kv_length
       )
       keys.append(k)
       values.append(v)

@@ -3,7 +3,9 @@
 A policy is `{"trunk": ..., "head": {"kernel": [V, M]}}`, without "head" when
 the embedding is tied. A value model is `{"trunk": ..., "value_head":
 {"kernel": [M, 1], "bias": [1]}}` (verl's token-classification critic). All
-trees are plain nested dicts of arrays; layers are stacked on axis 0.
+trees are plain nested dicts of arrays; layers are stacked on axis 0. A model
+with low-rank adapters carries them beside its trunk as "adapters" (see
+`adapters.collection`).
 """
 
 from __future__ import annotations
@@ -57,10 +59,12 @@ def value_head(policy: types.Tree, key: jax.Array) -> types.Tree:
   return {"kernel": kernel, "bias": jnp.zeros((1,), jnp.float32)}
 
 
-def init_value(config: decoder.DecoderConfig, key: jax.Array) -> types.Tree:
-  """Random value-model parameters."""
-  trunk_key, head_key = jax.random.split(key)
-  return value_from_policy({"trunk": init_trunk(config, trunk_key)}, head_key)
+def variables(params: types.Tree) -> types.Tree:
+  """Returns the decoder's variables: the trunk and, if any, its adapters."""
+  found = {"params": params["trunk"]}
+  if "adapters" in params:
+    found["adapters"] = params["adapters"]
+  return found
 
 
 def unembedding(params: types.Tree) -> jax.Array:
@@ -72,10 +76,11 @@ def unembedding(params: types.Tree) -> jax.Array:
 
 def logits(params: types.Tree, hidden: jax.Array) -> jax.Array:
   """Next-token logits [..., V] float32; for tests and short inputs."""
-  weight = unembedding(params).astype(hidden.dtype)
-  return jnp.einsum(
-    "...m,vm->...v", hidden, weight, preferred_element_type=jnp.float32
-  )
+  with jax.named_scope("unembedding"):
+    weight = unembedding(params).astype(hidden.dtype)
+    return jnp.einsum(
+      "...m,vm->...v", hidden, weight, preferred_element_type=jnp.float32
+    )
 
 
 def values(params: types.Tree, hidden: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from stepsearch_jax.models import attention, decoder, heads
+from stepsearch_jax.models.weights import hf
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan.machines import GB, Machine
 from stepsearch_jax.ppo import estimators, learner, logprobs, trainable
@@ -53,9 +54,35 @@ def _settings(config) -> Settings:
   return Settings.from_config(config, devices=0)
 
 
+@functools.lru_cache
+def _at_hand(reference: str) -> decoder.DecoderConfig | None:
+  return hf.shape_at_hand(reference)
+
+
 def model_shape(config: ml_collections.ConfigDict) -> decoder.DecoderConfig:
-  """Shape of the policy from `model.size` alone; nothing is downloaded."""
-  return _settings(config).decoder(config.model.size.vocab)
+  """Returns the policy's shape: its reference's, else that of `model.size`.
+
+  Nothing is downloaded; `shape_source` says which of the two it is.
+  """
+  settings = _settings(config)
+  spec = settings.model
+  found = _at_hand(spec.reference) if spec.reference else None
+  if found is None:
+    return settings.decoder(spec.size.vocab)
+  return dataclasses.replace(
+    found, dtype=jnp.dtype(spec.dtype), remat=decoder.Remat(spec.remat)
+  )
+
+
+def shape_source(config: ml_collections.ConfigDict) -> str:
+  """Returns where `model_shape` has its numbers from, in words."""
+  reference = config.model.reference
+  if not reference:
+    return "model.size"
+  if _at_hand(reference) is None:
+    return (f"model.size, ASSUMED: the config.json of {reference} is not on "
+            "this machine")
+  return f"read from {reference}"
 
 
 def build(
@@ -86,6 +113,14 @@ def _bytes(shapes, shardings) -> int:
     shapes, shardings,
   )
   return sum(jax.tree.leaves(sizes))
+
+
+def _parameters(model: decoder.DecoderConfig) -> int:
+  """Returns the number of a policy's parameters."""
+  shapes = jax.eval_shape(
+    functools.partial(heads.init_policy, model), jax.random.key(0)
+  )
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -139,7 +174,6 @@ def _temporary(config) -> dict[str, float]:
   tokens = rows * config.rollout.context
   layer = 3 * model.hidden_size * model.intermediate_size / mesh.tensor
   hidden = tokens * model.hidden_size * width
-  kept = model.num_layers if config.model.remat else 8 * model.num_layers
   inside = tokens * (
     8 * model.hidden_size + 4 * model.intermediate_size / mesh.tensor
   ) * width
@@ -148,13 +182,17 @@ def _temporary(config) -> dict[str, float]:
   gathered = 2 * 4 * layer + width * vocab * model.hidden_size
   parts = resident(config)
   forward = 2 * hidden + inside + chunk + gathered
-  update = kept * hidden + 2 * inside + chunk + 2 * gathered
-
-  def gradients(kind):
-    if config[kind].kind == "full":
-      return parts[kind]
-    # Merged weights, their gradients, and the adapters' own.
-    return 2 * parts["reference"] + parts[kind]
+  # Full: a layer's input; dots: what its matrices give; none: everything.
+  wide = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
+  dots = tokens * width * (
+    2 * model.hidden_size
+    + (wide + 2 * model.intermediate_size) / mesh.tensor
+  )
+  kept = model.num_layers * {
+    decoder.Remat.FULL: hidden, decoder.Remat.DOTS: hidden + dots,
+    decoder.Remat.NONE: hidden + inside,
+  }[model.remat]
+  update = kept + 2 * inside + chunk + 2 * gathered
 
   shards = mesh.data * mesh.fsdp
   rollout = config.rollout
@@ -166,11 +204,11 @@ def _temporary(config) -> dict[str, float]:
   decode = 4 * 3 * rollout.slots / shards * vocab
   found = {
     "extend": extend, "decode_block": decode, "reference_forward": forward,
-    "policy_update": update + gradients("policy"),
+    "policy_update": update + parts["policy"],
   }
   if "value" in parts:
     found |= {
-      "value_forward": forward, "value_update": update + gradients("value")
+      "value_forward": forward, "value_update": update + parts["value"]
     }
   return found
 
@@ -214,10 +252,7 @@ def step_times(
     {phase: {"flops", "seconds", "bound"}} over all chips.
   """
   model, parts = model_shape(config), resident(config)
-  shapes = jax.eval_shape(
-    functools.partial(heads.init_policy, model), jax.random.key(0)
-  )
-  weights = sum(x.size for x in jax.tree.leaves(shapes))
+  weights = _parameters(model)
   trajectories = config.batch.questions * config.batch.rollouts
   total = trajectories * tokens
   written = total * share
@@ -229,7 +264,8 @@ def step_times(
   slots = min(config.rollout.slots, trajectories)
   cache = parts["slot cache"] * tokens / 2 / config.rollout.context
   decode_steps = written / slots
-  backward = 4.0 if config.model.remat else 3.0
+  # Forward, backward (twice the forward), and the forward once more.
+  backward = 4.0 if model.remat == decoder.Remat.FULL else 3.0
   work = {
     # Phase: (FLOPs of all chips, bytes of one chip).
     "rollout extend": (per_token * (total - written), 0.0),
@@ -271,8 +307,10 @@ def _changes(config):
     yield changed("ppo.micro_rows", config.ppo.micro_rows // 2)
   if config.rollout.context > 1024:
     yield changed("rollout.context", config.rollout.context // 2)
-  if not config.model.remat:
-    yield changed("model.remat", True)
+  if config.model.remat == decoder.Remat.NONE:
+    yield changed("model.remat", "dots")
+  if config.model.remat != decoder.Remat.FULL:
+    yield changed("model.remat", "full")
   if config.rollout.extend_tokens[-1] > 128:
     yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
   if config.policy.kind == "full":
@@ -328,6 +366,8 @@ def make_plan(
   fits = peak <= _USABLE * machine.memory
   return {
     "machine": dataclasses.asdict(machine),
+    "shape": shape_source(config),
+    "parameters": _parameters(model_shape(config)),
     "mesh": {axis: config.mesh[axis] for axis in sharding.AXES},
     "compiled": bool(programs),
     "tokens_per_trajectory": tokens,
@@ -350,7 +390,9 @@ def render(plan: dict) -> str:
   machine = plan["machine"]
   mesh = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
   lines = [f"{machine['name']}: {machine['chips']} chips of "
-           f"{machine['memory'] / GB:.0f} GB, mesh {mesh}", "",
+           f"{machine['memory'] / GB:.0f} GB, mesh {mesh}",
+           f"policy of {plan['parameters'] / 1e6:,.0f}M parameters "
+           f"({plan['shape']})", "",
            f"{'resident on a chip':28}{'GB':>8}"]
   lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["resident"].items()]
   how = "compiled" if plan["compiled"] else "estimated"

@@ -28,7 +28,7 @@ class PolicyOutput:
 def _trunk(params, micro: MicroBatch, config: decoder.DecoderConfig):
   """Hidden states; row t holds the state in which token t was chosen."""
   hidden, _ = decoder.Decoder(config).apply(
-    {"params": params["trunk"]},
+    heads.variables(params),
     micro.tokens,
     micro.positions,
     segment_ids=micro.segment_ids,

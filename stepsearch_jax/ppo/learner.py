@@ -147,8 +147,9 @@ class Learner:
     """The whole policy of a state, for rollouts."""
     if self.spec.policy.adapter is None:
       return state.policy.params
+    policy = self.policy.trainable
     return trainable.whole_model(
-      self.policy.trainable, state.policy.params, state.reference
+      policy, state.policy.params, state.reference, policy.config.dtype
     )
 
   def lowered(

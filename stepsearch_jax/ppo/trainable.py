@@ -62,12 +62,25 @@ class Trainable:
     """Places of `init`'s result."""
     return sharding.tree_shardings(mesh, self.axes(), self.shapes())
 
-  def whole(self, params: types.Tree, reference: types.Tree) -> Any:
-    """The whole model, from what is trained and the frozen reference."""
+  def apart(self, params: types.Tree, reference: types.Tree) -> Any:
+    """The model as it is trained: adapters apart from the frozen reference."""
+    if self.adapter is None:
+      return params
+    rest = reference if self.role == "policy" else params
+    return rest | {
+      "trunk": reference["trunk"],
+      "adapters": adapters.collection(params["adapters"], self.adapter),
+    }
+
+  def merged(
+    self, params: types.Tree, reference: types.Tree,
+    dtype: jax.typing.DTypeLike,
+  ) -> Any:
+    """The whole model with its adapters merged in float32, as `dtype`."""
     if self.adapter is None:
       return params
     trunk = adapters.merge(
-      reference["trunk"], params["adapters"], self.adapter, self.config.dtype
+      reference["trunk"], params["adapters"], self.adapter, dtype
     )
     rest = reference if self.role == "policy" else params
     return {k: v for k, v in rest.items() if k != "adapters"} | {"trunk": trunk}
@@ -86,9 +99,10 @@ def abstract_reference(
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def whole_model(
-  trainable: Trainable, params: types.Tree, reference: types.Tree
+  trainable: Trainable, params: types.Tree, reference: types.Tree,
+  dtype: jax.typing.DTypeLike,
 ) -> types.Tree:
-  """`Trainable.whole` as a program of its own, for rollouts and export."""
-  return trainable.whole(params, reference)
+  """`Trainable.merged` as a program of its own, for rollouts and export."""
+  return trainable.merged(params, reference, dtype)

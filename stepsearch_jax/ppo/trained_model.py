@@ -149,10 +149,10 @@ class TrainedModel:
     return found
 
   def _forward(self, params, reference, micro):
-    whole, config = self.trainable.whole(params, reference), self._config
+    model, config = self.trainable.apart(params, reference), self._config
     if self.role == "value":
-      return forward.values(whole, micro, config)
-    return forward.policy(whole, micro, config, self._spec.temperature)
+      return forward.values(model, micro, config)
+    return forward.policy(model, micro, config, self._spec.temperature)
 
   @property
   def _config(self):
@@ -161,7 +161,7 @@ class TrainedModel:
   def _loss(self, params, reference, micro, share):
     of_model = {"policy": model_losses.policy, "value": model_losses.value}
     found = of_model[self.role](
-      self.trainable.whole(params, reference), micro, share,
+      self.trainable.apart(params, reference), micro, share,
       config=self._config, spec=self._spec,
     )
     return found.loss, found.metrics

@@ -61,7 +61,7 @@ class RolloutPrograms:
   ):
     """Prepares the programs; nothing is compiled yet."""
     # A cached forward is never differentiated: remat would only cost time.
-    config = dataclasses.replace(config, remat=False)
+    config = dataclasses.replace(config, remat=decoder.Remat.NONE)
     self.config = config
     self.spec = spec
     self._mesh = mesh

@@ -33,7 +33,7 @@ from stepsearch_jax.ppo import estimators, trainable
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.rollout import automaton, engine, programs, text_side
-from stepsearch_jax.run import checkpoints
+from stepsearch_jax.run import checkpoints, identity
 from stepsearch_jax.run.settings import Settings
 
 STOP_TAGS = ("</search>", "</answer>")
@@ -143,7 +143,10 @@ class Experiment:
     """The model's own, or a BPE trained on the corpus for a new model."""
     model = self.settings.model
     if model.tokenizer or model.reference:
-      return tokenizer_lib.load(model.tokenizer or model.reference)
+      return tokenizer_lib.load(
+        model.tokenizer or model.reference, model.chat,
+        identity.started(self.workdir),
+      )
     folder = self.workdir / "tokenizer"
 
     def train():
@@ -197,9 +200,15 @@ class Experiment:
     spec = self.settings.model
     if not spec.reference:
       return self.settings.decoder(self.tokenizer.vocab_size)
+    found = hf.load_config(hf.resolve(spec.reference))
+    types.expect(
+      self.settings.sampler.context <= found.max_positions, "rollout.context",
+      f"at most the {found.max_positions} positions of {spec.reference}",
+      self.settings.sampler.context,
+    )
     return dataclasses.replace(
-      hf.load_config(hf.resolve(spec.reference)),
-      dtype=jnp.dtype(spec.dtype), remat=spec.remat,
+      found,
+      dtype=jnp.dtype(spec.dtype), remat=decoder.Remat(spec.remat),
     )
 
   @functools.cached_property
@@ -240,7 +249,7 @@ class Experiment:
     reference = checkpoints.load_reference(
       self.workdir, trainable.abstract_reference(self.model, self.mesh)
     )
-    return step, trainable.whole_model(policy, params, reference)
+    return step, trainable.whole_model(policy, params, reference, jnp.float32)
 
   def describe(self, steps: int) -> None:
     """Logs what a run of so many steps is about to do, with sizes."""

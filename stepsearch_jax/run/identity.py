@@ -9,6 +9,7 @@ cannot change a result (speed, logging, where a run is placed) are free, and
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -71,6 +72,20 @@ def questions_hash(questions: Sequence[types.Question]) -> str:
   return digest.hexdigest()[:16]
 
 
+def _today() -> str:
+  return datetime.date.today().isoformat()
+
+
+def started(workdir: epath.Path) -> str:
+  """The day on which a run began, as 2026-11-26; today where none has.
+
+  Chat templates may name the day: a run keeps its first one to its end.
+  """
+  if not (workdir / "config.json").exists():
+    return _today()
+  return read(workdir).get("started", _today())
+
+
 def _differences(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -112,7 +127,7 @@ def claim(
   path = workdir / "config.json"
   about = {
     "config": _plain(config), "questions": questions, "jax": jax.__version__,
-    "changes": [],
+    "changes": [], "started": started(workdir),
   }
   if path.exists():
     old = read(workdir)

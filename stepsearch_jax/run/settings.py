@@ -129,6 +129,7 @@ class Settings:
       model=spec_of(
         specs.ModelSpec, config.model,
         size=spec_of(specs.SizeSpec, config.model.size),
+        chat=dict(config.model.chat),
       ),
       data=spec_of(
         specs.DataSpec, config.data,
@@ -189,10 +190,8 @@ class Settings:
       num_kv_heads=size.kv_heads,
       head_dim=size.hidden // size.heads,
       tie_embeddings=size.tied,
-      qkv_bias=size.family == "qwen2",
-      qk_norm=size.family == "qwen3",
       dtype=jnp.dtype(self.model.dtype),
-      remat=self.model.remat,
+      remat=decoder.Remat(self.model.remat),
     )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from stepsearch_jax.data import world
-from stepsearch_jax.models import decoder
+from stepsearch_jax.models import decoder, families
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import expect
@@ -65,8 +66,8 @@ class SizeSpec:
   tied: bool
 
   def __post_init__(self):
-    expect(self.family in decoder.FAMILIES, "model.size.family",
-           f"one of {decoder.FAMILIES}", self.family)
+    expect(self.family in families.FAMILIES, "model.size.family",
+           f"one of {tuple(families.FAMILIES)}", self.family)
     for name in ("hidden", "mlp", "layers", "heads", "kv_heads", "vocab"):
       value = getattr(self, name)
       expect(value > 0, f"model.size.{name}", "a positive number", value)
@@ -86,11 +87,17 @@ class ModelSpec:
   reference: str
   tokenizer: str
   dtype: str
-  remat: bool
+  remat: str
   size: SizeSpec
+  chat: dict[str, Any]
 
   def __post_init__(self):
     expect(self.dtype in DTYPES, "model.dtype", f"one of {DTYPES}", self.dtype)
+    words = " | ".join(decoder.Remat)
+    before = {"true": "full", "false": "none"}.get(str(self.remat).lower())
+    if before:  # What the field held once.
+      words += f" ({self.remat} is now {before})"
+    expect(self.remat in list(decoder.Remat), "model.remat", words, self.remat)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,12 +60,12 @@ def test_overrides_that_cannot_be_are_refused(tmp_path, arguments, message):
 
 def test_overrides_and_arguments_go_to_every_run(tmp_path):
   done = plan("configs/quickstart.py:runlocal", tmp_path,
-              "--config.total_steps=3", "--config.model.remat=false")
+              "--config.total_steps=3", "--config.model.remat=none")
   commands = done.stdout.splitlines()
   assert len(commands) == 6, done.stderr
   for command in commands:
     assert "--config=configs/quickstart.py:runlocal,algorithm=" in command
-    assert "--config.total_steps=3 --config.model.remat=false" in command
+    assert "--config.total_steps=3 --config.model.remat=none" in command
 
 
 def test_arms_of_the_ablation_play_the_same_number_of_rollouts(monkeypatch):

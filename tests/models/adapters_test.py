@@ -3,6 +3,7 @@
 import pathlib
 
 import fakes
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import train_test
 from etils import epath
 
 from stepsearch_jax import train
-from stepsearch_jax.models import adapters, decoder, heads
+from stepsearch_jax.models import adapters, decoder, heads, layers
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import trainable
 from stepsearch_jax.run.experiment import Experiment
@@ -48,20 +49,116 @@ def test_merge_adds_scaled_products_to_every_layer_matrix():
       )
 
 
+def merged_by_hand(trunk, pairs):
+  """The trunk with W + alpha / rank * A B in float64, matrix by matrix."""
+  layers = {k: dict(v) for k, v in jax.device_get(trunk["layers"]).items()}
+  for name, (module, _) in adapters._TARGETS.items():
+    before = np.asarray(layers[module][name], np.float64)
+    a = np.asarray(pairs[name]["a"], np.float64)
+    b = np.asarray(pairs[name]["b"], np.float64)
+    a, b = a.reshape(len(a), -1, 3), b.reshape(len(b), 3, -1)
+    layers[module][name] = before + 2.0 * (a @ b).reshape(before.shape)
+  layers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layers)
+  return {**trunk, "layers": layers}
+
+
+def logits(config, variables, policy):
+  tokens = (jnp.arange(24, dtype=jnp.int32)[None] * 7) % config.vocab_size
+  hidden, _ = decoder.Decoder(config).apply(
+    variables, tokens, jnp.arange(24, dtype=jnp.int32)[None]
+  )
+  return heads.logits(policy, hidden)
+
+
+def test_the_forward_pass_adds_what_merging_would():
+  policy = heads.init_policy(MODEL, jax.random.key(0))
+  pairs = trained_adapters()
+  model = trainable.Trainable("policy", MODEL, SPEC).apart(
+    {"adapters": pairs}, policy
+  )
+  assert model["trunk"] is policy["trunk"]  # Nothing is copied or merged.
+  by_hand = merged_by_hand(policy["trunk"], pairs)
+  np.testing.assert_allclose(
+    logits(MODEL, heads.variables(model), policy),
+    logits(MODEL, {"params": by_hand}, policy), atol=2e-5,
+  )
+
+
+def test_gradients_of_adapters_are_those_through_the_merged_matrices():
+  policy = heads.init_policy(MODEL, jax.random.key(0))
+  pairs = trained_adapters()
+
+  def loss(pairs, form):
+    if form == "apart":
+      found = {"params": policy["trunk"],
+               "adapters": adapters.collection(pairs, SPEC)}
+    else:
+      found = {"params": adapters.merge(policy["trunk"], pairs, SPEC)}
+    return jnp.square(logits(MODEL, found, policy)).mean()
+
+  apart, merged = (jax.grad(loss)(pairs, f) for f in ("apart", "merged"))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-3),
+    apart, merged,
+  )
+
+
+def test_updates_far_below_bfloat16s_rounding_still_count():
+  # |B| near 1e-5: in a bfloat16 matrix nothing of A B is left.
+  wide = fakes.make_model(
+    50, hidden_size=128, intermediate_size=256, num_heads=4, head_dim=32
+  )
+  spec = adapters.AdapterSpec(rank=8, alpha=8.0)
+  policy = heads.init_policy(wide, jax.random.key(0))
+  pairs = adapters.init(wide, spec, jax.random.key(1))
+  a, b = (pairs["up_kernel"][side][0] for side in "ab")
+  b = 1e-5 * jax.random.normal(jax.random.key(2), b.shape)
+  kernel = policy["trunk"]["layers"]["mlp"]["up_kernel"][0]
+  kernel = kernel.astype(jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(9), (1, 4096, 128), jnp.bfloat16)
+  true = x.astype(jnp.float32) @ a @ b
+  merged = (kernel.astype(jnp.float32) + a @ b).astype(jnp.bfloat16)
+
+  def effect(with_update):
+    return (with_update - x @ kernel).astype(jnp.float32)
+
+  class Holder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return layers.multiply(
+        self, "up_kernel", x, kernel, "bsm,mf->bsf", jnp.bfloat16
+      )
+
+  apart = Holder().apply({"adapters": {"up_kernel": {"a": a, "b": b}}}, x)
+
+  def slope(found):
+    """1 where the effect has on average the size that it should have."""
+    return float((effect(found) * true).sum() / (true * true).sum())
+
+  assert abs(slope(x @ merged)) < 0.2
+  assert slope(apart) == pytest.approx(1.0, abs=0.1)
+
+
 def test_fresh_adapters_change_nothing_and_untouched_tensors_stay():
   policy = heads.init_policy(MODEL, jax.random.key(0))
-  part = trainable.Trainable("policy", MODEL, SPEC)
-  params = part.init(policy, jax.random.key(3))
-  whole = part.whole(params, policy)
+  variant = trainable.Trainable("policy", MODEL, SPEC)
+  params = variant.init(policy, jax.random.key(3))
+  whole = variant.merged(params, policy, jnp.float32)
   jax.tree.map(np.testing.assert_array_equal, whole, policy)
+  apart = variant.apart(params, policy)
+  np.testing.assert_allclose(
+    logits(MODEL, heads.variables(apart), apart),
+    logits(MODEL, heads.variables(policy), policy), atol=5e-6,
+  )
   value = trainable.Trainable("value", MODEL, SPEC)
   parts = value.init(policy, jax.random.key(3))
   assert set(parts) == {"adapters", "value_head"}
   tokens = jnp.arange(8, dtype=jnp.int32)[None]
+  model = value.apart(parts, policy)
   hidden, _ = decoder.Decoder(MODEL).apply(
-    {"params": value.whole(parts, policy)["trunk"]}, tokens, tokens
+    heads.variables(model), tokens, tokens
   )
-  assert heads.values(value.whole(parts, policy), hidden).shape == (1, 8)
+  assert heads.values(model, hidden).shape == (1, 8)
 
 
 def test_axes_follow_the_matrices():

@@ -47,7 +47,12 @@ def test_values_equal_the_released_critic(shared):
   path = str(shared / "golden/models/qwen2_critic")
   golden = np.load(f"{path}/golden.npz")
   config = hf_weights.load_config(path)
-  params = hf_weights.load_value(path, config)
+  params = {"trunk": hf_weights.load_policy(path, config)["trunk"]}
+  score = hf_weights.read_tensors(path)
+  params["value_head"] = {
+    "kernel": score["score.weight"].T,
+    "bias": score.get("score.bias", np.zeros(1, np.float32)),
+  }
   for side in ("right", "left"):
     hidden, valid = run(config, params, golden, side)
     values = np.asarray(heads.values(params, hidden))
@@ -230,3 +235,47 @@ def test_smollm2_from_gguf_equals_the_recorded_logits(shared):
     norm = float(jax.nn.logsumexp(jnp.asarray(logits[-1])))
     assert norm == pytest.approx(prompt["last_logsumexp"], abs=1e-3)
     assert int(logits[-1].argmax()) == prompt["greedy_16_ids"][0]
+
+
+def test_what_training_keeps_changes_no_gradient():
+  def gradients(remat):
+    config = decoder.DecoderConfig(
+      "qwen3", 50, 32, 48, 2, 4, 2, 8, remat=remat
+    )
+    params = heads.init_policy(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 50)
+    positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))
+
+    def loss(params):
+      hidden, _ = decoder.Decoder(config).apply(
+        {"params": params["trunk"]}, tokens, positions
+      )
+      return jnp.square(heads.logits(params, hidden)).mean()
+
+    program = jax.jit(jax.grad(loss)).lower(params)
+    return program.compile()(params), program.as_text().count("dot_general")
+
+  found = {word: gradients(word) for word in ("full", "dots", "none")}
+  for word in ("dots", "none"):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+      found[word][0], found["full"][0],
+    )
+  # Full computes every product of a layer again, dots those of no matrix.
+  assert found["full"][1] > found["dots"][1] >= found["none"][1]
+
+
+def test_a_profile_names_the_parts_of_the_model():
+  config = decoder.DecoderConfig("qwen2", 50, 32, 48, 2, 4, 2, 8)
+  params = heads.init_policy(config, jax.random.key(0))
+  tokens = jnp.zeros((1, 8), jnp.int32)
+
+  def forward(params):
+    hidden, _ = decoder.Decoder(config).apply(
+      {"params": params["trunk"]}, tokens, tokens
+    )
+    return heads.logits(params, hidden)
+
+  text = jax.jit(forward).lower(params).compile().as_text()
+  for scope in ("/attention/", "/mlp/", "/embedding/", "/unembedding/"):
+    assert scope in text, scope

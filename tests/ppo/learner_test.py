@@ -17,7 +17,7 @@ from stepsearch_jax.sft import imitation
 pytestmark = pytest.mark.slow  # Each learner compiles for some ten seconds.
 
 MODEL = decoder.DecoderConfig(
-  "qwen2", 60, 16, 24, 2, 2, 1, 8, qkv_bias=True, remat=False
+  "qwen2", 60, 16, 24, 2, 2, 1, 8, qkv_bias=True, remat="none"
 )
 LENGTHS = [10, 31, 24, 48, 9, 17, 40, 12]
 
@@ -35,13 +35,19 @@ def make_learner(**changes):
   return learner.Learner(MODEL, MODEL, spec, sharding.make_mesh())
 
 
+def make_value(key):
+  trunk_key, head_key = jax.random.split(key)
+  trunk = heads.init_trunk(MODEL, trunk_key)
+  return heads.value_from_policy({"trunk": trunk}, head_key)
+
+
 @functools.cache
 def models():
   """(policy, value, reference) parameters."""
   keys = jax.random.split(jax.random.key(0), 3)
   return (
     heads.init_policy(MODEL, keys[0]),
-    heads.init_value(MODEL, keys[1]),
+    make_value(keys[1]),
     heads.init_policy(MODEL, keys[2]),
   )
 

@@ -17,7 +17,7 @@ from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import learner, records
 
 MODEL = decoder.DecoderConfig(
-  "qwen2", 40, 8, 12, 1, 1, 1, 8, qkv_bias=True, remat=False
+  "qwen2", 40, 8, 12, 1, 1, 1, 8, qkv_bias=True, remat="none"
 )
 WIDTH = 16
 CONSTANT = 20  # Tokens of a packed row, and of Dr.GRPO's fixed length.

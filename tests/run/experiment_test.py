@@ -1,13 +1,16 @@
-"""What files a run needs: only what its algorithm rewards."""
+"""What a run needs of its files, and what it finds out before it compiles."""
 
 import json
 
 import pytest
+from etils import epath
 
 from configs import quickstart
 from stepsearch_jax import files
+from stepsearch_jax.run import identity
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
+from stepsearch_jax.types import UserError
 
 
 def experiment(tmp_path, **changes):
@@ -26,3 +29,26 @@ def test_outcome_rewards_train_on_plain_questions_and_answers(tmp_path):
 def test_step_rewards_say_which_paragraphs_they_need(tmp_path):
   with pytest.raises(files.DataError, match=r"plain.jsonl:1: .*sub_support"):
     _ = experiment(tmp_path).train_questions
+
+
+def test_a_context_beyond_the_models_positions_is_refused(shared, tmp_path):
+  path = shared / "golden/models/qwen2_tied"
+  longest = json.loads((path / "config.json").read_text())[
+    "max_position_embeddings"
+  ]
+  config = quickstart.get_config()
+  config.model.reference = str(path)
+  config.rollout.context = 2 * longest
+  found = Experiment(Settings.from_config(config), epath.Path(tmp_path))
+  with pytest.raises(UserError, match=f"rollout.context.*the {longest} posit"):
+    _ = found.model
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path)
+  monkeypatch.setattr(identity, "_today", lambda: "2026-11-26")
+  assert identity.started(workdir) == "2026-11-26"
+  identity.claim(workdir, {"seed": 0}, "hash")
+  monkeypatch.setattr(identity, "_today", lambda: "2026-11-27")
+  identity.claim(workdir, {"seed": 0}, "hash")  # It resumes after midnight.
+  assert identity.started(workdir) == "2026-11-26"

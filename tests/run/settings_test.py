@@ -49,6 +49,8 @@ def config_with(changes):
   ({"model.size.family": "gpt2"}, "model.size.family"),
   ({"model.size.heads": 3}, "model.size.heads"),
   ({"model.dtype": "bf16"}, "model.dtype"),
+  ({"model.remat": "True"}, "model.remat"),
+  ({"model.remat": "some"}, "model.remat"),
   ({"warm_start.rows": 0}, "warm_start.rows"),
   ({"checkpoint.every": 0}, "checkpoint.every"),
   ({"checkpoint.keep": 0}, "checkpoint.keep"),

@@ -46,7 +46,7 @@ def test_a_policy_of_another_model_is_refused_by_field(
 
 def test_a_policy_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
   ours = experiment_in(tmp_path / "ours")
-  experiment_in(tmp_path / "theirs", **{"model.remat": True})  # May differ.
+  experiment_in(tmp_path / "theirs", **{"model.remat": "dots"})  # May differ.
   fakes.make_tokenizer().save(tmp_path / "theirs" / "tokenizer")
   ours.__dict__["tokenizer"] = fakes.tokenizer_lib.train_bpe(["other"], 300)
   with pytest.raises(types.UserError, match="the same tokenizer"):

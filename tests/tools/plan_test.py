@@ -11,6 +11,7 @@ import pytest
 from ppo import parts
 
 from configs import quickstart, stepsearch_qwen2_5_3b
+from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan import arithmetic as planning
@@ -22,7 +23,7 @@ VOCAB = 151_936
 MODEL = decoder.DecoderConfig(
   family="qwen2", vocab_size=VOCAB, hidden_size=256, intermediate_size=512,
   num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, qkv_bias=True,
-  dtype=jnp.bfloat16, remat=True, attention="splash",
+  dtype=jnp.bfloat16, remat="full", attention="splash",
 )
 
 
@@ -74,11 +75,63 @@ def test_what_does_not_fit_comes_with_changes_that_make_it_fit():
   made = planning.make_plan(config, machine, {}, 2048, 0.15)
   assert not made["fits"]
   assert [text for text, _ in made["advice"]] == [
-    "policy.kind = lora", "value.kind = adapter"
+    "value.kind = adapter", "policy.kind = lora"
   ]
-  assert "would fit with policy.kind = lora" in planning.render(made)
+  assert "would fit with value.kind = adapter" in planning.render(made)
   config.policy.kind, config.value.kind = "lora", "adapter"
   assert planning.make_plan(config, machine, {}, 2048, 0.15)["fits"]
+
+
+def test_a_reference_at_hand_is_planned_with_its_own_shape(shared):
+  config = quickstart.get_config()
+  planning.resolve_mesh(config, 1)
+  machine = machines.parse_topology("cpu")
+  config.model.reference = str(shared / "golden/models/qwen2_untied")
+  made = planning.make_plan(config, machine, {}, 256, 0.2)
+  model = planning.model_shape(config)
+  fields = json.loads(
+    (shared / "golden/models/qwen2_untied/config.json").read_text()
+  )
+  assert model.hidden_size == fields["hidden_size"]
+  assert model.vocab_size == fields["vocab_size"] != config.model.size.vocab
+  assert made["shape"] == f"read from {config.model.reference}"
+  text = planning.render(made)
+  assert "parameters (read from" in text
+  # The reference is kept whole in the compute type, float32 here.
+  assert made["resident"]["reference"] == 4 * made["parameters"]
+
+
+def test_a_reference_that_is_not_here_is_said_to_be_assumed():
+  config = quickstart.get_config()
+  planning.resolve_mesh(config, 1)
+  machine = machines.parse_topology("cpu")
+  own = planning.make_plan(config, machine, {}, 256, 0.2)
+  assert "parameters (model.size)" in planning.render(own)
+  config.model.reference = "nobody/has-this-72b-model"
+  made = planning.make_plan(config, machine, {}, 256, 0.2)
+  assert made["resident"] == own["resident"]
+  assert "ASSUMED: the config.json of nobody/has-this-72b-model" in (
+    planning.render(made)
+  )
+  config.model.reference = "/no/such/folder"
+  with pytest.raises(types.UserError, match="/no/such/folder"):
+    planning.make_plan(config, machine, {}, 256, 0.2)
+
+
+def test_rematerialization_trades_memory_for_arithmetic():
+  config = stepsearch_qwen2_5_3b.get_config()
+  machine = machines.parse_topology("v5e:4x4")
+  planning.resolve_mesh(config, machine.chips)
+  peaks, flops = {}, {}
+  for word in ("full", "dots", "none"):
+    config.model.remat = word
+    peaks[word] = planning.program_peaks(config, {})["policy_update"]
+    flops[word] = planning.step_times(
+      config, machine, 2048, 0.15
+    )["updates"]["flops"]
+  assert peaks["full"] < peaks["dots"] < peaks["none"]
+  np.testing.assert_allclose(flops["full"], flops["none"] * 4 / 3)
+  assert flops["dots"] == flops["none"]
 
 
 def test_roofline_is_the_slower_of_compute_and_memory():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,72 +12,46 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 from stepsearch_jax import types
-from stepsearch_jax.models import decoder
+from stepsearch_jax.models import decoder, families
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
-
-_ARCHITECTURES = {
-  "qwen2": "Qwen2ForCausalLM",
-  "qwen3": "Qwen3ForCausalLM",
-  "llama": "LlamaForCausalLM",
-}
+from stepsearch_jax.models.weights import hf_config
 
 
-def hf_config(
-  config: decoder.DecoderConfig, dtype: str, eos_ids: Iterable[int], pad_id: int
-) -> dict[str, Any]:
-  """`config.json` of a policy, the inverse of `hf_weights.load_config`."""
-  rope: dict[str, Any] = {"rope_type": "default"}
-  if scaling := config.rope_scaling:
-    rope = {
-      "rope_type": scaling.kind,
-      "factor": scaling.factor,
-      "original_max_position_embeddings": scaling.original,
-    }
-    if scaling.kind == "llama3":
-      rope |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
-    else:
-      rope |= {"beta_slow": scaling.low, "beta_fast": scaling.high}
-      if scaling.attention_factor:
-        rope["attention_factor"] = scaling.attention_factor
-  rope["rope_theta"] = config.rope_theta
-  out = {
-    "architectures": [_ARCHITECTURES[config.family]],
-    "model_type": config.family,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.hidden_size,
-    "intermediate_size": config.intermediate_size,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "hidden_act": "silu",
-    "max_position_embeddings": config.max_positions,
-    "rms_norm_eps": config.rms_norm_eps,
-    "tie_word_embeddings": config.tie_embeddings,
-    "rope_parameters": rope,
-    # Readers before transformers 5 look here.
-    "rope_theta": config.rope_theta,
-    "dtype": dtype,
-    "torch_dtype": dtype,
-    "eos_token_id": list(eos_ids),
-    "pad_token_id": pad_id,
-  }
-  if config.family != "qwen2":
-    out["attention_bias"] = config.qkv_bias
-  if scaling := config.rope_scaling:
-    out["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-  return out
+def written_config(
+  config: decoder.DecoderConfig, tokenizer: tokenizer_lib.Tokenizer
+) -> decoder.DecoderConfig:
+  """Returns the shape under which a policy is written.
+
+  Its arithmetic is the same, but transformers gives every folder of type
+  "qwen2" the pre-tokenizer of Qwen2, whatever tokenizer.json says. With
+  another tokenizer, a qwen2 is written as the llama that it equals: one whose
+  four attention projections have a bias, that of the output zero.
+
+  Args:
+    config: shape of the policy.
+    tokenizer: `models.tokenizer.Tokenizer` that goes with it.
+  """
+  if config.family == "qwen2" and not tokenizer.splits_like_qwen2:
+    config = dataclasses.replace(config, family="llama")
+  if families.FAMILIES[config.family].attention_bias and config.qkv_bias:
+    config = dataclasses.replace(config, o_bias=True)
+  return config
 
 
 def tensors(
   params: types.Tree, config: decoder.DecoderConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Tensors of a policy under their Hugging Face names and layouts."""
+  """Yields a policy's tensors under Hugging Face names, in their layouts."""
   for entry in hf_weights.weight_table(config):
     leaf = params
-    for key in entry.path:
+    for key in entry.path[:-1]:
       leaf = leaf[key]
+    # Only the bias that `written_config` adds is absent.
+    leaf = leaf.get(entry.path[-1])
+    if leaf is None:
+      yield entry.name, np.zeros(entry.shape, jnp.dtype(dtype))
+      continue
     leaf = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
     yield entry.name, np.ascontiguousarray(
       entry.to_theirs(leaf).astype(jnp.dtype(dtype))
@@ -111,10 +85,10 @@ def save_policy(
   if temporary.exists():
     temporary.rmtree()
   temporary.mkdir(parents=True)
+  config = written_config(config, tokenizer)
   _write_shards(temporary, tensors(params, config, dtype), shard_bytes)
   for name, content in (
-    ("config.json",
-     hf_config(config, dtype, tokenizer.eos_ids, tokenizer.pad_id)),
+    ("config.json", hf_config.write(config, dtype, tokenizer)),
     ("generation_config.json",
      {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id,
       "do_sample": True, "temperature": 1.0}),

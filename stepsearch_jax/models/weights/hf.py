@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from absl import logging
 from etils import epath
 
 from stepsearch_jax import buckets, types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.models.weights import gguf as gguf_weights
+from stepsearch_jax.models.weights import hf_config
 
 WeightError = gguf_weights.WeightError
 
@@ -77,7 +79,11 @@ def _in_package(name: str) -> str:
 
 
 def load_config(path: str) -> decoder.DecoderConfig:
-  """Reads `config.json` (both styles of rope settings) or GGUF metadata."""
+  """Returns the shape in a folder's `config.json` or a GGUF file's metadata.
+
+  Raises:
+    UserError: there is none, or the decoder does not compute such a model.
+  """
   if path.endswith(".gguf"):
     return gguf_weights.load_config(path)
   file = epath.Path(path) / "config.json"
@@ -85,54 +91,24 @@ def load_config(path: str) -> decoder.DecoderConfig:
     raise types.UserError(
       f"{file} does not exist: expected a Hugging Face folder"
     )
-  raw = json.loads(file.read_text())
-  family = raw.get("model_type")
-  if family not in decoder.FAMILIES:
-    raise types.UserError(
-      f"{file}: model_type {family!r} is not supported, "
-      f"expected one of {decoder.FAMILIES}"
-    )
-  heads = raw["num_attention_heads"]
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  return decoder.DecoderConfig(
-    family=family,
-    vocab_size=raw["vocab_size"],
-    hidden_size=raw["hidden_size"],
-    intermediate_size=raw["intermediate_size"],
-    num_layers=raw["num_hidden_layers"],
-    num_heads=heads,
-    num_kv_heads=raw.get("num_key_value_heads", heads),
-    head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-    rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-    rope_scaling=_rope_scaling(file, raw, rope),
-    rms_norm_eps=raw["rms_norm_eps"],
-    tie_embeddings=raw.get("tie_word_embeddings", False),
-    qkv_bias=raw.get("attention_bias", family == "qwen2"),
-    qk_norm=family == "qwen3",
-    max_positions=raw["max_position_embeddings"],
-  )
+  return hf_config.read(file)
 
 
-def _rope_scaling(file, raw, rope) -> decoder.RopeScaling | None:
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
+def shape_at_hand(reference: str) -> decoder.DecoderConfig | None:
+  """Returns the shape of a reference, None where only the network knows it.
+
+  Raises:
+    UserError: what is here cannot be read.
+  """
+  local = reference.startswith((".", "/", "package:"))
+  if local or epath.Path(reference).exists() or reference.endswith(".gguf"):
+    return load_config(resolve(reference))
+  import huggingface_hub
+
+  found = huggingface_hub.try_to_load_from_cache(reference, "config.json")
+  if not isinstance(found, str):
     return None
-  original = rope.get("original_max_position_embeddings",
-                      raw["max_position_embeddings"])
-  if kind == "llama3":
-    return decoder.RopeScaling(
-      "llama3", rope["factor"], original, rope["low_freq_factor"],
-      rope["high_freq_factor"],
-    )
-  if kind == "yarn":
-    return decoder.RopeScaling(
-      "yarn", rope["factor"], original, rope.get("beta_slow") or 1.0,
-      rope.get("beta_fast") or 32.0, rope.get("attention_factor") or 0.0,
-    )
-  raise types.UserError(
-    f"{file}: rope type {kind!r} is not supported, expected "
-    "default, llama3 or yarn"
-  )
+  return load_config(str(pathlib.Path(found).parent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +131,8 @@ class Entry:
   to_theirs: Callable[[np.ndarray], np.ndarray]
 
 
-def weight_table(
-  config: decoder.DecoderConfig, kind: str = "policy"
-) -> list[Entry]:
-  """All tensors of a policy ("policy") or value model ("value")."""
+def weight_table(config: decoder.DecoderConfig) -> list[Entry]:
+  """Returns all tensors of a policy."""
   width, dim = config.hidden_size, config.head_dim
   entries = []
 
@@ -198,6 +172,9 @@ def weight_table(
         i, (width, mixed),
         lambda x: x.T.reshape(config.num_heads, dim, width),
         lambda x: x.reshape(-1, width).T)
+    if config.o_bias:
+      add(f"{theirs}self_attn.o_proj.bias", (*ours, "attention", "o_bias"), i,
+          (width,))
     if config.qk_norm:
       for letter in "qk":
         add(f"{theirs}self_attn.{letter}_norm.weight",
@@ -207,12 +184,11 @@ def weight_table(
                         ("down", (width, inner))):
       add(f"{theirs}mlp.{name}_proj.weight", (*ours, "mlp", f"{name}_kernel"),
           i, shape, transposed, transposed)
+      if config.mlp_bias:
+        add(f"{theirs}mlp.{name}_proj.bias", (*ours, "mlp", f"{name}_bias"), i,
+            shape[:1])
   add("model.norm.weight", (*trunk, "final_norm", "scale"), None, (width,))
-  if kind == "value":
-    add("score.weight", ("value_head", "kernel"), None, (1, width),
-        transposed, transposed)
-    add("score.bias", ("value_head", "bias"), None, (1,))
-  elif not config.tie_embeddings:
+  if not config.tie_embeddings:
     add("lm_head.weight", ("head", "kernel"), None, (config.vocab_size, width))
   return entries
 
@@ -253,36 +229,66 @@ def _read_safetensors(path: str, names) -> Iterator[tuple[str, np.ndarray]]:
         yield name, reader.get_tensor(name)
 
 
-def _ignored(name: str, config, kind: str) -> bool:
+def _stored_names(path: str) -> dict[str, str]:
+  """Name in `weight_table` -> name in the file.
+
+  A trunk that was saved without its head lacks the prefix "model.".
+  """
+  if path.endswith(".gguf"):
+    return gguf_weights.names(path)
+  stored = list(_safetensors_index(path))
+  if any(name.startswith("model.") for name in stored):
+    return dict(zip(stored, stored, strict=True))
+  heads = ("lm_head.", "score.")
+  return {
+    name if name.startswith(heads) else f"model.{name}": name
+    for name in stored
+  }
+
+
+def _ignored(name: str, config) -> bool:
   """Tensors that a checkpoint may carry and this model does not read."""
   if name == "lm_head.weight":
-    return config.tie_embeddings or kind == "value"
-  if name.startswith("score."):
-    return kind == "policy"
-  return name.endswith("rotary_emb.inv_freq")
+    return config.tie_embeddings
+  return name.startswith("score.") or name.endswith("rotary_emb.inv_freq")
 
 
-def _load(path: str, config, kind: str, optional=()):
-  """Fills the tree of `kind` from a checkpoint; returns (tree, missing)."""
-  table = {entry.name: entry for entry in weight_table(config, kind)}
+def _read(path: str, config, stored) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the tensors of the table by its names."""
   if path.endswith(".gguf"):
-    there = set(gguf_weights.names(path))
-    stream = gguf_weights.read(path, config)
-  else:
-    there = set(_safetensors_index(path))
-    stream = _read_safetensors(path, table)
-  missing = sorted(set(table) - there - set(optional))
-  extra = sorted(n for n in there - set(table)
-                 if not _ignored(n, config, kind))
+    yield from gguf_weights.read(path, config)
+    return
+  ours = {theirs: name for name, theirs in stored.items()}
+  for theirs, value in _read_safetensors(path, ours):
+    yield ours[theirs], value
+
+
+def load_policy(path: str, config: decoder.DecoderConfig):
+  """Returns policy parameters [`config.param_dtype`] of a local checkpoint.
+
+  A checkpoint without output matrix starts from its embedding, tied or not.
+
+  Raises:
+    WeightError: a tensor is missing, unknown, misshapen or stored twice, or
+      the embedding is said to be tied and another output matrix is there.
+  """
+  table = {entry.name: entry for entry in weight_table(config)}
+  stored = _stored_names(path)
+  missing = sorted(set(table) - set(stored) - {"lm_head.weight"})
+  extra = sorted(n for n in set(stored) - set(table)
+                 if not _ignored(n, config))
   if missing or extra:
     raise WeightError(
-      f"{path} does not fit a {config.family} {kind}: missing tensors "
+      f"{path} does not fit a {config.family} policy: missing tensors "
       f"{missing[:5]}{' ...' if len(missing) > 5 else ''}, unexpected "
       f"{extra[:5]}{' ...' if len(extra) > 5 else ''}"
     )
+  wanted = {n: stored[n] for n in (*table, "lm_head.weight") if n in stored}
   tree: dict = {}
-  for name, value in stream:
+  head = None
+  for name, value in _read(path, config, wanted):
     if name not in table:
+      head = value if name == "lm_head.weight" else head
       continue
     entry = table[name]
     if tuple(value.shape) != entry.shape:
@@ -291,7 +297,19 @@ def _load(path: str, config, kind: str, optional=()):
         f"{entry.shape}"
       )
     _put(tree, entry, entry.to_ours(value), config)
-  return tree, sorted(set(table) - there)
+  embedding = tree["trunk"]["embedding"]
+  if head is not None and not np.array_equal(
+    head.astype(embedding.dtype), embedding
+  ):
+    raise WeightError(
+      f"{path}: tie_word_embeddings is true, but lm_head.weight is not the "
+      "embedding; set it to false in config.json"
+    )
+  if not config.tie_embeddings and "head" not in tree:
+    logging.warning("%s has no lm_head.weight: the output matrix starts from "
+                    "the embedding", path)
+    tree["head"] = {"kernel": embedding.copy()}
+  return tree
 
 
 def _put(tree, entry: Entry, value, config) -> None:
@@ -306,23 +324,6 @@ def _put(tree, entry: Entry, value, config) -> None:
     shape = (config.num_layers, *value.shape)
     node[entry.path[-1]] = np.empty(shape, dtype)
   node[entry.path[-1]][entry.layer] = value
-
-
-def load_policy(path: str, config: decoder.DecoderConfig) -> types.Tree:
-  """Policy parameters [`config.param_dtype`] from a local checkpoint.
-
-  Raises:
-    WeightError: a tensor is missing, unknown, misshapen or stored twice.
-  """
-  return _load(path, config, "policy")[0]
-
-
-def load_value(path: str, config: decoder.DecoderConfig) -> types.Tree:
-  """Value model from a token-classification checkpoint with one label."""
-  tree, missing = _load(path, config, "value", optional=("score.bias",))
-  if missing:
-    tree["value_head"]["bias"] = np.zeros((1,), config.param_dtype)
-  return tree
 
 
 def read_tensors(path: str) -> dict[str, np.ndarray]:
