@@ -157,7 +157,10 @@ def extend(
   return _placed(state, cache, chunk, spec)
 
 
-def copy_prefix(state, source, chunk, *, spec, kv_length):
+def copy_prefix(
+  state: SlotState, source: jax.Array, chunk: Chunk, *, spec: ProgramSpec,
+  kv_length: int,
+) -> SlotState:
   """Takes over the first cached positions of other slots.
 
   Positions behind the prefix are copied along, up to `kv_length`; a slot
@@ -183,7 +186,9 @@ def copy_prefix(state, source, chunk, *, spec, kv_length):
   return _placed(state, cache, chunk, spec)
 
 
-def _placed(state, cache, chunk, spec) -> SlotState:
+def _placed(
+  state: SlotState, cache: decoder.Cache, chunk: Chunk, spec: ProgramSpec
+) -> SlotState:
   """Returns the state in which a chunk's last tokens are pending."""
   last = jnp.maximum(chunk.length - 1, 0)
   newest = jnp.take_along_axis(chunk.tokens, last[:, None], axis=1)[:, 0]
