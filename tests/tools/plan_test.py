@@ -152,7 +152,9 @@ def tpu():
   """Eight v5e chips that exist only for the compiler."""
   pytest.importorskip("libtpu")
   machine = machines.parse_topology("v5e:2x4")
-  return sharding.make_mesh(1, 4, 2, tpu_compiler.topology_devices(machine))
+  return sharding.make_mesh(
+    1, 4, 2, devices=tpu_compiler.topology_devices(machine)
+  )
 
 
 def make_learner(mesh, micro_rows=8):
