@@ -20,6 +20,7 @@ _LAUNCH = [  # In a checkout, and in an installed package.
 VERBS = {
   "train": ("train", "train a search agent, or go on with a run"),
   "evaluate": ("evaluate", "EM, F1 and a card of a run, model or file"),
+  "ask": ("tools.ask", "ask a trained agent one's own question"),
   "view": ("tools.view", "one HTML page of runs: curves, rollouts, credit"),
   "export": ("tools.export", "write a run's policy as a Hugging Face folder"),
   "score": ("tools.score", "rewards of trajectories in a file"),

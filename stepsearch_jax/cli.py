@@ -58,7 +58,10 @@ _USER_ERRORS = (
 )
 
 
-def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
+def run(
+  main: Callable[..., int | None], required: Sequence[str] = (),
+  arguments: bool = False,
+) -> None:
   """Parses flags and runs a command.
 
   Bad input ends in one line on stderr and exit code 1 (`--verbosity=1` adds
@@ -67,10 +70,11 @@ def run(main: Callable[[], int | None], required: Sequence[str] = ()) -> None:
   Args:
     main: the command; its return value is the exit code.
     required: flags that must be given.
+    arguments: the command takes words behind its flags, as a list.
   """
   flags.mark_flags_as_required(required)
   app.run(
-    lambda argv: _guarded(main, argv),
+    lambda argv: _guarded(main, argv, arguments),
     flags_parser=functools.partial(_parse, main),
   )
 
@@ -226,8 +230,10 @@ def _parse(main: Callable, argv: Sequence[str]) -> list[str]:
     )
 
 
-def _guarded(main, argv) -> int | None:
-  if len(argv) > 1:
+def _guarded(
+  main: Callable, argv: Sequence[str], arguments: bool
+) -> int | None:
+  if len(argv) > 1 and not arguments:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   metrics.quiet_libraries()
   try:
@@ -236,7 +242,7 @@ def _guarded(main, argv) -> int | None:
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
       )
     _cache_compilations()
-    return main()
+    return main(list(argv[1:])) if arguments else main()
   except PreemptedError as error:
     logging.warning("%s", error)
     return EXIT_PREEMPTED

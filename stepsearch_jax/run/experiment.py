@@ -213,7 +213,13 @@ class Experiment:
 
   @functools.cached_property
   def engine(self) -> engine.Engine:
-    """The rollout engine over a freshly built stop automaton."""
+    """The rollout engine of the configured protocol."""
+    return self.make_engine(text_side.TextSide(
+      self.env, self.tokenizer, self.settings.rollout.max_turn
+    ))
+
+  def make_engine(self, texts: text_side.TextSide) -> engine.Engine:
+    """Returns a rollout engine over a freshly built stop automaton."""
     stops = automaton.build_automaton(
       self.tokenizer.token_bytes(), STOP_TAGS, self.tokenizer.eos_ids
     )
@@ -221,10 +227,9 @@ class Experiment:
     compiled = programs.RolloutPrograms(
       self.model, self.settings.sampler, table, stops.first_stop, self.mesh
     )
-    rollout = self.settings.rollout
-    texts = text_side.TextSide(self.env, self.tokenizer, rollout.max_turn)
     return engine.Engine(
-      compiled, texts, self.retriever, rollout, self.settings.seed
+      compiled, texts, self.retriever, self.settings.rollout,
+      self.settings.seed,
     )
 
   def initial_policy(self) -> types.Tree:

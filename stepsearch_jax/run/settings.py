@@ -27,7 +27,7 @@ from stepsearch_jax.rewards import step_rewards
 from stepsearch_jax.rollout import device, records
 from stepsearch_jax.run import monitor, specs
 from stepsearch_jax.sft import scripted
-from stepsearch_jax.types import expect
+from stepsearch_jax.types import UserError, expect
 
 _Spec = TypeVar("_Spec")
 
@@ -118,6 +118,22 @@ class Settings:
     Raises:
       UserError: naming the field, what was expected and what was given.
     """
+    try:
+      return cls._from_config(config, devices)
+    except (AttributeError, KeyError) as error:
+      lacking = str(error).strip("\"'")
+      if lacking.isidentifier():  # What ml_collections says of a field.
+        raise UserError(
+          f"the config has no field {lacking!r}: it was written by another "
+          "version (a run's config.json), or is not built on "
+          "configs/common.py"
+        ) from error
+      raise
+
+  @classmethod
+  def _from_config(cls, config: ml_collections.ConfigDict,
+                   devices: int | None) -> Settings:
+    """See `from_config`."""
     expect(config.algorithm in ALGORITHMS, "algorithm",
            f"one of {sorted(ALGORITHMS)}", config.algorithm)
     algorithm = ALGORITHMS[config.algorithm]

@@ -90,3 +90,11 @@ def test_settings_keep_every_field_of_the_config():
   config.total_steps = 1
   settings = Settings.from_config(config, devices=1)
   assert set(leaves(settings.config)) == set(leaves(config))
+
+
+def test_a_config_of_another_version_says_which_field_it_lacks():
+  config = quickstart.get_config("runlocal")
+  with config.unlocked():
+    del config.model["chat"]
+  with pytest.raises(types.UserError, match="no field 'chat'"):
+    Settings.from_config(config, devices=1)

@@ -1,0 +1,161 @@
+"""Asks a trained agent one's own question and shows what it does.
+
+  stepsearch ask --workdir=runs/quickstart "Who founded the port of Larn?"
+  stepsearch ask --workdir=runs/quickstart            # a prompt that goes on
+  stepsearch ask --workdir=runs/quickstart --json "Who ...?"
+  stepsearch ask --config=musique_smollm2 --workdir=/tmp/w \\
+    --config.model.reference=folder --config.retrieval.index=folder
+
+At the prompt: /docs 2 shows the second document in full, /why ANSWER what that
+gold answer would have earned, /temp .7 samples, /greedy does not, /quit ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from stepsearch_jax import cli, types
+from stepsearch_jax.rewards import step_rewards, text_match
+from stepsearch_jax.run import asking
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Default: the settings that --workdir holds."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
+_JSON = flags.DEFINE_bool("json", False, "Print the reply as one JSON line.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", 0.0)
+
+
+def tell(happening: asking.Happening) -> None:
+  """Prints a turn or the documents that it found."""
+  if happening.kind == "turn":
+    print("  " + happening.text.strip().replace("\n", "\n  "), flush=True)
+  elif happening.documents is None:
+    print("      the search failed", flush=True)
+  elif not happening.documents:
+    print("      nothing found", flush=True)
+  else:
+    for passage in happening.documents:
+      print(f"      - {passage.title}: {passage.text[:100]}", flush=True)
+
+
+def _shown(reply: asking.Reply) -> list[types.Passage]:
+  """All documents of a reply, in the order of reading."""
+  return [p for turn in reply.trajectory.turns for p in turn.documents]
+
+
+def why(reply: asking.Reply, gold: str) -> str:
+  """Returns what a gold answer would have earned, in words."""
+  trajectory = reply.trajectory
+  found = [turn for turn in trajectory.turns if turn.retrieved]
+  penalties = step_rewards.redundancy([
+    [passage.text for passage in turn.documents] for turn in found
+  ])
+  answer = trajectory.answer
+  lines = [
+    f"answer {answer!r} against {gold!r}: exact match "
+    f"{text_match.exact_match(answer, (gold,)):.0f}, F1 "
+    f"{text_match.answer_f1(answer, (gold,)):.3f}",
+  ]
+  lines += [
+    f"search {i}, {turn.content!r}: redundancy penalty {penalty:.2f}"
+    for i, (turn, penalty) in enumerate(zip(found, penalties, strict=True), 1)
+  ]
+  holding = [
+    i for i, passage in enumerate(_shown(reply), 1)
+    if text_match.normalize_answer(gold)
+    in text_match.normalize_answer(passage.text)
+  ]
+  lines.append(f"documents that hold the gold answer: {holding or 'none'}")
+  return "\n".join(lines)
+
+
+def _play(agent: asking.Agent, text: str, temperature: float) -> asking.Reply:
+  reply = agent.ask(text, temperature, tell)
+  print(f"answer: {reply.trajectory.answer or '(none)'}   "
+        f"[{reply.seconds:.2f} s, {reply.tokens} tokens]")
+  return reply
+
+
+def _command(
+  line: str, reply: asking.Reply | None, temperature: float
+) -> float:
+  """Runs a /command; returns the temperature from now on."""
+  name, _, rest = line.partition(" ")
+  if name == "/greedy":
+    return 0.0
+  if name == "/temp":
+    try:
+      return max(float(rest), 0.0)
+    except ValueError:
+      print(f"/temp: expected a number, got {rest!r}")
+  elif name in ("/docs", "/why") and reply is None:
+    print("ask something first")
+  elif name == "/docs":
+    documents = _shown(reply)
+    if rest.isdigit() and 0 < int(rest) <= len(documents):
+      passage = documents[int(rest) - 1]
+      print(f"{passage.title}\n{passage.text}")
+    else:
+      print(f"/docs: expected a number from 1 to {len(documents)}")
+  elif name == "/why":
+    print(why(reply, rest) if rest else "/why: expected the gold answer")
+  else:
+    print("commands: /docs N, /why ANSWER, /temp X, /greedy, /quit")
+  return temperature
+
+
+def converse(agent: asking.Agent, temperature: float) -> None:
+  """Reads questions and commands until the end of input."""
+  try:
+    import readline  # noqa: F401  Gives `input` a history and editing.
+  except ImportError:
+    pass
+  print(f"{agent.name}; /quit ends")
+  reply = None
+  while True:
+    try:
+      line = input("? ").strip()
+    except (EOFError, KeyboardInterrupt):
+      print()
+      return
+    if line in ("/quit", "/exit"):
+      return
+    if line.startswith("/"):
+      temperature = _command(line, reply, temperature)
+    elif line:
+      try:
+        reply = _play(agent, line, temperature)
+      except types.UserError as error:
+        print(f"error: {error}")
+
+
+def main(argv: list[str]) -> None:
+  """Entry; see the module docstring."""
+  if _CONFIG.value is None:
+    raise types.UserError(
+      f"--workdir={_WORKDIR.value} holds no run (no config.json); without one, "
+      "give --config with model.reference"
+    )
+  agent = asking.Agent(_CONFIG.value, epath.Path(_WORKDIR.value), _STEP.value)
+  question = " ".join(argv)
+  if _JSON.value:
+    types.expect(bool(question), "--json", "a question behind the flags", "")
+    reply = agent.ask(question, _TEMPERATURE.value)
+    print(json.dumps(reply.as_row(), ensure_ascii=False))
+  elif question:
+    _play(agent, question, _TEMPERATURE.value)
+  else:
+    converse(agent, _TEMPERATURE.value)
+  agent.close()
+  sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["workdir"], arguments=True)
