@@ -22,6 +22,7 @@ VERBS = {
   "evaluate": ("evaluate", "EM, F1 and a card of a run, model or file"),
   "ask": ("tools.ask", "ask a trained agent one's own question"),
   "view": ("tools.view", "one HTML page of runs: curves, rollouts, credit"),
+  "compare": ("tools.compare", "two runs on the same questions"),
   "export": ("tools.export", "write a run's policy as a Hugging Face folder"),
   "score": ("tools.score", "rewards of trajectories in a file"),
   "data": ("tools.prepare_data", "check, supervise, audit question files"),
@@ -29,6 +30,7 @@ VERBS = {
   "serve": ("tools.serve_retrieval", "serve an index as /retrieve"),
   "plan": ("tools.plan", "memory and speed of a run before renting anything"),
   "bench": ("tools.bench", "measure this project beside its peers"),
+  "doctor": ("tools.doctor", "what of this machine and installation works"),
   "sweep": ("sweep", "run the sweep of a config"),
   "study": ("study", "run a study: arms, seeds, intervals, one table"),
 }

@@ -42,6 +42,8 @@ class Difference:
 def find_predictions(place: str) -> epath.Path:
   """Returns the predictions file of a run, an evaluation folder, or itself.
 
+  Of a run it is that of training's last evaluation.
+
   Raises:
     UserError: there is none, or a run has several.
   """
@@ -51,6 +53,10 @@ def find_predictions(place: str) -> epath.Path:
   if not path.is_dir():
     return path
   found = [path / "predictions.jsonl"]
+  if not found[0].exists() and (steps := sorted(
+    path.glob("evaluations/step_*/predictions.jsonl")
+  )):
+    return steps[-1]
   if not found[0].exists():
     found = sorted(path.glob("evaluations/*/predictions.jsonl"))
   if len(found) != 1:

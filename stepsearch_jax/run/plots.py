@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -48,6 +49,24 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
     if axis.lines:
       axis.legend(fontsize=8)
   return _save(figure, workdir / "curves.png")
+
+
+def overlay(workdirs: Sequence[epath.Path], path: epath.Path) -> None:
+  """Draws the curves of several runs into one picture, panel by panel."""
+  plt = _pyplot()
+  figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+  styles = ("-", "--", ":", "-.")
+  for i, workdir in enumerate(workdirs):
+    records = read_metrics(workdir / "metrics.jsonl")
+    for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
+      points = [(r["step"], r[names[0]]) for r in records if names[0] in r]
+      if points:
+        axis.plot(*zip(*points, strict=True), styles[i % 4],
+                  label=workdir.name)
+      axis.set(title=f"{title}: {names[0]}", xlabel="step")
+      axis.title.set_fontsize(9)
+  axes.flat[0].legend(fontsize=8)
+  _save(figure, path)
 
 
 def step_seconds(workdir: epath.PathLike) -> dict[str, list[float]]:
