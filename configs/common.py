@@ -90,7 +90,7 @@ def _data():
   # Size and shape of the embedded world (see data/world.py).
   data.world = ml_collections.ConfigDict(dict(
     seed=0, train=4000, validation=200, heldout=200, entities=1200,
-    alias_share=0.15, rare_wording=0.25,
+    alias_share=0.1, rare_wording=0.25,
   ))
   data.corpus = ""  # Empty = all paragraphs of the question files.
   data.limit = 0  # Read only this many training questions; 0 = all.

@@ -29,6 +29,7 @@ from stepsearch_jax.data import world_text as text
 SPLITS = ("train", "validation", "heldout")
 _SHARES = (0.6, 0.15, 0.25)  # Of the entities.
 _HOP_SHARES = {2: 0.5, 3: 0.3, 4: 0.2}
+_NAMES = 0.35  # Per entity: three share one, as there are four kinds.
 _MEMORIALS = 0.25  # Of the entities are mentioned somewhere else.
 _ALIASED = 0.5  # Of the mentions of an entity with an alias use it.
 _TRIES = 200  # Walks per wanted question before a world counts as too small.
@@ -51,7 +52,7 @@ class WorldSpec:
   validation: int
   heldout: int
   entities: int = 1200
-  alias_share: float = 0.15
+  alias_share: float = 0.1
   rare_wording: float = 0.25
 
   def __post_init__(self):
@@ -142,7 +143,7 @@ class Graph:
   def _describe(self, entity, members, rng) -> None:
     """Writes the passages of one entity."""
     name = entity.name
-    self._add(name, text.introduction(entity.kind, name, rng))
+    self._add(name, text.introduction(entity.kind, name))
     if rng.random() < _MEMORIALS:
       self._add(*text.memorial(name, rng))
     if entity.alias:
@@ -207,8 +208,8 @@ def _entities(spec: WorldSpec, rng: np.random.Generator) -> list[Entity]:
   a policy that starts from nothing has seen every word.
   """
   pool = text.name_pool(rng)
-  count = int(len(pool) * 0.25)
-  aliases, pool = pool[:count], pool[count:]
+  count = round(spec.entities * _NAMES)
+  pool, aliases = pool[:count], pool[count:]
   made: list[Entity] = []
   used = {kind: set() for kind in text.KINDS}
   trained: list[str] = []

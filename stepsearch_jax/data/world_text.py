@@ -1,6 +1,6 @@
 """Names, wordings and sentences of the embedded world.
 
-What a relation is called is drawn here once per world: each has four wordings,
+What a relation is called is drawn here once per world: each has three wordings,
 of which the passages use two. It must not know about splits or questions'
 files, which are `world`'s matter.
 """
@@ -13,46 +13,29 @@ from typing import NamedTuple
 import numpy as np
 
 # Share of each kind among a split's entities.
-KINDS = {
-  "person": 0.35,
-  "city": 0.15,
-  "company": 0.15,
-  "film": 0.1,
-  "book": 0.1,
-  "college": 0.1,
-  "region": 0.05,
-}
+KINDS = {"person": 0.3, "city": 0.25, "company": 0.25, "film": 0.2}
 
 # relation: (kind of its subject, kind of its object, what it may be called).
 RELATIONS = {
-  "director": ("film", "person", "director filmmaker helmer auteur"),
-  "star": ("film", "person", "star lead headliner protagonist"),
-  "author": ("book", "person", "author writer novelist creator"),
-  "publisher": ("book", "company", "publisher imprint press printer"),
-  "founder": ("company", "person", "founder originator initiator builder"),
-  "headquarters": ("company", "city", "headquarters base seat office"),
-  "birthplace": ("person", "city", "birthplace hometown origin cradle"),
-  "spouse": ("person", "person", "spouse partner consort mate"),
-  "employer": ("person", "company", "employer firm workplace payer"),
-  "school": ("person", "college", "school academy alma lyceum"),
-  "campus": ("college", "city", "campus site grounds location"),
-  "chancellor": ("college", "person", "chancellor rector dean president"),
-  "region": ("city", "region", "county province district canton"),
-  "mayor": ("city", "person", "mayor burgomaster provost warden"),
-  "capital": ("region", "city", "capital metropolis center hub"),
-  "governor": ("region", "person", "governor ruler prefect premier"),
+  "director": ("film", "person", "director filmmaker auteur"),
+  "studio": ("film", "company", "studio producer backer"),
+  "founder": ("company", "person", "founder originator builder"),
+  "headquarters": ("company", "city", "headquarters base seat"),
+  "birthplace": ("person", "city", "birthplace hometown cradle"),
+  "spouse": ("person", "person", "spouse partner consort"),
+  "employer": ("person", "company", "employer firm workplace"),
+  "mayor": ("city", "person", "mayor warden provost"),
+  "twin": ("city", "city", "twin sister double"),
 }
 
 # One word in a question for two relations in a row.
 COMPOSITES = {
-  ("birthplace", "region"): "homeland",
   ("employer", "founder"): "patron",
-  ("school", "chancellor"): "principal",
+  ("birthplace", "mayor"): "guardian",
 }
 
 _FACTS = (
   "The {word} of {subject} is {object}.",
-  "{object} is the {word} of {subject}.",
   "As {word} {subject} has {object}.",
 )
 _QUESTIONS = ("Who or what is {phrase}?", "Name {phrase}.", "Find {phrase}.")
@@ -116,14 +99,14 @@ def fact(
   return form.format(word=word, subject=subject, object=target)
 
 
-def introduction(kind: str, name: str, rng: np.random.Generator) -> str:
+def introduction(kind: str, name: str) -> str:
   """A passage that says what `name` is and no more."""
-  return f"{name} is a {kind} with a {rng.choice(_THINGS)}."
+  return f"Little is known of the {kind} {name}."
 
 
 def also_called(alias: str, name: str) -> str:
   """The passage under an alias."""
-  return f"{alias} is another name of {name}."
+  return f"The other name of {alias} is {name}."
 
 
 class Passage(NamedTuple):

@@ -25,6 +25,11 @@ from stepsearch_jax.models.weights import gguf_tokenizer
 from stepsearch_jax.models.weights import hf as hf_weights
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+# GPT-2's pieces of a text, and before all others a tag of a protocol.
+_PIECES = (
+  r" ?</?\p{L}+>|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
+  r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>",
               "</s>")
 # In front of a chat template, hides transformers' function, which asks the
@@ -284,6 +289,8 @@ def _end_ids(folder: epath.Path) -> list[int]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   """Learns a small byte-level BPE with single digits and chat specials.
 
+  A tag is a token where it is frequent, as it is in trajectories.
+
   Args:
     texts: training texts; the result is a function of them alone.
     vocab_size: tokens including 256 bytes and the specials.
@@ -291,7 +298,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.Sequence([
     pre_tokenizers.Digits(individual_digits=True),
-    pre_tokenizers.ByteLevel(add_prefix_space=False),
+    pre_tokenizers.Split(tokenizers.Regex(_PIECES), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
   ])
   backend.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(

@@ -167,7 +167,7 @@ class Experiment:
     """Texts as the policy will read and write them."""
     env, corpus = self.env, self.corpus
     texts = [
-      env.observation(corpus[i : i + 3], 0).text
+      env.observation(corpus[i : i + 3], env.max_turns - 1).text
       for i in range(0, len(corpus), 3)
     ]
     for question in self.train_questions:
