@@ -28,7 +28,7 @@ _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 # GPT-2's pieces of a text, and before all others a tag of a protocol.
 _PIECES = (
   r" ?</?\p{L}+>|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
-  r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+  r"| ?(?:<|[^\s\p{L}\p{N}<]+)|\s+(?!\S)|\s+"
 )
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>",
               "</s>")

@@ -85,6 +85,13 @@ def test_each_hop_starts_where_the_last_one_ended(heldout):
     assert subject == question.answers[0]
 
 
+def test_a_passage_ends_with_the_name_that_it_is_read_for(heldout):
+  for question in heldout:
+    for hop in question.decomposition:
+      text = question.support[hop.support].text
+      assert text.endswith(f" {hop.answer}.")
+
+
 def test_a_question_names_nobody_but_its_start(heldout):
   for question in heldout:
     words = set(re.findall(r"\w+", question.text))
@@ -118,10 +125,10 @@ def test_a_key_finds_its_passage_first_and_another_wording_does_not(
   for is_key, text, place in zip(right, wanted, best, strict=True):
     hits[is_key].append(passages[place].text == text)
   assert sum(hits[True]) > 0.97 * len(hits[True])
-  assert sum(hits[False]) < 0.06 * len(hits[False])
+  assert sum(hits[False]) < 0.02 * len(hits[False])
 
 
-def test_passages_use_two_of_four_wordings_questions_all(made):
+def test_passages_use_two_of_three_wordings_questions_all(made):
   relations = {
     word: name for name, (_, _, words) in world_text.RELATIONS.items()
     for word in words.split()
@@ -144,11 +151,14 @@ def test_passages_use_two_of_four_wordings_questions_all(made):
 def test_names_are_shared_by_entities_of_several_kinds(made):
   kinds = collections.defaultdict(set)
   for row in made.passages:
-    found = re.fullmatch(r"(\w+) is a (\w+) with a \w+\.", row["text"])
+    found = re.fullmatch(
+      r"Little is known of the (?P<kind>\w+) (?P<name>\w+)\.", row["text"]
+    )
     if found:
-      assert found[2] not in kinds[found[1]]  # But not twice of one kind.
-      kinds[found[1]].add(found[2])
-  assert sum(len(k) > 1 for k in kinds.values()) > len(kinds) / 3
+      kind, name = found["kind"], found["name"]
+      assert kind not in kinds[name]  # But not twice of one kind.
+      kinds[name].add(kind)
+  assert sum(len(k) > 1 for k in kinds.values()) > len(kinds) / 2
 
 
 def test_every_name_of_a_heldout_question_occurs_in_training(made, heldout):
@@ -164,12 +174,13 @@ def test_some_hops_are_hidden_behind_an_alias_or_a_word_for_two(heldout):
     question for question in heldout
     if any(len(keys) > 1 for keys in question.search_keys)
   ]
-  assert 0.03 * len(heldout) < len(behind) < 0.4 * len(heldout)
+  assert 0.01 * len(heldout) < len(behind) < 0.4 * len(heldout)
   for question in behind:
     place = [len(k) > 1 for k in question.search_keys].index(True)
     hop = question.decomposition[place]
     text = question.support[hop.support].text
-    assert text.endswith(f" is another name of {hop.answer}.")
+    assert text.startswith("The other name of ")
+    assert text.endswith(f" is {hop.answer}.")
   short = [
     question for question in heldout
     if any(f" {word} of" in question.text
@@ -181,7 +192,7 @@ def test_some_hops_are_hidden_behind_an_alias_or_a_word_for_two(heldout):
 def test_an_answer_is_accepted_under_each_of_its_names(made, heldout):
   named = {
     row["title"]: row["text"].split()[-1].rstrip(".")
-    for row in made.passages if "another name of" in row["text"]
+    for row in made.passages if "other name of" in row["text"]
   }
   for question in heldout:
     for alias in set(question.answers) & set(named):

@@ -110,3 +110,39 @@ def test_end_tokens_outside_the_vocabulary_are_refused(folder):
 def test_padding_never_ends_a_text():
   ending = make(end_ids=(3,))  # Its padding token.
   assert 3 in ending.eos_ids and ending.pad_id not in ending.eos_ids
+
+
+PROTOCOL = ["<search> Kes mayor </search><information>The mayor of Kes is Mira."
+         " </information>"] * 20
+
+
+@pytest.fixture(scope="module")
+def learned():
+  return tokenizer_lib.train_bpe(PROTOCOL, 420)
+
+
+@pytest.mark.parametrize("piece", [
+  "<search>", " </search>", "<information>", " </information>", " mayor",
+])
+def test_a_frequent_tag_or_word_is_one_token(learned, piece):
+  assert len(learned.encode(piece)) == 1
+
+
+def test_what_stands_around_a_tag_does_not_change_it(learned):
+  tag = learned.encode("<search>")
+  for before in (".", "\n", " </information>"):
+    text = f"{before}<search> Kes"
+    assert learned.encode(text) == [
+      *learned.encode(before), *tag, *learned.encode(" Kes")
+    ]
+
+
+@pytest.mark.parametrize("text", [
+  "N\u00e9e 1984?\n\n  x</b><c d> a<b", "", " ", "<|im_end|>", "it's <3",
+])
+def test_text_comes_back_as_it_was(learned, text):
+  assert learned.decode(learned.encode(text)) == text
+
+
+def test_digits_are_tokens_of_their_own(learned):
+  assert [learned.decode([i]) for i in learned.encode("1984")] == list("1984")

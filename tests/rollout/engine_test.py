@@ -257,7 +257,7 @@ def test_turn_limit_forces_an_end_and_a_search_there_gets_nothing(scripted):
 
 def test_long_documents_are_cut_and_a_full_context_ends_the_row(scripted):
   (done,) = scripted(["<search> a </search>"] * 9, text="word " * 200,
-                     max_turns=8, context=192).trajectories
+                     max_turns=8, context=128).trajectories
   assert done.truncated_documents > 0
   # What is rewarded is what the policy was shown, a part of each document.
   for turn in done.turns[:-1]:
@@ -266,7 +266,7 @@ def test_long_documents_are_cut_and_a_full_context_ends_the_row(scripted):
       assert part and part != passage.text and passage.text.startswith(part)
       assert part in turn.observation
   assert done.stop_reason is types.StopReason.CONTEXT
-  assert len(done.tokens) <= 192
+  assert len(done.tokens) <= 128
   for turn in done.turns[:-1]:
     assert turn.observation.rstrip().endswith("</information>")
 
