@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -86,7 +86,7 @@ class RowLog:
     """Opens the log at `path`, which need not exist."""
     self.path = epath.Path(path)
     self._lock = threading.Lock()
-    self._file = None
+    self._file: IO[str] | None = None
     self._lines: list[str] | None = None  # Of a log in a bucket.
     self._uploaded = 0.0
     data = self.path.read_bytes() if self.path.exists() else b""
@@ -112,10 +112,12 @@ class RowLog:
       return []
     with self.path.open("rb") as file:
       found = list(_json(self.path, file, one=False))
+    rows = []
     for _, row in found:
       if isinstance(row, DataError):
         raise row
-    return [row for _, row in found]
+      rows.append(row)
+    return rows
 
   def append(self, row: dict) -> None:
     """Adds a row; safe to call from several threads."""
@@ -197,7 +199,7 @@ def try_rows(path: epath.PathLike) -> Iterator[tuple[str, dict | DataError]]:
     with path.open("rb") as raw:
       if "://" in str(path):  # Which finds the ends of lines byte by byte.
         raw = io.BufferedReader(raw, _BUFFER)
-      file = gzip.open(raw) if path.name.endswith(".gz") else raw
+      file: Any = gzip.open(raw) if path.name.endswith(".gz") else raw
       if name.endswith(".parquet"):
         yield from _parquet(path, io.BytesIO(file.read()) if file is not raw
                             else raw)

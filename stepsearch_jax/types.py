@@ -24,6 +24,9 @@ import numpy as np
 
 # A pytree: parameters, their shapes, or the places where they live.
 Tree = Any
+# One leaf of a record that is a pytree: by turns a host array, a device array,
+# a shape while programs are lowered, or a sharding.
+Leaf = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Retriever(Protocol):
     Raises:
       SearchError: all queries failed.
     """
+    ...
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what a card says of it: engine, encoder, number of passages."""
     ...
 
 

@@ -157,8 +157,9 @@ class _Training:
     )
 
   def _forward(self) -> float:
+    rows, length = self._batch.tokens.shape
     return forward_flops(
-      self._config, *self._batch.tokens.shape,
+      self._config, rows, length,
       int(self._batch.policy_mask.sum()),
     )
 

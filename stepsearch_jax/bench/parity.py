@@ -239,7 +239,7 @@ def save(path: str) -> None:
     f"{case.name}|{name}": value
     for case in CASES for name, value in _reference(case).items()
   }
-  np.savez(path, **arrays)
+  np.savez(path, allow_pickle=False, **arrays)
 
 
 class _OfCpu:

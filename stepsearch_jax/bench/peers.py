@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -33,9 +34,10 @@ def torch_config(config: decoder.DecoderConfig, **changes: Any) -> Any:
   """The same shape as a transformers config."""
   import transformers
 
-  from stepsearch_jax.models.weights import export as hf_export
+  from stepsearch_jax.models.weights import hf_config
 
-  fields = hf_export.hf_config(config, "float32", [0], 0)
+  ends = SimpleNamespace(eos_ids=(0,), pad_id=0)
+  fields = hf_config.write(config, "float32", ends)
   # Nothing may end a turn early, and padding is told by masks.
   fields |= {"eos_token_id": None, "pad_token_id": None, **changes}
   return transformers.LlamaConfig(**fields)

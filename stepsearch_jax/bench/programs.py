@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from stepsearch_jax.models import decoder
@@ -43,7 +45,8 @@ def speaking(
 ) -> device.SlotState:
   """Every slot in the middle of a long turn at a position."""
   count = programs.spec.slots
-  return programs.init_state().replace(
+  return dataclasses.replace(
+    programs.init_state(),
     position=np.full(count, position, np.int32),
     active=np.ones(count, bool),
     budget=np.full(count, 1 << 30, np.int32),

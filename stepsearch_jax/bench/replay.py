@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from stepsearch_jax.rollout import (
   programs,
   recorder,
   records,
+  text_side,
 )
 
 _ROOM = 32
@@ -118,7 +120,9 @@ class _DelayedLengths:
 
 
 class _CountingPrograms(programs.RolloutPrograms):
-  """Remembers (kv_length, steps) of every decode block."""
+  """Remembers (kv_length, steps) of every decode block in `blocks`."""
+
+  blocks: list[tuple[int, Any]]
 
   def decode_block(self, params, state, key, kv_length, limit, leave):
     """See `RolloutPrograms.decode_block`."""
@@ -147,9 +151,9 @@ class Ours:
     self.params, self._count = params, len(replays)
     context = max(r.total for r in replays) + _ROOM
     context += -context % 128
-    self.programs = bench_programs.endless(
+    self.programs = cast(_CountingPrograms, bench_programs.endless(
       config, slots, context, _CountingPrograms
-    )
+    ))
     if shapes.kv_lengths is not None:
       below = (length for length in shapes.kv_lengths if length < context)
       self.programs.kv_buckets = (*below, context)
@@ -158,10 +162,12 @@ class Ours:
       answer_room=1, retrieval_delay=retrieval_delay, search_threads=2,
       extend_rows=shapes.rows, extend_tokens=shapes.tokens,
     )
+    texts = cast(
+      text_side.TextSide, _ReplayedTexts(replays, config.vocab_size)
+    )
     self._engine = engine.Engine(
-      self.programs,
-      _ReplayedTexts(replays, config.vocab_size),
-      _DelayedLengths(delay), limits, seed=0,
+      self.programs, texts, cast(types.Retriever, _DelayedLengths(delay)),
+      limits, seed=0,
     )
     self.stats = records.RolloutStats()
 

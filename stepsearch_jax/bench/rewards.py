@@ -40,7 +40,7 @@ def _read_trajectories(path: str) -> list[tuple[list, list]]:
              if "paragraph_text" in d]
     seen = transcripts.evidence(row["response"])
     if golds and any(seen.documents):
-      out.append((seen.documents, golds))
+      out.append((list(seen.documents), golds))
   return out
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -44,6 +46,5 @@ def readings(path: str | None) -> Iterator[duel.Reading]:
      "perf/tokens_per_second", "", statistics.median, ""),
   ):
     values = [record[name] for record in steps]
-    yield duel.Reading(
-      what, work, lambda v=values, t=total: t(v), goal=goal, unit=unit
-    )
+    found: Any = functools.partial(total, values)
+    yield duel.Reading(what, work, found, goal=goal, unit=unit)

@@ -47,8 +47,12 @@ class QuestionStream:
     """Returns the row numbers of the questions at `step`."""
     count = len(self._questions)
     places = np.arange(step * self._batch, (step + 1) * self._batch)
-    orders = {epoch: self._order(epoch) for epoch in set(places // count)}
-    return [int(orders[place // count][place % count]) for place in places]
+    epochs = (places // count).tolist()
+    orders = {epoch: self._order(epoch) for epoch in set(epochs)}
+    return [
+      int(orders[epoch][place % count])
+      for epoch, place in zip(epochs, places, strict=True)
+    ]
 
   def batch(self, step: int) -> list[types.Question]:
     """Returns the questions at `step`."""

@@ -8,6 +8,7 @@ of supporting paragraphs by themselves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from stepsearch_jax import types
 from stepsearch_jax.data import fields
@@ -109,7 +110,7 @@ def context(row: fields.Row) -> list[types.Passage]:
   return found
 
 
-def joined(sentences: list[str]) -> str:
+def joined(sentences: Sequence[str]) -> str:
   """Returns sentences as one text, with a blank between two that lack one.
 
   HotpotQA's sentences begin with theirs, those of 2WikiMultihopQA have none.

@@ -382,7 +382,7 @@ def default_keys(
   Per hop: the sub-question with `#n` replaced by the n-th answer; MuSiQue's
   relation form "A >> relation" also as "A relation" and "relation A".
   """
-  groups = []
+  groups: list[tuple[str, ...]] = []
   for text in types.resolved(decomposition):
     if ">>" in text:
       entity, relation = (part.strip() for part in text.split(">>", 1))

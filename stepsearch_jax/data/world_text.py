@@ -29,7 +29,7 @@ RELATIONS = {
 }
 
 # One word in a question for two relations in a row.
-COMPOSITES = {
+COMPOSITES: dict[tuple[str, ...], str] = {
   ("employer", "founder"): "patron",
   ("birthplace", "mayor"): "guardian",
 }

@@ -11,6 +11,7 @@ import collections
 import json
 import subprocess
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -73,14 +74,15 @@ def by_source(
   table = {}
   for source, rows in sorted(groups.items()):
     scores = _per_question(rows, attempts)
-    table[source] = {"n": len(scores["em"])}
+    line: dict[str, Any] = {"n": len(scores["em"])}
+    table[source] = line
     for name in ("em", "f1"):
       found = statistics.bootstrap_mean(scores[name].mean(axis=1))
-      table[source][name] = found.value
-      table[source][f"{name}_interval"] = [found.low, found.high]
+      line[name] = found.value
+      line[f"{name}_interval"] = [found.low, found.high]
     if attempts > 1:
-      table[source]["attempts"] = attempts
-      table[source]["pass_at_k"] = float(scores["em"].max(axis=1).mean())
+      line["attempts"] = attempts
+      line["pass_at_k"] = float(scores["em"].max(axis=1).mean())
   return table
 
 

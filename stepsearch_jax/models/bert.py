@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -107,7 +108,7 @@ def embed(
   Returns:
     [B, M] float32 of norm 1.
   """
-  hidden = Bert(config).apply({"params": params}, tokens, mask)
+  hidden: Any = Bert(config).apply({"params": params}, tokens, mask)
   if pooling == "cls":
     pooled = hidden[:, 0]
   else:
@@ -133,7 +134,8 @@ def relevance(
   Returns:
     [B] float32 logits.
   """
-  hidden = Bert(config).apply({"params": params["bert"]}, tokens, mask, kinds)
+  bert = {"params": params["bert"]}
+  hidden: Any = Bert(config).apply(bert, tokens, mask, kinds)
   head = params["head"]
   pooled = jnp.tanh(hidden[:, 0] @ head["pooler"] + head["pooler_bias"])
   return (pooled @ head["classifier"] + head["classifier_bias"])[:, 0]

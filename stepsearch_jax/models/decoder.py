@@ -98,9 +98,9 @@ class Cache:
     slots: [B] int32, the slot of each batch row; None = row b is slot b.
   """
 
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  slots: jax.Array | None = None
+  k: tuple[types.Leaf, ...]
+  v: tuple[types.Leaf, ...]
+  slots: types.Leaf | None = None
 
 
 # Logical axes of a layer's keys and values.
@@ -356,4 +356,5 @@ class Decoder(nn.Module):
       )
       keys.append(k)
       values.append(v)
-    return x, cache.replace(k=tuple(keys), v=tuple(values))
+    cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
+    return x, cache

@@ -164,7 +164,7 @@ class Tokenizer:
       return message
     # Templates ask for today by this name; a run has one date to its end.
     formats = re.findall(r"""strftime_now\(\s*['"](.*?)['"]""", template)
-    return self.hf.apply_chat_template(
+    found: Any = self.hf.apply_chat_template(
       [{"role": "user", "content": message}],
       chat_template=(_DATE_MACRO if formats else "") + template,
       tokenize=False,
@@ -172,6 +172,7 @@ class Tokenizer:
       run_date={form: self._date.strftime(form) for form in formats},
       **self._chat,
     )
+    return found
 
   def encode_prompt(self, message: str) -> list[int]:
     """Returns the token ids of `chat_prompt(message)`.

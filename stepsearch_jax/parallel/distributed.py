@@ -157,7 +157,7 @@ def share(total: Sequence[_T]) -> Sequence[_T]:
   return total[jax.process_index() :: jax.process_count()]
 
 
-Found = Sequence[Sequence[types.Passage] | None]
+Found = list[list[types.Passage] | None]
 
 
 def search_together(
@@ -192,7 +192,8 @@ def search_together(
       exc_info=unknown,
     )
     # The others wait for this process's part, if only to learn this.
-    found = [None] * count
+    failed: Found = [None] * count
+    found = failed
   return _merge_topk(found, k)
 
 
@@ -212,7 +213,7 @@ def _merge_topk(found: Found, k: int) -> list[list[types.Passage] | None]:
     json.loads(row[:size].tobytes())
     for row, size in zip(everyone, sizes, strict=True)
   ]
-  merged = []
+  merged: list[list[types.Passage] | None] = []
   for rows in zip(*shards, strict=True):
     if None in rows:
       merged.append(None)

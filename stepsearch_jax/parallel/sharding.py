@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -300,7 +301,9 @@ def abstract(shapes: types.Tree, shardings: types.Tree) -> types.Tree:
 @contextlib.contextmanager
 def scope(mesh: DeviceMesh) -> Iterator[None]:
   """Makes the models' logical constraints mean this mesh while tracing."""
-  with jax.set_mesh(mesh.mesh), nn.logical_axis_rules(_as_flax(mesh.rules)):
+  # An abstract mesh serves as well; jax says so of `use_abstract_mesh` only.
+  concrete: Any = mesh.mesh
+  with jax.set_mesh(concrete), nn.logical_axis_rules(_as_flax(mesh.rules)):
     yield
 
 

@@ -130,7 +130,7 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   settings = _settings(config)
   spec = settings.learner(settings.total_steps(1))
   adapters = {"policy": spec.policy.adapter, "value": spec.value.adapter}
-  parts = {}
+  parts: dict[str, float] = {}
   needs_values = estimators.find(spec.estimator.name).needs_values
   kinds = ["policy", "value"] if needs_values else ["policy"]
   for kind in kinds:
@@ -221,7 +221,7 @@ def program_peaks(
   always = sum(v for k, v in parts.items() if k not in _ROLLOUT_PARTS)
   rolling = sum(parts[k] for k in _ROLLOUT_PARTS)
   if programs:
-    own = {
+    own: dict[str, float] = {
       name: max(p["outputs"] - p["aliased"], 0) + p["temporary"]
       for name, p in programs.items()
     }

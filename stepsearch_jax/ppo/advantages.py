@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,8 @@ def compute(
   on = masks.policy > 0
   gap = kl.penalty(inputs.logp, reference_logp, spec.kl.estimator)
   gap = jnp.where(on, gap, 0.0)
-  inputs = inputs.replace(
+  inputs = dataclasses.replace(
+    inputs,
     rewards=inputs.rewards - kl_coef * gap,
     values=jnp.where(masks.value > 0, inputs.values, 0.0),
   )

@@ -21,8 +21,8 @@ class PolicyOutput:
     entropy: of the distribution that it was sampled from, in nats.
   """
 
-  logp: jax.Array
-  entropy: jax.Array
+  logp: types.Leaf
+  entropy: types.Leaf
 
 
 def _trunk(params, micro: MicroBatch, config: decoder.DecoderConfig):

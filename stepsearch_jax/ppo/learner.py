@@ -285,7 +285,7 @@ class Learner:
     ))
     metrics |= found.metrics
     if now.entropy is not None:
-      entropy = masked.mean(now.entropy, batch.policy_mask)
+      entropy = masked.mean(now.entropy, masks.policy)
       metrics["actor/entropy"] = entropy
       metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
     metrics |= {
@@ -339,7 +339,8 @@ class Learner:
       # The first optimizer step evaluates the policy that sampled.
       metrics["actor/entropy"] = history[0]["actor/entropy_loss"]
       metrics["rollout_mismatch/mean"] = history[0]["actor/logp_change"]
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       step=self._scalar(np.int32(step + 1)),
       kl_coef=self._scalar(np.float32(coefficient)),
     )
@@ -391,6 +392,6 @@ class Learner:
       trained, metrics = model.update(
         getattr(state, role), state.reference, micros, share, lr_scale
       )
-      state = state.replace(**{role: trained})
+      state = dataclasses.replace(state, **{role: trained})
       seen |= metrics
     return state, seen

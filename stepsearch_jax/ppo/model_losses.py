@@ -35,9 +35,9 @@ class Share:
     micros: micro-batches of the mini-batch.
   """
 
-  tokens: jax.Array
-  turns: jax.Array
-  micros: jax.Array
+  tokens: types.Leaf
+  turns: types.Leaf
+  micros: types.Leaf
 
 
 @flax.struct.dataclass

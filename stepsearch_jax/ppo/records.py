@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
 
 from stepsearch_jax import types
@@ -41,8 +40,8 @@ class LearnerState:
     reference: parameters of the frozen policy, in the compute type.
   """
 
-  step: jax.Array
-  kl_coef: jax.Array
+  step: types.Leaf
+  kl_coef: types.Leaf
   policy: Trained
   value: Trained | None
   reference: Any
@@ -51,8 +50,9 @@ class LearnerState:
     """Returns the parts that a checkpoint stores: all but the reference."""
     return SavedState(
       policy=self.policy.params,
-      rest=self.replace(
-        policy=self.policy.replace(params=None), reference=None
+      rest=dataclasses.replace(
+        self, policy=dataclasses.replace(self.policy, params=None),
+        reference=None,
       ),
     )
 
@@ -74,8 +74,9 @@ class SavedState:
 
   def join(self, reference: types.Tree) -> LearnerState:
     """Returns the state that was split, around the run's reference."""
-    return self.rest.replace(
-      policy=self.rest.policy.replace(params=self.policy), reference=reference
+    return dataclasses.replace(
+      self.rest, reference=reference,
+      policy=dataclasses.replace(self.rest.policy, params=self.policy),
     )
 
 
@@ -91,9 +92,9 @@ class Masks:
     value: where values exist; the recursion of the estimator and value loss.
   """
 
-  policy: np.ndarray
-  advantage: np.ndarray
-  value: np.ndarray
+  policy: types.Leaf
+  advantage: types.Leaf
+  value: types.Leaf
 
   @classmethod
   def of(cls, batch: types.RolloutBatch, scope: str) -> Masks:
@@ -112,9 +113,9 @@ class Masks:
     if scope == specs.MaskScope.POLICY:
       return cls(policy, policy, policy)
     steps = np.arange(batch.tokens.shape[1])[None]
-    first = (policy > 0).argmax(axis=1)[:, None]
-    inside = (steps >= first) & (steps < batch.lengths[:, None])
-    inside &= policy.any(axis=1)[:, None]
+    first = np.argmax(policy > 0, axis=1, keepdims=True)
+    inside = np.asarray(steps >= first) & (steps < batch.lengths[:, None])
+    inside &= np.any(policy, axis=1, keepdims=True)
     late = inside.copy()
     late[:, 1:] |= inside[:, :-1]
     return cls(policy, inside.astype(np.float32), late.astype(np.float32))
@@ -140,12 +141,12 @@ class Experience:
 
   batch: types.RolloutBatch
   masks: Masks
-  logp: np.ndarray
-  reference_logp: np.ndarray
-  values: np.ndarray
-  advantages: np.ndarray
-  returns: np.ndarray
-  value_weights: np.ndarray
+  logp: types.Leaf
+  reference_logp: types.Leaf
+  values: types.Leaf
+  advantages: types.Leaf
+  returns: types.Leaf
+  value_weights: types.Leaf
   kl: float
   entropy: np.ndarray | None = None
 
@@ -170,16 +171,16 @@ class MicroBatch:
     returns: float32.
   """
 
-  tokens: jax.Array
-  segment_ids: jax.Array
-  positions: jax.Array
-  policy_mask: jax.Array
-  turn: jax.Array
-  weights: jax.Array
-  llds_weights: jax.Array
-  value_weights: jax.Array
-  logp: jax.Array
-  reference_logp: jax.Array
-  values: jax.Array
-  advantages: jax.Array
-  returns: jax.Array
+  tokens: types.Leaf
+  segment_ids: types.Leaf
+  positions: types.Leaf
+  policy_mask: types.Leaf
+  turn: types.Leaf
+  weights: types.Leaf
+  llds_weights: types.Leaf
+  value_weights: types.Leaf
+  logp: types.Leaf
+  reference_logp: types.Leaf
+  values: types.Leaf
+  advantages: types.Leaf
+  returns: types.Leaf

@@ -22,9 +22,9 @@ from stepsearch_jax.retrieval import (
   local,
   online,
   recording,
-  remote,
   rerank,
 )
+from stepsearch_jax.retrieval import remote as remote_lib
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
@@ -74,7 +74,7 @@ class RetrievalSpec:
   encoding: encoding_lib.EncodingSpec
   index: str
   remote: str
-  patience: remote.RemoteSpec
+  patience: remote_lib.RemoteSpec
   record: str
   replay: str
   replay_miss: str
@@ -187,7 +187,7 @@ def _open_engine(spec, workdir, passages, corpus_path):
   if not distributed.is_primary():
     return local.EmptyRetriever()
   if spec.remote:
-    return remote.RemoteRetriever(spec.remote, spec.patience)
+    return remote_lib.RemoteRetriever(spec.remote, spec.patience)
   if spec.engine == SearchEngine.ONLINE:
     return online.OnlineRetriever(spec.patience)
   return bm25.Bm25Retriever(passages)

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 from absl import logging
@@ -211,7 +211,7 @@ class PatientClient:
 class RemoteRetriever:
   """Speaks /retrieve; safe to call from several threads."""
 
-  def __init__(self, url: str, spec: RemoteSpec, **testing: Callable):
+  def __init__(self, url: str, spec: RemoteSpec, **testing: Any):
     """Prepares a client.
 
     Args:

@@ -48,7 +48,7 @@ class RerankingRetriever:
 
   def search(
     self, queries: Sequence[str], k: int
-  ) -> list[list[types.Passage]]:
+  ) -> list[list[types.Passage] | None]:
     """The k passages that the cross-encoder likes best, with its scores."""
     found = self._inner.search(queries, max(k, self._candidates))
     pairs = [
@@ -57,7 +57,7 @@ class RerankingRetriever:
       for passage in passages or ()
     ]
     scores = iter(self._scores(pairs))
-    best = []
+    best: list[list[types.Passage] | None] = []
     for passages in found:
       if passages is None:
         best.append(None)

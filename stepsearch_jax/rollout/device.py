@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -69,13 +70,13 @@ class SlotState:
   """
 
   cache: decoder.Cache
-  pending: jax.Array
-  position: jax.Array
-  automaton: jax.Array
-  active: jax.Array
-  budget: jax.Array
-  episode: jax.Array
-  temperature: jax.Array
+  pending: types.Leaf
+  position: types.Leaf
+  automaton: types.Leaf
+  active: types.Leaf
+  budget: types.Leaf
+  episode: types.Leaf
+  temperature: types.Leaf
 
 
 @flax.struct.dataclass
@@ -108,14 +109,14 @@ class Chunk:
     budget, episode, temperature: [B], see `SlotState`.
   """
 
-  slot: jax.Array
-  tokens: jax.Array
-  start: jax.Array
-  length: jax.Array
-  begins_turn: jax.Array
-  budget: jax.Array
-  episode: jax.Array
-  temperature: jax.Array
+  slot: types.Leaf
+  tokens: types.Leaf
+  start: types.Leaf
+  length: types.Leaf
+  begins_turn: types.Leaf
+  budget: types.Leaf
+  episode: types.Leaf
+  temperature: types.Leaf
 
 
 def init_state(config: decoder.DecoderConfig, spec: ProgramSpec) -> SlotState:
@@ -147,14 +148,14 @@ def extend(
   offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None]
   stored = offsets < chunk.length[:, None] - 1
   positions = jnp.where(stored, chunk.start[:, None] + offsets, spec.context)
-  _, cache = decoder.Decoder(config).apply(
+  applied: Any = decoder.Decoder(config).apply(
     {"params": params["trunk"]},
     chunk.tokens,
     positions,
-    cache=state.cache.replace(slots=chunk.slot),
+    cache=dataclasses.replace(state.cache, slots=chunk.slot),
     kv_length=kv_length,
   )
-  return _placed(state, cache, chunk, spec)
+  return _placed(state, applied[1], chunk, spec)
 
 
 def copy_prefix(
@@ -199,7 +200,7 @@ def _placed(
     return field.at[slot].set(value, mode="drop")
 
   return SlotState(
-    cache=cache.replace(slots=None),
+    cache=dataclasses.replace(cache, slots=None),
     pending=put(state.pending, newest),
     position=put(state.position, chunk.start + last),
     automaton=put(state.automaton, jnp.zeros_like(chunk.slot)),

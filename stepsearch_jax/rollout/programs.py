@@ -32,9 +32,11 @@ def _state_shardings(mesh, state: device.SlotState) -> device.SlotState:
   """Where the slots' cache and counters live."""
   rows = jax.tree.map(
     lambda leaf: sharding.named(mesh, ("slots",), leaf.shape),
-    state.replace(cache=None),
+    dataclasses.replace(state, cache=None),
   )
-  return rows.replace(cache=layout.cache_shardings(mesh, state.cache))
+  return dataclasses.replace(
+    rows, cache=layout.cache_shardings(mesh, state.cache)
+  )
 
 
 def _kv_buckets(context: int) -> tuple[int, ...]:
@@ -191,7 +193,7 @@ class RolloutPrograms:
       rows, tokens: bucket sizes of chunks, increasing.
       prompt: tokens of the longest prompt.
     """
-    shapes = [(kv_length,) for kv_length in self.kv_buckets]
+    shapes: list[tuple[int, ...]] = [(size,) for size in self.kv_buckets]
     shapes += [
       (kv_length, count) for kv_length in self.kv_buckets
       if kv_length <= self.bucket(prompt) for count in rows

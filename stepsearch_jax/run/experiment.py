@@ -32,7 +32,8 @@ from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.ppo import estimators, trainable
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
-from stepsearch_jax.rollout import automaton, engine, programs, text_side
+from stepsearch_jax.rollout import automaton, programs, text_side
+from stepsearch_jax.rollout import engine as engine_lib
 from stepsearch_jax.run import checkpoints, identity
 from stepsearch_jax.run.settings import Settings
 
@@ -212,13 +213,13 @@ class Experiment:
     )
 
   @functools.cached_property
-  def engine(self) -> engine.Engine:
+  def engine(self) -> engine_lib.Engine:
     """The rollout engine of the configured protocol."""
     return self.make_engine(text_side.TextSide(
       self.env, self.tokenizer, self.settings.rollout.max_turn
     ))
 
-  def make_engine(self, texts: text_side.TextSide) -> engine.Engine:
+  def make_engine(self, texts: text_side.TextSide) -> engine_lib.Engine:
     """Returns a rollout engine over a freshly built stop automaton."""
     stops = automaton.build_automaton(
       self.tokenizer.token_bytes(), STOP_TAGS, self.tokenizer.eos_ids
@@ -227,7 +228,7 @@ class Experiment:
     compiled = programs.RolloutPrograms(
       self.model, self.settings.sampler, table, stops.first_stop, self.mesh
     )
-    return engine.Engine(
+    return engine_lib.Engine(
       compiled, texts, self.retriever, self.settings.rollout,
       self.settings.seed,
     )

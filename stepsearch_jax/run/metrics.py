@@ -8,10 +8,12 @@ the file back to the step it resumes from, so no step appears twice.
 from __future__ import annotations
 
 import contextlib
+import logging as std_logging
 import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -37,7 +39,7 @@ def quiet_libraries() -> None:
   logging.get_absl_handler().addFilter(
     lambda record: record.pathname.startswith(project)
     or (
-      record.levelno >= logging.converter.STANDARD_WARNING
+      record.levelno >= std_logging.WARNING
       and not any(text in str(record.msg) for text in _IDLE_WARNINGS)
     )
   )
@@ -91,13 +93,13 @@ class MetricsWriter:
       active: False on processes that must not write.
     """
     self._active = active
-    self._wandb = None
+    self._wandb: Any = None
     if not active:
       return
     workdir = epath.Path(workdir)
     self._log = files.RowLog(workdir / "metrics.jsonl")
     self._board_folder = str(workdir / "tensorboard")
-    self._board = None
+    self._board: Any = None
     self.rewind(first_step)
     if wandb_project:
       import wandb  # Only this path needs the extra.

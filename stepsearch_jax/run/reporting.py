@@ -29,7 +29,7 @@ def reward_metrics(
   gains = [sum(s.information_gains or ()) for s in scores]
   repeats = [sum(s.redundancy_penalty or ()) for s in scores]
   invalid = [any(t.action == types.Action.INVALID for t in ts) for ts in turns]
-  columns = {
+  columns: dict[str, Sequence[float]] = {
     "critic/score/mean": [s.score for s in scores],
     "critic/answer_correct/mean": [s.answer_correct for s in scores],
     "critic/search_key/mean": [s.search_key_score for s in scores],

@@ -55,13 +55,19 @@ ALGORITHMS = {
 }
 
 
-def spec_of(cls, section: Mapping[str, Any], **computed: Any) -> _Spec:
+def spec_of(
+  cls: type[_Spec], section: Mapping[str, Any], **computed: Any
+) -> _Spec:
   """Builds a record: fields of a config section by name, others computed.
 
   This is the one way in which config becomes a record; a record has no
   defaults, so a field that neither side provides is an error.
   """
-  names = [f.name for f in dataclasses.fields(cls) if f.name not in computed]
+  record: Any = cls
+  names = [
+    field.name for field in dataclasses.fields(record)
+    if field.name not in computed
+  ]
   values = {name: section[name] for name in names}
   return cls(**{
     name: tuple(value) if isinstance(value, list) else value

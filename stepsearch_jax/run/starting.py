@@ -45,7 +45,7 @@ def start(
   reference = checkpoints.load_reference(
     experiment.workdir, learner.abstract_state().reference
   )
-  found.learner = found.learner.replace(reference=reference)
+  found.learner = dataclasses.replace(found.learner, reference=reference)
   return found
 
 

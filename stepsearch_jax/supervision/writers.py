@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +79,10 @@ class LocalWriter:
       max_observation=context, answer_room=max_tokens, retrieval_delay=1,
       search_threads=1, extend_rows=(slots,), extend_tokens=(64, 128),
     )
+    env = cast(search_env.SearchEnv, _OneTurn())
     self._engine = engine.Engine(
-      compiled, text_side.TextSide(_OneTurn(), tokenizer, max_tokens), None,
-      limits, seed=0,
+      compiled, text_side.TextSide(env, tokenizer, max_tokens), None, limits,
+      seed=0,
     )
     self._params = jax.device_put(self._params)
 

@@ -40,7 +40,9 @@ def comments(source: str) -> dict[int, tuple[str, bool]]:
   }
 
 
-def _meaning(node: ast.AST, found: dict[int, tuple[str, bool]]) -> str:
+def _meaning(
+  node: ast.stmt | ast.keyword, found: dict[int, tuple[str, bool]]
+) -> str:
   """Returns what the comments above and behind a statement say."""
   above: list[str] = []
   line = node.lineno - 1
@@ -57,10 +59,11 @@ def _fields(
 ) -> Iterator[tuple[str, ast.expr, str]]:
   """Yields (field, value, meaning) of `section.field = value` statements."""
   for node in function.body:
-    target = node.targets[0] if isinstance(node, ast.Assign) else None
-    if isinstance(target, ast.Attribute):
+    if isinstance(node, ast.Assign) and isinstance(
+      node.targets[0], ast.Attribute
+    ):
       # `config.model.size = ..` counts from the second name on.
-      name = ast.unparse(target).partition(".")[2]
+      name = ast.unparse(node.targets[0]).partition(".")[2]
       yield name, node.value, _meaning(node, found)
 
 

@@ -39,13 +39,13 @@ def open_writer(name: str, cache: epath.Path) -> supervision.CachedWriter:
 
 def open_retrievers(
   names: Sequence[str], passages: Sequence[types.Passage], cache: epath.Path
-) -> dict:
+) -> dict[str, types.Retriever]:
   """Returns retrievers by name: "bm25", a /retrieve URL, or an encoder.
 
   Indexes stay in `cache`.
   """
   digest = corpus_lib.corpus_hash(passages)
-  opened = {}
+  opened: dict[str, types.Retriever] = {}
   for name in names:
     if name == "bm25":
       opened[name] = bm25.Bm25Retriever(passages)

@@ -37,14 +37,14 @@ class Inputs:
     searches: [B] int32, searches that were answered.
   """
 
-  rewards: jax.Array
-  values: jax.Array
-  logp: jax.Array
+  rewards: types.Leaf
+  values: types.Leaf
+  logp: types.Leaf
   masks: records.Masks
-  group: jax.Array
-  turn: jax.Array
-  anchor: jax.Array
-  searches: jax.Array
+  group: types.Leaf
+  turn: types.Leaf
+  anchor: types.Leaf
+  searches: types.Leaf
 
 
 @flax.struct.dataclass
@@ -59,9 +59,9 @@ class Estimates:
       the tokens of positive weight; None for 1 wherever values exist.
   """
 
-  advantages: jax.Array
-  returns: jax.Array
-  value_weights: jax.Array | None = None
+  advantages: types.Leaf
+  returns: types.Leaf
+  value_weights: types.Leaf | None = None
 
 
 Function = Callable[[Inputs, specs.EstimatorSpec], Estimates]
@@ -108,7 +108,7 @@ class Estimator:
         f"got {type(found).__name__}"
       )
     if found.value_weights is None:
-      found = found.replace(value_weights=inputs.masks.value)
+      found = dataclasses.replace(found, value_weights=inputs.masks.value)
     shape = inputs.rewards.shape
     return Estimates(**{
       field.name: self._checked(field.name, getattr(found, field.name), shape)

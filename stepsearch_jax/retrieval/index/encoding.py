@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -78,7 +79,9 @@ def resolve(
   """
   folder = epath.Path(folder)
   family = next(f for f in _FAMILIES if f[0] in reference.lower())
-  values = dict(zip(dataclasses.asdict(spec), family[1:], strict=True))
+  values: dict[str, Any] = dict(
+    zip(dataclasses.asdict(spec), family[1:], strict=True)
+  )
   found = {
     "pooling": _pooling(folder, spec), **_prefixes(folder),
     "max_length": _read(folder / "sentence_bert_config.json")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import array
 import json
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -47,7 +48,7 @@ def write_passages(
   return len(offsets), digest.value()
 
 
-class PassageStore:
+class PassageStore(Sequence):
   """The passages of an index folder, read on demand."""
 
   def __init__(self, folder: epath.Path):
@@ -62,7 +63,7 @@ class PassageStore:
     """Returns the number of passages."""
     return len(self._offsets) - 1
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: Any) -> Any:
     """Returns the passage in row `i`, or a list of those in a slice."""
     if isinstance(i, slice):
       return [self[row] for row in range(*i.indices(len(self)))]

@@ -211,10 +211,11 @@ def tune(
   Returns:
     (searcher, `Measured` of the choice, all `Measured`).
   """
-  names = kinds(len(vectors))
+  count, dim = vectors.shape
+  names = kinds(count)
   if names == ("exact",):
     choice = Measured(
-      Setting("exact"), 1.0, 0.0, weight("exact", *vectors.shape, soar)
+      Setting("exact"), 1.0, 0.0, weight("exact", count, dim, soar)
     )
     return build(scann, vectors, "exact", topk, soar), choice, [choice]
   queries = sample_queries(vectors)
@@ -226,7 +227,7 @@ def tune(
     bar.set_postfix_str(kind)
     with vectors_lib.releasing(vectors):
       searcher = build(scann, vectors, kind, topk, soar)
-    size = weight(kind, *vectors.shape, soar)
+    size = weight(kind, count, dim, soar)
     rows = [
       dataclasses.replace(
         measure(searcher, setting, queries, truth), bytes=size
