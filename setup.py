@@ -93,7 +93,9 @@ setuptools.setup(
       *_SERVE,
       *_BM25,
       "pytest==9.2.0",
+      "pytest-cov==7.1.0",
       "pytest-xdist==3.8.0",
+      "mypy==2.4.1",
       "ruff==0.17.6",
       # The TPU compiler; needs no TPU. What jax[tpu] asks for.
       f"libtpu==0.0.42.1; {_LINUX} and {_OLD}",

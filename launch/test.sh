@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Lints and tests, on CPU. Arguments go to pytest, for instance
+# Lint, types and tests, on CPU. Arguments go to pytest, for instance
 #   bash launch/test.sh -m "not slow"      bash launch/test.sh -k rollout
+# The table at the end says how many lines of each module the tests ran.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 ensure_venv test
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2
+export COVERAGE_CORE=sysmon  # Cheap from Python 3.12 on.
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
