@@ -168,6 +168,9 @@ def _reward():
   """Preset and the four ablation switches of the released code."""
   reward = ml_collections.ConfigDict()
   reward.preset = "paper"  # paper | released: see stepsearch_jax/README.md.
+  # Only the answer's F1 is paid: no step rewards, no search keys. None = the
+  # method's.
+  reward.outcome_only = config_dict.placeholder(bool)
   reward.information_gain = True  # In the step reward.
   reward.redundancy_penalty = True  # In the step reward.
   reward.search_steps_reward = True  # False: no step rewards at all.
@@ -195,25 +198,31 @@ def _ppo():
   ppo.turn_gamma = 0.95  # Discount per turn: bilevel_gae, gigpo.
   ppo.turn_weight = 1.0  # gigpo: of a turn's advantage beside the row's.
   ppo.strata_blend = 0.5  # stratified: share within equal search counts.
-  # The probability ratio counts from 1 - clip_ratio to 1 + clip_ratio_high.
-  ppo.clip_ratio = 0.2
-  ppo.clip_ratio_high = 0.0  # 0 = clip_ratio; DAPO's clip-higher is 0.28.
+  # The probability ratio counts from 1 - clip_ratio to 1 + clip_ratio_high;
+  # None = the method's.
+  ppo.clip_ratio = config_dict.placeholder(float)
+  # 0 = clip_ratio; DAPO's clip-higher is 0.28. None = the method's.
+  ppo.clip_ratio_high = config_dict.placeholder(float)
   ppo.dual_clip = 0.0  # Bound of the ratio where A < 0, usually 3; 0 = none.
-  ppo.ratio = "token"  # token | sequence (GSPO) | turn: what a ratio is of.
+  # token | sequence (GSPO) | turn: what a ratio is of; None = the method's.
+  ppo.ratio = config_dict.placeholder(str)
   # token: mean over tokens | sequence: mean of the rows' means | constant: sum
-  # over rows * rollout.context (Dr.GRPO).
-  ppo.aggregation = "token"
+  # over rows * rollout.context (Dr.GRPO); None = the method's.
+  ppo.aggregation = config_dict.placeholder(str)
   # Penalty on good rows that become less likely (LLDS), usually 0.2; it does
-  # something from the second optimizer step of a batch on.
-  ppo.llds_coef = 0.0
+  # something from the second optimizer step of a batch on. None = the method's.
+  ppo.llds_coef = config_dict.placeholder(float)
   ppo.llds_answer_weight = 0.2  # Of the tokens of the answering turn in it.
   # recompute | rollout: those recorded while sampling, which saves a pass.
   ppo.old_logp = "recompute"
   ppo.importance_cap = 2.0  # With rollout: largest importance weight.
   ppo.value_clip = 0.5  # Largest counted move of a value in an update.
   ppo.entropy_coef = 0.001  # Weight of the entropy bonus.
-  # Weight of the KL to the reference: in the reward, with grpo in the loss.
-  ppo.kl_coef = 0.001
+  # The KL to the reference is part of the reward, else of the loss; None = the
+  # method's.
+  ppo.kl_in_reward = config_dict.placeholder(bool)
+  # Its weight; None = the method's.
+  ppo.kl_coef = config_dict.placeholder(float)
   ppo.kl_estimator = "kl"  # In the reward: kl | abs | mse | low_var_kl
   ppo.kl_loss_estimator = "low_var_kl"  # In the loss: low_var_kl | abs | mse
   ppo.kl_controller = "fixed"  # fixed | adaptive
@@ -318,11 +327,12 @@ def base() -> ml_collections.ConfigDict:
   # Training steps, or 0 and total_epochs: exactly one of the two is positive.
   config.total_steps = 0
   config.total_epochs = 0.0  # Passes over data.train; may be a fraction.
-  # steppo (step rewards, GAE) | ppo (answer F1 only, GAE) | grpo | reinforce.
-  config.algorithm = "steppo"
-  # From rewards to advantages; empty = the algorithm's own. A name of
-  # ppo/estimators, or your own "module:function".
-  config.estimator = ""
+  # Name of a method (see the table in README.md), which decides the fields
+  # below that are None.
+  config.method = "steppo"
+  # From rewards to advantages: a name of ppo/estimators, or your own
+  # "module:function". None = the method's.
+  config.estimator = config_dict.placeholder(str)
   config.model = _model()
   config.policy = _adapters("full")  # full | lora.
   config.value = _adapters("full")  # full | adapter (on the reference).

@@ -41,22 +41,22 @@ def study(add: Callable[..., None]) -> None:
   add("clean imitation", seeds=5, from_start=False, total_steps=0,
       warm_start=dict(steps=3 * imitated, wording="usual", whole=0.0,
                       repeat=0.0, give_up=0.0))
-  add("ppo", seeds=10, rates=RATES, algorithm="ppo")
-  add("grpo", seeds=10, rates=RATES, algorithm="grpo",
+  add("ppo", seeds=10, rates=RATES, method="ppo")
+  add("grpo", seeds=10, rates=RATES, method="grpo",
       batch=dict(questions=16, rollouts=4))
-  add("reinforce", seeds=5, rates=RATES, algorithm="reinforce")
-  add("steppo", seeds=10, rates=RATES, algorithm="steppo")
-  add("steppo without gain", seeds=5, rates=RATES, algorithm="steppo",
+  add("reinforce", seeds=5, rates=RATES, method="reinforce")
+  add("steppo", seeds=10, rates=RATES, method="steppo")
+  add("steppo without gain", seeds=5, rates=RATES, method="steppo",
       reward=dict(information_gain=False))
-  add("steppo without penalty", seeds=5, rates=RATES, algorithm="steppo",
+  add("steppo without penalty", seeds=5, rates=RATES, method="steppo",
       reward=dict(redundancy_penalty=False))
-  add("steppo without keys", seeds=5, rates=RATES, algorithm="steppo",
+  add("steppo without keys", seeds=5, rates=RATES, method="steppo",
       reward=dict(search_key_reward=False))
-  add("ppo, bonus per search", seeds=10, rates=RATES, algorithm="ppo",
+  add("ppo, bonus per search", seeds=10, rates=RATES, method="ppo",
       reward=dict(search_bonus=0.1))
 
 
 def sweep(add: Callable[..., None]) -> None:
   """The two sides of the main comparison, one seed each."""
-  for algorithm in ("ppo", "steppo"):
-    add(arg=f"algorithm={algorithm}")
+  for method in ("ppo", "steppo"):
+    add(arg=f"method={method}")

@@ -6,7 +6,7 @@
 
 Hardware: 2 CPU cores. Time and score: see the README's table.
 Outcome-only PPO with the same budget:
-  --config=configs/quickstart.py:algorithm=ppo
+  --config=configs/quickstart.py:method=ppo
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """Config with arguments `algorithm` and `runlocal` (seconds, not minutes)."""
-  arg = common.parse_arg(arg, algorithm="steppo", runlocal=False)
+  """Config with arguments `method` and `runlocal` (seconds, not minutes)."""
+  arg = common.parse_arg(arg, method="steppo", runlocal=False)
   config = common.base()
-  config.algorithm = arg.algorithm
+  config.method = arg.method
   config.total_steps = 60
 
   config.model.dtype = "float32"
@@ -73,6 +73,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep(add: Callable[..., None]) -> None:
   """Three seeds of StePPO and of the outcome-only baseline."""
-  for algorithm in ("steppo", "ppo"):
+  for method in ("steppo", "ppo"):
     for seed in range(3):
-      add(arg=f"algorithm={algorithm}", seed=seed)
+      add(arg=f"method={method}", seed=seed)

@@ -97,5 +97,5 @@ def sweep(add: Callable[..., None]) -> None:
   add(reward=dict(search_steps_reward=False))
   add(reward=dict(redundancy_penalty=False, search_key_reward=False))
   add(reward=dict(information_gain=False, search_key_reward=False))
-  add(algorithm="ppo")
-  add(algorithm="grpo", batch=dict(questions=32, rollouts=4))
+  add(method="ppo")
+  add(method="grpo", batch=dict(questions=32, rollouts=4))

@@ -152,11 +152,11 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
 def test_a_run_knows_its_settings_and_data(finished, tmp_path):
   workdir = epath.Path(tmp_path) / "run"
   shutil.copytree(finished[0], workdir)
-  other = tiny(seed=7, algorithm="ppo", ppo=dict(policy_lr=1.0))
+  other = tiny(seed=7, method="ppo", ppo=dict(policy_lr=1.0))
   with jax.numpy_dtype_promotion("standard"):
     with pytest.raises(identity.ChangedSettingsError) as error:
       train.train(other, workdir)
-    for line in ("algorithm: the run has 'steppo', this start 'ppo'",
+    for line in ("method: the run has 'steppo', this start 'ppo'",
                  "seed: the run has 0, this start 7",
                  "ppo.policy_lr: the run has 0.0003, this start 1.0"):
       assert line in str(error.value)

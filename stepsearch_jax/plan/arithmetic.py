@@ -123,6 +123,11 @@ def _parameters(model: decoder.DecoderConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def _needs_values(config: ml_collections.ConfigDict) -> bool:
+  """Whether the run trains a value model."""
+  return estimators.find(_settings(config).config["estimator"]).needs_values
+
+
 def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Bytes per chip of what a run keeps, by part."""
   model = model_shape(config)
@@ -131,8 +136,7 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   spec = settings.learner(settings.total_steps(1))
   adapters = {"policy": spec.policy.adapter, "value": spec.value.adapter}
   parts: dict[str, float] = {}
-  needs_values = estimators.find(spec.estimator.name).needs_values
-  kinds = ["policy", "value"] if needs_values else ["policy"]
+  kinds = ["policy", "value"] if _needs_values(config) else ["policy"]
   for kind in kinds:
     part = trainable.Trainable(kind, model, adapters[kind])
     parts[kind] = _bytes(part.shapes(), part.shardings(mesh))
@@ -315,7 +319,7 @@ def _changes(config):
     yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
   if config.policy.kind == "full":
     yield changed("policy.kind", "lora")
-  if config.value.kind == "full" and config.algorithm in ("steppo", "ppo"):
+  if config.value.kind == "full" and _needs_values(config):
     yield changed("value.kind", "adapter")
   if config.mesh.fsdp % 2 == 0:
     text, other = changed("mesh.tensor", config.mesh.tensor * 2)

@@ -218,7 +218,7 @@ class KlSpec:
     within("ppo.kl_horizon", self.horizon, 0, above=True)
     types.expect(
       self.in_reward or self.controller == "fixed", "ppo.kl_controller",
-      "fixed, because this algorithm has its KL in the loss", self.controller,
+      "fixed where ppo.kl_in_reward is False", self.controller,
     )
 
   @property

@@ -34,7 +34,7 @@ from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.rollout import automaton, programs, text_side
 from stepsearch_jax.rollout import engine as engine_lib
-from stepsearch_jax.run import checkpoints, identity
+from stepsearch_jax.run import checkpoints, identity, methods
 from stepsearch_jax.run.settings import Settings
 
 STOP_TAGS = ("</search>", "</answer>")
@@ -283,10 +283,11 @@ class Experiment:
       parameters / 1e6, settings.model.dtype, per_chip / 1e6,
       "yes" if estimators.find(spec.estimator.name).needs_values else "none",
     )
+    logging.info("%s", methods.described(settings.config))
     minis = settings.batch.trajectories // spec.batch.mini_batch
     logging.info(
-      "%s, %d steps of %d trajectories, %d optimizer steps each, forward and "
-      "backward passes of %d rows of %d tokens", settings.name, steps,
+      "%d steps of %d trajectories, %d optimizer steps each, forward and "
+      "backward passes of %d rows of %d tokens", steps,
       settings.batch.trajectories, minis * spec.batch.epochs,
       spec.batch.micro_rows, spec.batch.row_length,
     )

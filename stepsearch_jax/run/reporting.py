@@ -76,7 +76,7 @@ def summary(settings: Settings, state: RunState) -> dict:
     "train_seconds": state.seconds,
     "steps": state.step,
     "seed": settings.seed,
-    "algorithm": settings.name,
+    "method": settings.method,
   }
 
 

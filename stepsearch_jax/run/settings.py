@@ -25,34 +25,11 @@ from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.rewards import step_rewards
 from stepsearch_jax.rollout import device, records
-from stepsearch_jax.run import monitor, specs
+from stepsearch_jax.run import methods, monitor, specs
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import UserError, expect
 
 _Spec = TypeVar("_Spec")
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-  """What `config.algorithm` stands for.
-
-  Attributes:
-    estimator: its own; `config.estimator` may name another.
-    outcome_only: only the answer's F1 is rewarded.
-    kl_in_reward: the KL penalty is part of the reward, else of the loss.
-  """
-
-  estimator: str
-  outcome_only: bool
-  kl_in_reward: bool
-
-
-ALGORITHMS = {
-  "steppo": Algorithm("gae", outcome_only=False, kl_in_reward=True),
-  "ppo": Algorithm("gae", outcome_only=True, kl_in_reward=True),
-  "grpo": Algorithm("grpo", outcome_only=True, kl_in_reward=False),
-  "reinforce": Algorithm("reinforce", outcome_only=True, kl_in_reward=True),
-}
 
 
 def spec_of(
@@ -81,19 +58,18 @@ class Settings:
 
   Attributes:
     seed: of every random draw.
-    name: the algorithm's name in the config.
-    algorithm: what it stands for.
+    method: name of the method; what it chose stands in the other fields.
     schedule, model, data, batch, protocol, warm_start, evaluation,
       checkpoint, monitor, mesh, log: see `specs`.
     retrieval: how a run searches.
     sampler, rollout: shapes of the rollout programs, and its limits.
     reward: the preset with its switches.
-    config: all fields as nested plain values, for the run's config.json.
+    config: all fields as nested plain values, for the run's config.json,
+      with what the method chose.
   """
 
   seed: int
-  name: str
-  algorithm: Algorithm
+  method: str
   schedule: specs.Schedule
   model: specs.ModelSpec
   data: specs.DataSpec
@@ -140,13 +116,10 @@ class Settings:
   def _from_config(cls, config: ml_collections.ConfigDict,
                    devices: int | None) -> Settings:
     """See `from_config`."""
-    expect(config.algorithm in ALGORITHMS, "algorithm",
-           f"one of {sorted(ALGORITHMS)}", config.algorithm)
-    algorithm = ALGORITHMS[config.algorithm]
+    config = methods.filled(config)
     settings = cls(
       seed=config.seed,
-      name=config.algorithm,
-      algorithm=algorithm,
+      method=config.method,
       schedule=specs.Schedule(config.total_steps, config.total_epochs),
       model=spec_of(
         specs.ModelSpec, config.model,
@@ -182,7 +155,7 @@ class Settings:
       ),
       sampler=spec_of(device.ProgramSpec, config.rollout),
       rollout=spec_of(records.EngineSpec, config.rollout),
-      reward=_reward(config.reward, algorithm),
+      reward=_reward(config.reward),
       config=config.to_dict(),
     )
     _check_together(
@@ -217,14 +190,13 @@ class Settings:
     )
 
 
-def _reward(section, algorithm: Algorithm) -> step_rewards.RewardSpec:
+def _reward(section) -> step_rewards.RewardSpec:
   """The preset with the config's switches."""
   expect(section.preset in step_rewards.PRESETS, "reward.preset",
          f"one of {sorted(step_rewards.PRESETS)}", section.preset)
   switches = {k: v for k, v in section.items() if k != "preset"}
   return dataclasses.replace(
-    step_rewards.PRESETS[section.preset](),
-    outcome_only=algorithm.outcome_only, **switches,
+    step_rewards.PRESETS[section.preset](), **switches
   )
 
 
@@ -240,13 +212,13 @@ def _adapter(role: str, section) -> adapters.AdapterSpec | None:
 
 def _learner(settings: Settings, steps: int) -> ppo_specs.LearnerSpec:
   """See `Settings.learner`."""
-  config, algorithm = settings.config, settings.algorithm
+  config = settings.config
   ppo = config["ppo"]
   released = config["reward"]["preset"] == "released"
   return ppo_specs.LearnerSpec(
     estimator=spec_of(
       ppo_specs.EstimatorSpec, ppo,
-      name=config["estimator"] or algorithm.estimator,
+      name=config["estimator"],
       scope="attended" if released else "policy",
     ),
     loss=spec_of(
@@ -254,7 +226,7 @@ def _learner(settings: Settings, steps: int) -> ppo_specs.LearnerSpec:
       micro_weighting="micro_mean" if released else "token",
     ),
     kl=ppo_specs.KlSpec(
-      in_reward=algorithm.kl_in_reward,
+      in_reward=ppo["kl_in_reward"],
       coef=ppo["kl_coef"],
       estimator=ppo["kl_estimator"],
       loss_estimator=ppo["kl_loss_estimator"],
@@ -292,9 +264,7 @@ def _optimizer(
 def _check_together(settings: Settings, devices: int) -> None:
   """Checks that span several sections; raises UserError."""
   batch, ppo = settings.batch, settings.config["ppo"]
-  estimator = estimators.find(
-    settings.config["estimator"] or settings.algorithm.estimator
-  )
+  estimator = estimators.find(settings.config["estimator"])
   expect(
     settings.schedule.trains or settings.warm_start.steps > 0,
     "total_steps, total_epochs",

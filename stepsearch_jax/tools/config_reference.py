@@ -1,4 +1,4 @@
-"""Writes the reference of all config fields into configs/README.md.
+"""Writes the tables of methods and of config fields into configs/README.md.
 
   python -m stepsearch_jax.tools.config_reference
 
@@ -18,8 +18,8 @@ import ml_collections
 
 from configs import common
 from stepsearch_jax import cli, files
+from stepsearch_jax.run import methods
 
-START, END = "<!-- fields -->", "<!-- /fields -->"
 _SOURCE = pathlib.Path(common.__file__)
 
 
@@ -143,11 +143,27 @@ def render() -> str:
   return "\n".join(lines)
 
 
+def render_methods() -> str:
+  """Returns the table of methods as Markdown."""
+  usual = ", ".join(f"`{path}` {x}" for path, x in methods.DECIDED.items())
+  lines = [f"Where a row says nothing else: {usual}.", "",
+           "| method | what it is | chooses |", "| --- | --- | --- |"]
+  for method in methods.METHODS.values():
+    own = ", ".join(
+      f"`{path}` {value}" for path, value in method.fields.items()
+      if value != methods.DECIDED[path]
+    )
+    lines.append(f"| `{method.name}` | {method.summary} | {own} |")
+  return "\n".join(lines) + "\n"
+
+
 def updated(text: str) -> str:
-  """Returns a document with the reference between its two marks."""
-  head, _, rest = text.partition(START)
-  _, _, tail = rest.partition(END)
-  return f"{head}{START}\n{render()}{END}{tail}"
+  """Returns a document with both tables between their marks."""
+  for name, table in (("methods", render_methods()), ("fields", render())):
+    head, start, rest = text.partition(f"<!-- {name} -->")
+    _, end, tail = rest.partition(f"<!-- /{name} -->")
+    text = f"{head}{start}\n{table}{end}{tail}"
+  return text
 
 
 def main() -> None:

@@ -55,13 +55,13 @@ def test_the_shipped_study_is_a_fair_one(launcher):
   for name in ("ppo", "grpo", "steppo", "ppo, bonus per search"):
     assert seeds[name] >= 10
   assert min(seeds.values()) >= 5
-  rates = {arm.rates for arm in plan.arms if "algorithm" in arm.overrides}
+  rates = {arm.rates for arm in plan.arms if "method" in arm.overrides}
   assert len(rates) == 1 and len(next(iter(rates))) == 3
 
 
 def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
   config = write(tmp_path, "  add('ppo', seeds=2, rates=(1e-4, 1e-3), "
-                 "algorithm='ppo')\n")
+                 "method='ppo')\n")
   plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
   first = launcher.ready(plan, workdir, plan.arms)
   assert [flag(c, "config.seed") for c in first] == [["0"], ["1"], ["99"]]
@@ -85,7 +85,7 @@ def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
 
 
 def test_arms_with_other_rollouts_or_fields_are_refused(launcher, tmp_path):
-  two = "  add('ppo', seeds=1, algorithm='ppo')\n"
+  two = "  add('ppo', seeds=1, method='ppo')\n"
   more = "  add('big', seeds=1, batch=dict(questions=16))\n"
   with pytest.raises(types.UserError, match="arms differ in"):
     launcher.load(write(tmp_path, two + more))

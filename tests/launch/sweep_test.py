@@ -20,14 +20,14 @@ def plan(config, workdir, *arguments):
   )
 
 
-def test_quickstart_sweep_is_two_algorithms_by_three_seeds(tmp_path):
+def test_quickstart_sweep_is_two_methods_by_three_seeds(tmp_path):
   done = plan("configs/quickstart.py", tmp_path)
   commands = done.stdout.splitlines()
   assert done.returncode == 0 and len(commands) == 6
   assert len({c.split("--workdir=")[1] for c in commands}) == 6
-  for algorithm in ("steppo", "ppo"):
+  for method in ("steppo", "ppo"):
     for seed in range(3):
-      arguments = (f"--config=configs/quickstart.py:algorithm={algorithm} "
+      arguments = (f"--config=configs/quickstart.py:method={method} "
                    f"--config.seed={seed} ")
       assert sum(arguments in c for c in commands) == 1
   assert not list(tmp_path.iterdir())
@@ -64,7 +64,7 @@ def test_overrides_and_arguments_go_to_every_run(tmp_path):
   commands = done.stdout.splitlines()
   assert len(commands) == 6, done.stderr
   for command in commands:
-    assert "--config=configs/quickstart.py:runlocal,algorithm=" in command
+    assert "--config=configs/quickstart.py:runlocal,method=" in command
     assert "--config.total_steps=3 --config.model.remat=none" in command
 
 

@@ -23,7 +23,7 @@ def experiment(tmp_path, **changes):
 
 
 def test_outcome_rewards_train_on_plain_questions_and_answers(tmp_path):
-  assert len(experiment(tmp_path, algorithm="ppo").train_questions) > 10
+  assert len(experiment(tmp_path, method="ppo").train_questions) > 10
 
 
 def test_step_rewards_say_which_paragraphs_they_need(tmp_path):

@@ -24,10 +24,10 @@ PPO = dict(
 )
 
 
-def make_config(algorithm="steppo", preset="paper"):
+def make_config(method="steppo", preset="paper"):
   config = common.base()
   config.total_steps = 10
-  config.algorithm = algorithm
+  config.method = method
   config.reward.preset = preset
   config.batch.questions, config.batch.rollouts = 6, 4
   config.rollout.context = 190
@@ -41,10 +41,10 @@ def learner(config, steps=10):
   return Settings.from_config(config, devices=1).learner(steps)
 
 
-@pytest.mark.parametrize("algorithm, preset", itertools.product(
+@pytest.mark.parametrize("method, preset", itertools.product(
   ("steppo", "ppo", "grpo", "reinforce"), ("paper", "released")
 ))
-def test_every_field_reaches_the_learner(algorithm, preset):
+def test_every_field_reaches_the_learner(method, preset):
   released = preset == "released"
   optimizer = dict(
     first_rate_zero=released, weight_decay=0.017, grad_clip=1.8, adapter=None
@@ -52,7 +52,7 @@ def test_every_field_reaches_the_learner(algorithm, preset):
   # 10 steps of 3 epochs over 24 / 6 mini-batches: 120 optimizer steps.
   want = specs.LearnerSpec(
     estimator=specs.EstimatorSpec(
-      name={"steppo": "gae", "ppo": "gae"}.get(algorithm, algorithm),
+      name={"steppo": "gae", "ppo": "gae"}.get(method, method),
       gamma=0.91, lam=0.92, scope="attended" if released else "policy",
       turn_gamma=0.93, turn_weight=0.94, strata_blend=0.95,
     ),
@@ -64,7 +64,7 @@ def test_every_field_reaches_the_learner(algorithm, preset):
       micro_weighting="micro_mean" if released else "token",
     ),
     kl=specs.KlSpec(
-      in_reward=algorithm != "grpo", coef=0.012, estimator="abs",
+      in_reward=method != "grpo", coef=0.012, estimator="abs",
       loss_estimator="mse", controller="fixed", target=0.13, horizon=1400,
     ),
     policy=specs.OptimizerSpec(
@@ -79,13 +79,13 @@ def test_every_field_reaches_the_learner(algorithm, preset):
     temperature=0.8,
     critic_warmup=7,
   )
-  assert learner(make_config(algorithm, preset)) == want
+  assert learner(make_config(method, preset)) == want
 
 
-@pytest.mark.parametrize("algorithm", ["steppo", "ppo", "grpo", "reinforce"])
-def test_only_steppo_pays_for_steps(algorithm):
-  settings = Settings.from_config(make_config(algorithm), devices=1)
-  assert settings.reward.outcome_only == (algorithm != "steppo")
+@pytest.mark.parametrize("method", ["steppo", "ppo", "grpo", "reinforce"])
+def test_only_steppo_pays_for_steps(method):
+  settings = Settings.from_config(make_config(method), devices=1)
+  assert settings.reward.outcome_only == (method != "steppo")
 
 
 def test_the_kl_is_in_the_loss_or_in_the_reward():
@@ -102,7 +102,7 @@ def test_adapters_of_each_model_are_its_own():
   assert found.value.adapter == adapters.AdapterSpec(4, 5.0)
 
 
-def test_an_estimator_of_another_name_replaces_the_algorithms_own():
+def test_an_estimator_of_another_name_replaces_the_methods_own():
   config = make_config("grpo")
   config.estimator = "turn_rloo"
   found = learner(config)
@@ -112,7 +112,7 @@ def test_an_estimator_of_another_name_replaces_the_algorithms_own():
 @pytest.mark.parametrize("changes, field", [
   ({"estimator": "gea"}, "estimator"),
   ({"estimator": "gigpo", "batch.rollouts": 1}, "batch.rollouts"),
-  ({"algorithm": "grpo", "batch.rollouts": 1}, "batch.rollouts"),
+  ({"method": "grpo", "batch.rollouts": 1}, "batch.rollouts"),
   ({"ppo.kl_loss_estimator": "kl"}, "ppo.kl_loss_estimator"),
   ({"ppo.clip_ratio_high": 0.1}, "ppo.clip_ratio_high"),
   ({"rollout.top_p": 0.9}, "ppo.old_logp"),

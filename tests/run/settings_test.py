@@ -14,14 +14,14 @@ def config_with(changes):
 
 
 @pytest.mark.parametrize("changes, field", [
-  ({"algorithm": "a2c"}, "algorithm"),
+  ({"method": "a2c"}, "method"),
   ({"total_epochs": 1.0}, "total_steps, total_epochs"),
   ({"total_steps": 0, "warm_start.steps": 0}, "total_steps, total_epochs"),
   ({"data.split": "test"}, "data.split"),
   ({"data.world.train": -1}, "data.world.train"),
   ({"warm_start.wording": "best"}, "warm_start.wording"),
   ({"warm_start.give_up": 2.0}, "warm_start.give_up"),
-  ({"algorithm": "grpo"}, "batch.rollouts"),
+  ({"method": "grpo"}, "batch.rollouts"),
   ({"batch.questions": 7}, "ppo.mini_batch"),
   ({"batch.questions": 0}, "batch.questions"),
   ({"mesh.data": 3}, "rollout.slots"),
@@ -57,7 +57,7 @@ def config_with(changes):
   ({"eval.every": -1}, "eval.every"),
   ({"data.holdout": 1.0}, "data.holdout"),
   ({"log.profile": (3, 2)}, "log.profile"),
-  ({"algorithm": "grpo", "batch.rollouts": 2,
+  ({"method": "grpo", "batch.rollouts": 2,
     "ppo.kl_controller": "adaptive"}, "ppo.kl_controller"),
 ])
 def test_a_wrong_setting_names_its_field(changes, field):
