@@ -31,7 +31,7 @@ def config_with(changes):
   ({"rollout.template": "x"}, "rollout.template"),
   ({"rollout.retrieval_delay": 0}, "rollout.retrieval_delay"),
   ({"rollout.temperature": 0.0}, "rollout.temperature"),
-  ({"rollout.context": 16}, "rollout.context"),
+  ({"rollout.context": 4}, "rollout.context"),
   ({"rollout.max_turns": -1}, "rollout.max_turns"),
   ({"sentinel.action": "stop"}, "sentinel.action"),
   ({"sentinel.patience": 0}, "sentinel.patience"),
