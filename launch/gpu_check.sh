@@ -8,12 +8,15 @@
 # Uses the Python that it finds (--python=...) with its jax, flax and optax;
 # nothing is installed. Every stage has its own limit in seconds and the others
 # go on when one fails; a later start with the same --out, commit and machine
-# takes only what is missing. Stages, in this order:
+# takes only what is missing. STEPSEARCH_COMMIT names the commit where .git is
+# missing. Stages, in this order:
+#   choices_decode, choices_update, choices_prefill
+#              the same in few layers, by what compiler and memory may be told
+#   attention  kernels side by side
 #   parity     this device's numbers beside the CPU's, small shapes
 #   update     share of peak: update and scoring, Qwen2.5-3B's widths
 #   decode     share of bandwidth, 64 slots
 #   prefill    share of peak
-#   attention  kernels side by side
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
 #   real       trains configs/musique_smollm2.py:gpu from --model=x.gguf, where
@@ -23,10 +26,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=gpu_check stages=parity,update,decode,prefill,attention,train,replay,real
+out=gpu_check
+stages=choices_decode,choices_update,choices_prefill
+stages+=,attention,parity,update,decode,prefill,train,replay,real
 seconds=540 tiny="" model="" python=python3 platform=cuda,cpu
 declare -A limits=(
-  [parity]=150 [update]=150 [decode]=90 [prefill]=120 [attention]=70
+  [choices_decode]=60 [choices_update]=70 [choices_prefill]=40
+  [parity]=100 [update]=150 [decode]=90 [prefill]=120 [attention]=70
   [train]=90 [replay]=170 [real]=480
 )
 while [ $# -gt 0 ]; do
@@ -44,7 +50,7 @@ while [ $# -gt 0 ]; do
         limits[${pair%%:*}]="${pair#*:}"
       done ;;
     --tiny) tiny=1 platform=cpu ;;
-    --help | -h) sed -n '2,24p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,27p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: unknown argument $1" >&2; exit 1 ;;
   esac
   shift
@@ -86,10 +92,11 @@ stage() {
   esac
 }
 
-# figures STAGE SUITE [part of their names].
+# figures STAGE SUITE [part of their names] [input].
 figures() {
+  local input="${tiny:+tiny}${4:+${tiny:+ }$4}"
   stage "$1" "$python" -m stepsearch_jax.tools.bench --suite="$2" \
-    --what="${3:-}" --json="$out/$2.json" ${tiny:+--input=tiny}
+    --what="${3:-}" --json="$out/${4:-$2}.json" ${input:+--input="$input"}
 }
 
 [ -n "$tiny" ] || nvidia-smi \
@@ -98,11 +105,14 @@ figures() {
 print("jax", jax.__version__, "flax", flax.__version__, "optax",
       optax.__version__, jax.devices())' 2>&1 | tee -a "$log"
 
+figures choices_decode accelerator decode variants
+figures choices_update accelerator "training:" variants
+figures choices_prefill accelerator prefill variants
+figures attention attention
 figures parity parity
 figures update accelerator "training:"
 figures decode accelerator decode
 figures prefill accelerator prefill
-figures attention attention
 stage train "$python" -m stepsearch_jax.train --workdir="$(mktemp -d)/run" \
   --config=configs/quickstart.py:runlocal
 figures replay accelerator replay
@@ -116,5 +126,5 @@ else
 fi
 
 say "all stages are over"
-"$python" -m stepsearch_jax.bench.report "$out"/{parity,accelerator,attention}.json \
+"$python" -m stepsearch_jax.bench.report "$out"/{variants,attention,parity,accelerator}.json \
   2>&1 | tee "$out/table.txt"

@@ -37,6 +37,7 @@ class Sizes:
 
   Attributes:
     update_layers: of the model that is trained; 0 = as many as fit.
+    rollout_layers: of the model that decodes and prefills; 0 = all.
     replay_shapes: of the replay's programs; few, since compiling them for an
       accelerator takes longer than the replay.
   """
@@ -50,6 +51,7 @@ class Sizes:
   decode_length: int = 1024
   trajectories: int = 64
   update_layers: int = 0
+  rollout_layers: int = 0
   replay_shapes: replay.Shapes = replay.Shapes((8,), (192, 576), (1152,))
 
 
@@ -77,7 +79,7 @@ def tiny() -> tuple[decoder.DecoderConfig, Sizes]:
     num_layers=2, num_heads=4, head_dim=16,
   )
   shapes = replay.Shapes((2,), (192, 576), (768,))
-  return config, Sizes(2, 128, 1, 2, 64, 2, 128, 2, 0, shapes)
+  return config, Sizes(2, 128, 1, 2, 64, 2, 128, 2, 0, 0, shapes)
 
 
 def trunk_weights(config: decoder.DecoderConfig) -> int:
@@ -143,6 +145,18 @@ def random_policy(config: decoder.DecoderConfig) -> types.Tree:
   ))(jax.random.key(0))
 
 
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+# What the compiler might do otherwise with a decode block on a GPU.
+_COMPILED = {
+  "as it is": {},
+  "loop in a graph": {"xla_gpu_enable_command_buffer": f"{_GRAPHS},WHILE"},
+  "products apart": {"xla_gpu_dot_merger_threshold_mb": 0},
+  "cuBLAS alone": {
+    "xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0,
+  },
+}
+
+
 class _Training:
   """A learner on full rows."""
 
@@ -186,11 +200,12 @@ def _prefill(config, sizes: Sizes) -> Work:
   )
 
 
-def _decode(config, sizes: Sizes) -> Work:
+def _decode(config, sizes: Sizes, options: dict | None = None) -> Work:
   """A block of decode steps in full slots."""
   rows, length = sizes.decode_rows, sizes.decode_length
   steps = programs.BLOCK
-  compiled = programs.endless(config, rows, length)
+  kind = functools.partial(programs.Optioned, options or {})
+  compiled = programs.endless(config, rows, length, kind)
   params = compiled.decode_params(random_policy(config))
 
   def block():
@@ -241,9 +256,8 @@ class Share(duel.Reading):
     self.read = None
 
 
-def _replay(path, config, sizes: Sizes) -> Work:
+def _replay(replays, config, sizes: Sizes) -> Work:
   """Whole rollouts of given lengths; the amount is their tokens."""
-  replays = workload.load(path, sizes.trajectories)
   engine = replay.Ours(
     config, random_policy(config), replays, sizes.decode_rows,
     shapes=sizes.replay_shapes,
@@ -263,6 +277,70 @@ def _memory(what: str, work: str) -> Iterator[duel.Reading]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+  """A phase whose share of a peak is taken.
+
+  Attributes:
+    make: builds its work.
+    work: what the figure names beside the machine.
+  """
+
+  name: str
+  make: Callable[[], Work]
+  work: str
+  goal: str
+  by_bytes: bool = False
+
+
+def _phases(config, trained, sizes: Sizes) -> Iterator[_Phase]:
+  """The phases as training runs them."""
+  training = functools.cache(lambda: _Training(trained, sizes))
+  rows = f"{sizes.update_rows} x {sizes.update_length}"
+  part = f"{rows}, {trained.num_layers} of {config.num_layers} layers"
+  yield _Phase(
+    "training: update", lambda: training().update(), part, "0.45"
+  )
+  yield _Phase(
+    "training: scoring", lambda: training().scoring(), part, "0.5"
+  )
+  training.cache_clear()  # The optimizer would take the cache's room.
+  whole = f"{trunk_weights(config) / 1e9:.2g} B layers"
+  yield _Phase(
+    "decode", lambda: _decode(config, sizes),
+    f"{sizes.decode_rows} rows at {sizes.decode_length}, {whole}", "0.6", True,
+  )
+  yield _Phase(
+    "prefill", lambda: _prefill(config, sizes),
+    f"{sizes.prefill_rows} x {sizes.prefill_length}, {whole}", "0.5",
+  )
+
+
+def _variants(config, trained, sizes: Sizes) -> Iterator[_Phase]:
+  """The same phases in few layers, by what may be chosen."""
+  layers = f"{config.num_layers} layers"
+  for name, options in _COMPILED.items():
+    yield _Phase(
+      "decode", lambda o=options: _decode(config, sizes, o),
+      f"{sizes.decode_rows} rows at {sizes.decode_length}, {layers}, {name}",
+      "0.6", True,
+    )
+  rows = f"{sizes.update_rows} x {sizes.update_length}"
+  for remat in (decoder.Remat.DOTS, decoder.Remat.NONE, decoder.Remat.FULL):
+    shape = dataclasses.replace(trained, remat=remat)
+    yield _Phase(
+      "training: update", lambda c=shape: _Training(c, sizes).update(),
+      f"{rows}, {trained.num_layers} layers, remat {remat}", "0.45",
+    )
+  rows = f"{sizes.prefill_rows} x {sizes.prefill_length}, {layers}"
+  for backend in (None, "xla"):
+    shape = dataclasses.replace(config, attention=backend)
+    yield _Phase(
+      "prefill", lambda c=shape: _prefill(c, sizes),
+      f"{rows}, attention {backend or 'as it is'}", "0.5",
+    )
+
+
 def readings(
   path: str | None, config: decoder.DecoderConfig | None = None,
   sizes: Sizes | None = None,
@@ -271,47 +349,48 @@ def readings(
 
   Args:
     path: recorded workloads (JSON); None makes similar ones up; "tiny" also
-      takes `tiny` sizes.
+      takes `tiny` sizes; "variants" takes the phases in few layers by what
+      compiler and memory may be told; "tiny variants" both.
     config: shape; None is Qwen2.5-3B's.
     sizes: of the workloads; None suits 80 GB and more.
 
   Raises:
     UserError: the device's peaks are not known.
   """
-  if path == "tiny":
-    path, (config, sizes) = None, tiny()
+  words = set((path or "").split()) & {"tiny", "variants"}
+  if "tiny" in words:
+    config, sizes = tiny()
   config, sizes = config or qwen3b(), sizes or Sizes()
+  if "variants" in words:
+    few = {"update_layers": 12, "rollout_layers": 8}  # Compiled in seconds.
+    sizes = dataclasses.replace(sizes, **{
+      name: min(count, config.num_layers) for name, count in few.items()
+    })
   device = jax.local_devices()[0]
   machine = machines.of_device(device.platform, device.device_kind)
   memory = (device.memory_stats() or {}).get("bytes_limit", machine.memory)
   layers = sizes.update_layers or fitting_layers(config, memory)
   trained = dataclasses.replace(config, num_layers=layers)
-  whole = f"{trunk_weights(config) / 1e9:.2g} B layers, {machine.name}"
-  part = f"{layers} of {config.num_layers} layers, {machine.name}"
-  training = functools.cache(lambda: _Training(trained, sizes))
-  rows = f"{sizes.update_rows} x {sizes.update_length}"
-  compute, bytes_ = "share of peak compute", "share of peak bandwidth"
-  for what, unit, make, peak, work, goal in (
-    ("training: update", compute, lambda: training().update(), machine.flops,
-     f"{rows}, {part}", "0.45"),
-    ("training: scoring", compute, lambda: training().scoring(), machine.flops,
-     f"{rows}, {part}", "0.5"),
-    ("decode", bytes_, lambda: _decode(config, sizes), machine.bandwidth,
-     f"{sizes.decode_rows} rows at {sizes.decode_length}, {whole}", "0.6"),
-    ("prefill", compute, lambda: _prefill(config, sizes), machine.flops,
-     f"{sizes.prefill_rows} x {sizes.prefill_length}, {whole}", "0.5"),
-  ):
-    if what == "decode":
-      training.cache_clear()  # The optimizer would take the cache's room.
+  config = dataclasses.replace(
+    config, num_layers=sizes.rollout_layers or config.num_layers
+  )
+  phases = _variants if "variants" in words else _phases
+  for phase in phases(config, trained, sizes):
+    work = f"{phase.work}, {machine.name}"
+    peak = machine.bandwidth if phase.by_bytes else machine.flops
+    kind = "bandwidth" if phase.by_bytes else "compute"
     yield Share(
-      f"{what}, {unit}", work, None, goal=goal, warm_up=True, make=make,
-      peak=peak,
+      f"{phase.name}, share of peak {kind}", work, None, goal=phase.goal,
+      warm_up=True, make=phase.make, peak=peak,
     )
-    yield from _memory(what, work)
-  replays = workload.load(path, sizes.trajectories)
-  work = f"{workload.describe(replays)}, {whole}"
+    yield from _memory(phase.name, work)
+  if "variants" in words:
+    return
+  replays = workload.load(None if words else path, sizes.trajectories)
+  work = (f"{workload.describe(replays)}, "
+          f"{trunk_weights(config) / 1e9:.2g} B layers, {machine.name}")
   yield Share(
     "replay, tokens a second", work, None, warm_up=True,
-    make=lambda: _replay(path, config, sizes),
+    make=lambda: _replay(replays, config, sizes),
   )
   yield from _memory("replay", work)

@@ -176,18 +176,18 @@ class Case:
 
 
 CASES = (
+  Case("update", _update),
+  Case("rollout, greedy", functools.partial(_rollout, temperature=0.0)),
+  # A random policy is so flat that in bfloat16 other tokens are drawn.
+  Case("rollout, sampled", functools.partial(_rollout, temperature=1.0),
+       dtypes=("float32",)),
+  Case("scores", _scores),
   Case("attention 256, 64 wide",
        functools.partial(_attention, length=256, dim=64), ("xla", "cudnn")),
   Case("attention 384, 128 wide",
        functools.partial(_attention, length=384, dim=128), ("xla", "cudnn")),
   Case("attention 255 (odd)",
        functools.partial(_attention, length=255, dim=64), ("xla", "cudnn")),
-  Case("scores", _scores),
-  Case("update", _update),
-  Case("rollout, greedy", functools.partial(_rollout, temperature=0.0)),
-  # A random policy is so flat that in bfloat16 other tokens are drawn.
-  Case("rollout, sampled", functools.partial(_rollout, temperature=1.0),
-       dtypes=("float32",)),
   Case("engine", _engine),
 )
 
@@ -233,33 +233,36 @@ def error(found: Arrays, wanted: Arrays) -> float:
   return worst
 
 
-def save(path: str) -> None:
-  """Writes every case's arrays on this process's device, in float32."""
-  arrays = {
-    f"{case.name}|{name}": value
-    for case in CASES for name, value in _reference(case).items()
-  }
-  np.savez(path, allow_pickle=False, **arrays)
+def save(name: str, path: str) -> None:
+  """Writes a case's arrays on this process's device, in float32."""
+  (case,) = (case for case in CASES if case.name == name)
+  np.savez(path, allow_pickle=False, **_reference(case))
 
 
 class _OfCpu:
-  """The cases' arrays from a process that sees the CPU alone.
+  """A case's arrays from a process that sees the CPU alone.
 
-  It starts at once and is waited for when the first array is asked for.
+  It runs while the device computes the same.
   """
 
-  def __init__(self):
+  def __init__(self, case: str):
+    self._case = case
+    self._process = self._found = None
+
+  def start(self) -> None:
+    """Starts the process, once."""
+    if self._process is not None:
+      return
     self._folder = tempfile.TemporaryDirectory()
     self._path = pathlib.Path(self._folder.name) / "cpu.npz"
     self._process = subprocess.Popen(
-      [sys.executable, "-m", __name__, str(self._path)],
+      [sys.executable, "-m", __name__, self._case, str(self._path)],
       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
-    self._found = None
 
-  def __getitem__(self, case: str) -> Arrays:
-    """The arrays of a case by its name.
+  def arrays(self) -> Arrays:
+    """What it computed.
 
     Raises:
       UserError: the process failed.
@@ -272,20 +275,20 @@ class _OfCpu:
         )
       with np.load(self._path) as arrays:
         self._found = dict(arrays)
-    return {
-      key.partition("|")[2]: value for key, value in self._found.items()
-      if key.partition("|")[0] == case
-    }
+    return self._found
 
 
-def _measured(case: Case, dtype: str, backend: str | None, wanted) -> float:
+def _measured(
+  case: Case, dtype: str, backend: str | None, wanted: _OfCpu
+) -> float:
   """The error of a case; raises when it is past its limit."""
+  wanted.start()
   extra = (backend,) if case.backends else ()
   # By default float32 products lose half their digits on an accelerator.
   precision = "float32" if dtype == "float32" else None
   with jax.default_matmul_precision(precision):
     found = case.compute(jnp.dtype(dtype).type, *extra)
-  apart = error(found, wanted[case.name])
+  apart = error(found, wanted.arrays())
   if apart > _LIMITS[dtype]:
     raise types.UserError(
       f"relative error {apart:.2g}, at most {_LIMITS[dtype]} expected"
@@ -300,9 +303,9 @@ def readings(path: str | None) -> Iterator[duel.Reading]:
     path: unused; the cases are small everywhere.
   """
   del path
-  wanted = _OfCpu()
   device = jax.local_devices()[0].device_kind
   for case in CASES:
+    wanted = _OfCpu(case.name)
     for backend in case.backends or (None,):
       for dtype in case.dtypes:
         if backend == "cudnn" and dtype == "float32":
@@ -316,4 +319,4 @@ def readings(path: str | None) -> Iterator[duel.Reading]:
 
 
 if __name__ == "__main__":
-  save(sys.argv[1])
+  save(*sys.argv[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -149,8 +150,11 @@ def write_card(folder: epath.Path, card: dict) -> None:
 def commit() -> str:
   """Returns the project's git commit, or "unknown" outside a checkout.
 
-  It ends in "-dirty" where tracked files differ from it.
+  It ends in "-dirty" where tracked files differ from it. STEPSEARCH_COMMIT
+  names it for a copy whose .git is another's or missing.
   """
+  if named := os.environ.get("STEPSEARCH_COMMIT"):
+    return named
   try:
     done = subprocess.run(
       ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -11,10 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models import cudnn
+from stepsearch_jax.models import cache, cudnn
 from stepsearch_jax.parallel import sharding
 
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
+_CUDNN_TYPES = (jnp.bfloat16, jnp.float16)
 _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.
 
 
@@ -68,28 +69,51 @@ def _merge(blocks, shape):
 
 
 def cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
+  q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array,
+  order: cache.KeyOrder, backend: str | None = None,
 ) -> jax.Array:
   """Attention of new tokens over a slot cache.
 
   Args:
     q: [B, S, H, D] queries.
-    k: [B, KV, D, T] cached keys, entry t at position t.
+    k: [B, KV, T, D] cached keys, or as `order` says; entry t at position t.
     v: [B, KV, T, D] cached values.
     positions: [B, S] int32; a query sees entries 0..position.
+    order: how the keys lie.
+    backend: see `packed_attention`; of one query a row, all are XLA's.
 
   Returns:
     [B, S, H, D].
   """
+  backend = backend or backend_of(jax.default_backend())
+  even = q.shape[1] % 2 == v.shape[2] % 2 == 0
+  if backend == "cudnn" and even and q.dtype in _CUDNN_TYPES:
+    return _cudnn_cached(q, k, v, positions)
   grouped = _grouped(q, k.shape[1])
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  entries = jnp.arange(k.shape[3], dtype=jnp.int32)[None, None]
+  entries = jnp.arange(v.shape[2], dtype=jnp.int32)[None, None]
   blocks = []
   for start in range(0, q.shape[1], _QUERY_BLOCK):
     part = slice(start, start + _QUERY_BLOCK)
     visible = entries <= positions[:, part, None]
-    blocks.append(_attend(grouped[:, :, :, part], k, v, visible, keys="ndt"))
+    blocks.append(
+      _attend(grouped[:, :, :, part], k, v, visible, keys=f"n{order}")
+    )
   return _merge(blocks, q.shape)
+
+
+def _cudnn_cached(q, k, v, positions):
+  """The same for several queries a row, keys [B, KV, T, D]."""
+  k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+  return _on_own_heads(_cudnn_masked, q, k, v, positions)
+
+
+def _cudnn_masked(q, k, v, positions):
+  entries = jnp.arange(k.shape[1], dtype=jnp.int32)
+  visible = entries <= positions[:, None, :, None]
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=visible, implementation="cudnn"
+  )
 
 
 def _xla_packed(q, k, v, segment_ids):
@@ -192,7 +216,7 @@ def packed_attention(
     [B, S, H, D].
   """
   backend = backend or backend_of(jax.default_backend())
-  if backend == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16):
+  if backend == "cudnn" and q.dtype in _CUDNN_TYPES:
     return _cudnn_packed(q, k, v, segment_ids)
   if backend == "splash" and q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0:
     return _splash_packed(q, k, v, segment_ids)

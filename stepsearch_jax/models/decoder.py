@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from stepsearch_jax import types
 from stepsearch_jax.models import attention, families, layers, rope
+from stepsearch_jax.models import cache as cache_lib
 
 
 class Remat(enum.StrEnum):
@@ -85,41 +85,13 @@ class DecoderConfig:
       )
 
 
-@flax.struct.dataclass
-class Cache:
-  """Keys and values of P slots, one array per layer.
-
-  A decode step multiplies a few queries with all keys, and the weights with
-  all values; in these layouts both are matrix products without a transpose.
-
-  Attributes:
-    k: L arrays [P, KV, D, T].
-    v: L arrays [P, KV, T, D].
-    slots: [B] int32, the slot of each batch row; None = row b is slot b.
-  """
-
-  k: tuple[types.Leaf, ...]
-  v: tuple[types.Leaf, ...]
-  slots: types.Leaf | None = None
-
-
-# Logical axes of a layer's keys and values.
-CACHE_AXES = (
-  ("slots", "kv_heads", "head_dim", "length"),
-  ("slots", "kv_heads", "length", "head_dim"),
-)
-
-
 def init_cache(
   config: DecoderConfig, slots: int, length: int, dtype: jax.typing.DTypeLike
-) -> Cache:
+) -> cache_lib.Cache:
   """An empty cache of `slots` rows with `length` positions."""
-  keys = (slots, config.num_kv_heads, config.head_dim, length)
-  values = (slots, config.num_kv_heads, length, config.head_dim)
-  count = range(config.num_layers)
-  return Cache(
-    tuple(jnp.zeros(keys, dtype) for _ in count),
-    tuple(jnp.zeros(values, dtype) for _ in count),
+  return cache_lib.init_cache(
+    slots, config.num_kv_heads, config.head_dim, length, config.num_layers,
+    dtype, cache_lib.key_order(config.attention),
   )
 
 
@@ -152,9 +124,9 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, angles, positions, segment_ids, cache, slots, kv_length
+    self, x, angles, positions, segment_ids, entries, cache, kv_length
   ):
-    """Returns (output [B, S, M], the layer's cache (keys, values))."""
+    """Returns (output [B, S, M], the layer's part of the cache)."""
     c = self.config
     width = c.hidden_size
 
@@ -184,9 +156,11 @@ class Attention(nn.Module):
         q, k, v, segment_ids, c.attention
       )
     else:
-      cache = _write(cache, k, v, slots, positions)
-      keys, values = _read(cache, slots, kv_length)
-      mixed = attention.cached_attention(q, keys, values, positions)
+      entries = cache_lib.write(entries, k, v, positions, cache)
+      keys, values = cache_lib.read(entries, kv_length, cache)
+      mixed = attention.cached_attention(
+        q, keys, values, positions, cache.order, c.attention
+      )
     kernel = layers.weight(
       self, "o_kernel", (c.num_heads, c.head_dim, width),
       ("heads", "head_dim", "embed"), c, 2 * c.num_layers * width,
@@ -196,28 +170,7 @@ class Attention(nn.Module):
     )
     if c.o_bias:
       out = out + layers.bias(self, "o_bias", (width,), ("norm",), c)
-    return out, cache
-
-
-def _write(cache, k, v, slots, positions):
-  """Stores new keys and values [B, S, KV, D]; others' places are padding."""
-  keys, values = cache
-  rows = jnp.arange(k.shape[0], dtype=jnp.int32) if slots is None else slots
-  rows = rows[:, None]
-  # Advanced indices around a slice come first: both take [B, S, KV, D].
-  return (
-    keys.at[rows, :, :, positions].set(k.astype(keys.dtype), mode="drop"),
-    values.at[rows, :, positions].set(v.astype(values.dtype), mode="drop"),
-  )
-
-
-def _read(cache, slots, kv_length):
-  """The batch rows' entries up to `kv_length`."""
-  keys, values = cache
-  keys, values = keys[..., :kv_length], values[:, :, :kv_length]
-  if slots is None:
-    return keys, values
-  return tuple(x.at[slots].get(mode="clip") for x in (keys, values))
+    return out, entries
 
 
 class Mlp(nn.Module):
@@ -260,20 +213,20 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, angles, positions, segment_ids, cache=None, slots=None,
+    self, x, angles, positions, segment_ids, entries=None, cache=None,
     kv_length=None,
   ):
-    """Returns (hidden [B, S, M], the layer's cache), as a scan wants it."""
+    """Returns (hidden [B, S, M], the layer's part of the cache)."""
     c = self.config
     norm = (c.rms_norm_eps, c.dtype, c.param_dtype, "norm")
-    mixed, cache = Attention(c, name="attention")(
+    mixed, entries = Attention(c, name="attention")(
       layers.RMSNorm(*norm, name="attention_norm")(x),
-      angles, positions, segment_ids, cache, slots, kv_length,
+      angles, positions, segment_ids, entries, cache, kv_length,
     )
     x = x + mixed
     x = x + Mlp(c, name="mlp")(layers.RMSNorm(*norm, name="mlp_norm")(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-    return x, cache
+    return x, entries
 
 
 class Decoder(nn.Module):
@@ -287,7 +240,7 @@ class Decoder(nn.Module):
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: cache_lib.Cache | None = None,
     kv_length: int | None = None,
   ):
     """Runs the trunk.
@@ -298,8 +251,8 @@ class Decoder(nn.Module):
         where keys and values are stored; positions outside it are padding.
       segment_ids: [B, S] int32 of packed rows (0 = padding); only without a
         cache, None = every row is one sequence.
-      cache: see `Cache`; a token attends to all entries up to its position.
-        The parameters' layers are apart then, see `unstack`.
+      cache: see `cache.Cache`; a token attends to all entries up to its
+        position. The parameters' layers are apart then, see `unstack`.
       kv_length: static bound on the entries read; None = all.
 
     Returns:
@@ -352,7 +305,7 @@ class Decoder(nn.Module):
     keys, values = [], []
     for i, entries in enumerate(zip(cache.k, cache.v, strict=True)):
       x, (k, v) = Block(self.config, name=f"layer_{i}")(
-        x, angles, positions, None, entries, cache.slots, kv_length
+        x, angles, positions, None, entries, cache, kv_length
       )
       keys.append(k)
       values.append(v)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax import types
+from stepsearch_jax.models import cache as cache_lib
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rollout import sampling
 
@@ -69,7 +70,7 @@ class SlotState:
     temperature: [P] float32, 0 for greedy.
   """
 
-  cache: decoder.Cache
+  cache: cache_lib.Cache
   pending: types.Leaf
   position: types.Leaf
   automaton: types.Leaf
@@ -178,12 +179,7 @@ def copy_prefix(
     The new `SlotState`.
   """
   target = jnp.where(chunk.length > 0, chunk.slot, spec.slots)
-  cache = decoder.Cache(
-    tuple(k.at[target, :, :, :kv_length].set(
-      k[source, :, :, :kv_length], mode="drop") for k in state.cache.k),
-    tuple(v.at[target, :, :kv_length].set(
-      v[source, :, :kv_length], mode="drop") for v in state.cache.v),
-  )
+  cache = cache_lib.copy_rows(state.cache, source, target, kv_length)
   return _placed(state, cache, chunk, spec)
 
 

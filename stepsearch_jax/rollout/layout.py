@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from stepsearch_jax import types
+from stepsearch_jax.models import cache as cache_lib
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
 
@@ -42,12 +43,11 @@ def decode_axes(config: decoder.DecoderConfig) -> types.Tree:
 
 
 def cache_shardings(
-  mesh: sharding.DeviceMesh, cache: decoder.Cache
-) -> decoder.Cache:
+  mesh: sharding.DeviceMesh, cache: cache_lib.Cache
+) -> cache_lib.Cache:
   """Slots are split like batches, heads of the cache like weights."""
-  return decoder.Cache(*(
+  keys, values = (
     tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)
-    for leaves, names in zip(
-      (cache.k, cache.v), decoder.CACHE_AXES, strict=True
-    )
-  ))
+    for leaves, names in zip((cache.k, cache.v), cache.axes, strict=True)
+  )
+  return cache.replace(k=keys, v=values)

@@ -60,11 +60,13 @@ def test_values_equal_the_released_critic(shared):
     np.testing.assert_allclose(values[valid], want[valid], atol=5e-5)
 
 
+@pytest.mark.parametrize("backend", ["xla", "splash"])  # Orders of the keys.
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_untied", "llama_tied"])
-def test_greedy_continuation_through_the_cache(shared, name):
+def test_greedy_continuation_through_the_cache(shared, name, backend):
   path = str(shared / "golden/models" / name)
   golden = np.load(f"{path}/golden.npz")
   config = hf_weights.load_config(path)
+  config = dataclasses.replace(config, attention=backend)
   params = hf_weights.load_policy(path, config)
   tokens = np.asarray(golden["right/input_ids"], np.int32)
   lengths = np.asarray(golden["right/attention_mask"]).sum(-1)
