@@ -46,7 +46,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.warm_start.steps = 300
   config.warm_start.lr = 3e-3
-  config.warm_start.trajectories = 8000
+  config.warm_start.trajectories = 16000
   config.warm_start.rows = 32
   config.warm_start.row_length = 128
 

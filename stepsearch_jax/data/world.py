@@ -27,9 +27,9 @@ from stepsearch_jax import types
 from stepsearch_jax.data import world_text as text
 
 SPLITS = ("train", "validation", "heldout")
-_SHARES = (0.6, 0.15, 0.25)  # Of the entities.
+_SHARES = (0.75, 0.1, 0.15)  # Of the entities.
 _HOP_SHARES = {2: 0.5, 3: 0.3, 4: 0.2}
-_NAMES = 0.35  # Per entity: three share one, as there are four kinds.
+_NAMES = 0.28  # Per entity: almost four share one, each of another kind.
 _MEMORIALS = 0.25  # Of the entities are mentioned somewhere else.
 _ALIASED = 0.5  # Of the mentions of an entity with an alias use it.
 _TRIES = 200  # Walks per wanted question before a world counts as too small.
@@ -51,7 +51,7 @@ class WorldSpec:
   train: int
   validation: int
   heldout: int
-  entities: int = 1200
+  entities: int = 2000
   alias_share: float = 0.1
   rare_wording: float = 0.25
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Share of each kind among a split's entities.
-KINDS = {"person": 0.3, "city": 0.25, "company": 0.25, "film": 0.2}
+KINDS = {"person": 0.25, "city": 0.25, "company": 0.25, "film": 0.25}
 
 # relation: (kind of its subject, kind of its object, what it may be called).
 RELATIONS = {
