@@ -89,7 +89,7 @@ def _data():
   data.split = "heldout"  # Of the world: heldout | validation.
   # Size and shape of the embedded world (see data/world.py).
   data.world = ml_collections.ConfigDict(dict(
-    seed=0, train=12000, validation=200, heldout=200, entities=2000,
+    seed=0, train=12000, validation=200, heldout=200, entities=2400,
     alias_share=0.1, rare_wording=0.25,
   ))
   data.corpus = ""  # Empty = all paragraphs of the question files.

@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model.remat = "none"
   config.model.size = dict(
     family="qwen2", hidden=128, mlp=256, layers=3, heads=4, kv_heads=2,
-    vocab=1280, tied=True,
+    vocab=1024, tied=True,
   )
 
   config.retrieval.topk = 1  # One sentence: the query decides.
@@ -35,10 +35,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.rollout.max_turns = 6
   config.rollout.retrieval_delay = 8
   config.rollout.slots = 64
-  config.rollout.context = 128
+  config.rollout.context = 160
   config.rollout.block = 8
-  config.rollout.max_prompt = 32
-  config.rollout.max_turn = 12
+  config.rollout.max_prompt = 36
+  config.rollout.max_turn = 14
   config.rollout.max_observation = 20
   config.rollout.answer_room = 8
   config.rollout.extend_rows = (4, 16, 64)
@@ -47,8 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.warm_start.steps = 300
   config.warm_start.lr = 3e-3
   config.warm_start.trajectories = 16000
-  config.warm_start.rows = 32
-  config.warm_start.row_length = 128
+  config.warm_start.rows = 24
+  config.warm_start.row_length = 160
 
   config.batch.questions = 64
   config.ppo.mini_batch = 32

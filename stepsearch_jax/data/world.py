@@ -1,7 +1,7 @@
 """The embedded world: a deterministic multi-hop benchmark in MuSiQue's schema.
 
-Reading is easy in it and searching is hard. A passage is one sentence; a name
-is one word. What decides is which query to ask and when to stop:
+Reading is easy in it and searching is hard. A passage is one sentence and ends
+with what it says; a name is two words. What decides is which query to ask and when to stop:
 
 - Each relation has several wordings. Questions use any, passages one or two of
   them, and a query in another wording finds something else about that name.
@@ -29,7 +29,7 @@ from stepsearch_jax.data import world_text as text
 SPLITS = ("train", "validation", "heldout")
 _SHARES = (0.75, 0.1, 0.15)  # Of the entities.
 _HOP_SHARES = {2: 0.5, 3: 0.3, 4: 0.2}
-_NAMES = 0.28  # Per entity: almost four share one, each of another kind.
+_NAMES = 0.5  # Per entity: two share one, each of another kind.
 _MEMORIALS = 0.25  # Of the entities are mentioned somewhere else.
 _ALIASED = 0.5  # Of the mentions of an entity with an alias use it.
 _TRIES = 200  # Walks per wanted question before a world counts as too small.
@@ -51,7 +51,7 @@ class WorldSpec:
   train: int
   validation: int
   heldout: int
-  entities: int = 2000
+  entities: int = 2400
   alias_share: float = 0.1
   rare_wording: float = 0.25
 
@@ -61,10 +61,10 @@ class WorldSpec:
         raise types.UserError(
           f"data.world.{name} must be >= 0, got {getattr(self, name)}"
         )
-    if not 200 <= self.entities <= 2000:
+    if not 200 <= self.entities <= 15000:
       raise types.UserError(
-        "data.world.entities must be between 200 and 2000 (there are 1,000 "
-        f"names), got {self.entities}"
+        "data.world.entities must be between 200 and 15000 (there are "
+        f"14,400 names), got {self.entities}"
       )
     if not 0 <= self.alias_share <= 0.25:
       raise types.UserError(
@@ -204,30 +204,20 @@ class Graph:
 def _entities(spec: WorldSpec, rng: np.random.Generator) -> list[Entity]:
   """All entities; one name belongs to one entity of each kind at most.
 
-  Names of later splits also occur in training, with entities of other kinds:
-  a policy that starts from nothing has seen every word.
+  No name is of two splits, but the words that names consist of are the same
+  everywhere: a policy that starts from nothing has seen every word.
   """
   pool = text.name_pool(rng)
-  count = round(spec.entities * _NAMES)
-  pool, aliases = pool[:count], pool[count:]
   made: list[Entity] = []
-  used = {kind: set() for kind in text.KINDS}
-  trained: list[str] = []
   for split, share in zip(SPLITS, _SHARES, strict=True):
+    count = round(spec.entities * share)
+    names = [pool.pop() for _ in range(round(count * _NAMES))]
     for kind, part in text.KINDS.items():
-      free = [
-        name for name in (pool if split == "train" else trained)
-        if name not in used[kind]
-      ]
-      wanted = max(round(spec.entities * share * part), 3)
-      for i in rng.permutation(len(free))[:wanted]:
-        alias = ""
-        if aliases and rng.random() < spec.alias_share:
-          alias = aliases.pop()
-        made.append(Entity(len(made), split, kind, free[i], alias))
-        used[kind].add(free[i])
-    if split == "train":
-      trained = sorted({entity.name for entity in made})
+      wanted = max(round(count * part), 3)
+      for i in rng.permutation(len(names))[:wanted]:
+        aliased = rng.random() < spec.alias_share
+        alias = pool.pop() if aliased else ""
+        made.append(Entity(len(made), split, kind, names[i], alias))
   return made
 
 

@@ -54,10 +54,18 @@ _ENDINGS = (
 )
 
 
+_PARTS = 120  # First words of names; as many others are second ones.
+
+
 def name_pool(rng: np.random.Generator) -> list[str]:
-  """All names there are, in random order; each is one word."""
+  """All names there are, in random order; each is two words."""
   pairs = itertools.product(_ONSETS.split(), _ENDINGS.split())
-  pool = [onset + ending for onset, ending in pairs]
+  words = [onset + ending for onset, ending in pairs]
+  words = [words[i] for i in rng.permutation(len(words))[: 2 * _PARTS]]
+  pool = [
+    f"{first} {second}" for first, second in
+    itertools.product(words[:_PARTS], words[_PARTS:])
+  ]
   return [pool[i] for i in rng.permutation(len(pool))]
 
 

@@ -40,11 +40,14 @@ def make_card(
   Returns:
     Settings, metrics, and tables per source and per number of hops.
   """
+  hops = by_hops(records, attempts)
   return {
     "settings": settings,
-    "metrics": summarize(records),
+    "metrics": summarize(records) | {
+      f"em_{number}_hops": row["em"] for number, row in hops.items()
+    },
     "sources": by_source(records, attempts),
-    "hops": by_hops(records, attempts),
+    "hops": hops,
   }
 
 

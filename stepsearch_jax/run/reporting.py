@@ -70,6 +70,7 @@ def summary(settings: Settings, state: RunState) -> dict:
   return {
     "em_before": before["em"],
     "em_after": after["em"],
+    **{name: after[name] for name in after if name.endswith("_hops")},
     "f1_before": before["f1"],
     "f1_after": after["f1"],
     "searches_per_question": after["searches"],

@@ -77,6 +77,8 @@ def test_metrics_tables_and_rows_are_those_of_the_rollouts(tmp_path):
     "a": (3, 1.0), "b": (3, 0.0)}
   assert {h: (r["n"], r["em"]) for h, r in made["hops"].items()} == {
     "2": (3, 1.0), "3": (3, 0.0)}
+  assert made["metrics"]["em_2_hops"] == 1.0
+  assert made["metrics"]["em_3_hops"] == 0.0
   rows = [json.loads(line) for line in
           (tmp_path / "eval/predictions.jsonl").read_text().splitlines()]
   assert [row["id"] for row in rows] == list("012345")
