@@ -1,7 +1,8 @@
 """The embedded world: a deterministic multi-hop benchmark in MuSiQue's schema.
 
 Reading is easy in it and searching is hard. A passage is one sentence and ends
-with what it says; a name is two words. What decides is which query to ask and when to stop:
+with what it says; a name is two words. What decides is which query to ask and
+when to stop:
 
 - Each relation has several wordings. Questions use any, passages one or two of
   them, and a query in another wording finds something else about that name.

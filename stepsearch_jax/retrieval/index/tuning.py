@@ -27,7 +27,7 @@ import tqdm
 
 from stepsearch_jax.retrieval.index import vectors as vectors_lib
 
-_EXACT_ROWS = 5_000
+_EXACT_ROWS = 10_000
 _TREE_ROWS = 200_000
 _QUERIES = 512
 _PARALLEL_QUERIES = 16  # Fewer are done before threads have started.

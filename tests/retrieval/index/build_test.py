@@ -380,8 +380,8 @@ def test_exact_rows_in_chunks_equal_one_product():
 
 
 def test_kind_follows_the_documented_rule():
-  assert tuning.kinds(4_999) == ("exact",)
-  assert tuning.kinds(5_000) == ("exact", "hashed", "tree")
+  assert tuning.kinds(9_999) == ("exact",)
+  assert tuning.kinds(10_000) == ("exact", "hashed", "tree")
   assert tuning.kinds(200_000) == ("tree",)
 
 
