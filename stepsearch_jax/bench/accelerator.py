@@ -147,7 +147,7 @@ def random_policy(config: decoder.DecoderConfig) -> types.Tree:
 
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 # What the compiler might do otherwise with a decode block on a GPU.
-_COMPILED = {
+_COMPILED: dict[str, Any] = {
   "as it is": {},
   "loop in a graph": {"xla_gpu_enable_command_buffer": f"{_GRAPHS},WHILE"},
   "products apart": {"xla_gpu_dot_merger_threshold_mb": 0},
@@ -316,12 +316,16 @@ def _phases(config, trained, sizes: Sizes) -> Iterator[_Phase]:
   )
 
 
+def _updated(config, sizes: Sizes):
+  return _Training(config, sizes).update()
+
+
 def _variants(config, trained, sizes: Sizes) -> Iterator[_Phase]:
   """The same phases in few layers, by what may be chosen."""
   layers = f"{config.num_layers} layers"
   for name, options in _COMPILED.items():
     yield _Phase(
-      "decode", lambda o=options: _decode(config, sizes, o),
+      "decode", functools.partial(_decode, config, sizes, options),
       f"{sizes.decode_rows} rows at {sizes.decode_length}, {layers}, {name}",
       "0.6", True,
     )
@@ -329,14 +333,14 @@ def _variants(config, trained, sizes: Sizes) -> Iterator[_Phase]:
   for remat in (decoder.Remat.DOTS, decoder.Remat.NONE, decoder.Remat.FULL):
     shape = dataclasses.replace(trained, remat=remat)
     yield _Phase(
-      "training: update", lambda c=shape: _Training(c, sizes).update(),
+      "training: update", functools.partial(_updated, shape, sizes),
       f"{rows}, {trained.num_layers} layers, remat {remat}", "0.45",
     )
   rows = f"{sizes.prefill_rows} x {sizes.prefill_length}, {layers}"
   for backend in (None, "xla"):
     shape = dataclasses.replace(config, attention=backend)
     yield _Phase(
-      "prefill", lambda c=shape: _prefill(c, sizes),
+      "prefill", functools.partial(_prefill, shape, sizes),
       f"{rows}, attention {backend or 'as it is'}", "0.5",
     )
 
@@ -363,9 +367,10 @@ def readings(
   config, sizes = config or qwen3b(), sizes or Sizes()
   if "variants" in words:
     few = {"update_layers": 12, "rollout_layers": 8}  # Compiled in seconds.
-    sizes = dataclasses.replace(sizes, **{
+    fewer: dict[str, Any] = {
       name: min(count, config.num_layers) for name, count in few.items()
-    })
+    }
+    sizes = dataclasses.replace(sizes, **fewer)
   device = jax.local_devices()[0]
   machine = machines.of_device(device.platform, device.device_kind)
   memory = (device.memory_stats() or {}).get("bytes_limit", machine.memory)

@@ -247,7 +247,8 @@ class _OfCpu:
 
   def __init__(self, case: str):
     self._case = case
-    self._process = self._found = None
+    self._process: subprocess.Popen | None = None
+    self._found: dict[str, np.ndarray] | None = None
 
   def start(self) -> None:
     """Starts the process, once."""

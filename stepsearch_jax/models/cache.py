@@ -5,6 +5,7 @@ How keys lie is decided here alone (`key_order`) and travels with the cache.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 import flax.struct
@@ -60,10 +61,11 @@ class Cache:
     """Logical axes of a layer's keys and of its values."""
     names = {"t": "length", "d": "head_dim"}
     first = ("slots", "kv_heads")
-    return tuple(
+    keys, values = (
       first + tuple(names[axis] for axis in order)
       for order in (self.order, KeyOrder.TD)
     )
+    return keys, values
 
 
 def init_cache(
@@ -126,7 +128,8 @@ def copy_rows(
   keys = (whole, whole, first)
   if cache.order == KeyOrder.TD:
     keys = (whole, first)
-  return cache.replace(
+  return dataclasses.replace(
+    cache,
     k=tuple(copy(x, keys) for x in cache.k),
     v=tuple(copy(x, (whole, first)) for x in cache.v),
   )
@@ -142,4 +145,5 @@ def read(entries: Entries, kv_length: int | None, cache: Cache) -> Entries:
   values = values[:, :, :kv_length]
   if cache.slots is None:
     return keys, values
-  return tuple(x.at[cache.slots].get(mode="clip") for x in (keys, values))
+  own = cache.slots
+  return keys.at[own].get(mode="clip"), values.at[own].get(mode="clip")

@@ -184,7 +184,7 @@ def copy_prefix(
 
 
 def _placed(
-  state: SlotState, cache: decoder.Cache, chunk: Chunk, spec: ProgramSpec
+  state: SlotState, cache: cache_lib.Cache, chunk: Chunk, spec: ProgramSpec
 ) -> SlotState:
   """Returns the state in which a chunk's last tokens are pending."""
   last = jnp.maximum(chunk.length - 1, 0)

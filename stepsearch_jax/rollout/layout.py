@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -50,4 +51,4 @@ def cache_shardings(
     tuple(sharding.named(mesh, names, leaf.shape) for leaf in leaves)
     for leaves, names in zip((cache.k, cache.v), cache.axes, strict=True)
   )
-  return cache.replace(k=keys, v=values)
+  return dataclasses.replace(cache, k=keys, v=values)
