@@ -119,7 +119,12 @@ def _train(
   )
   while job.state.step < steps:
     with interrupts.deferred():
-      values = job.step()
+      try:
+        values = job.step()
+      except types.UserError:  # A user's function: it can be mended.
+        job.save()
+        job.close()
+        raise
       if job.has_collapsed(values):
         job.roll_back()
         bar.rewind(job.state.step)

@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import shutil
+import sys
+import types as python_types
 
 import jax
 import numpy as np
@@ -130,6 +132,33 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
       train.train(config, ours, stop)
     train.train(config, ours)
   assert records(ours) == records(workdir)
+
+
+@pytest.mark.slow
+def test_a_users_function_that_fails_loses_no_step(tmp_path, monkeypatch):
+  calls = []
+
+  def reward(question, turns, answer):
+    calls.append(1)
+    assert len(calls) != 11, "the second step's third rollout"
+    return 1.0, [0.0] * len(turns)
+
+  monkeypatch.setitem(sys.modules, "mine", python_types.ModuleType("mine"))
+  sys.modules["mine"].reward = reward
+  config = tiny(reward=dict(function="mine:reward"))
+  config.checkpoint.every = 100  # Only the failure saves.
+  workdir = epath.Path(tmp_path)
+  with jax.numpy_dtype_promotion("standard"):
+    with pytest.raises(types.UserError, match=(
+      "reward.function 'mine:reward' raised AssertionError: the second step's"
+    )):
+      train.train(config, workdir)
+    assert (workdir / "checkpoints/1").exists()
+    summary = train.train(config, workdir)
+  assert summary["steps"] == 2
+  steps = records(workdir)
+  assert [r["step"] for r in steps] == [0, 1, 2]
+  assert steps[-1]["critic/score/mean"] == 1.0
 
 
 @pytest.mark.slow

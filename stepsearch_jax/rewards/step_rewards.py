@@ -63,6 +63,8 @@ class RewardSpec:
       the other parts are computed all the same.
     search_bonus: paid for every search that got a result, whatever it found;
       0 = off. The control that tells what the CONTENT of step rewards does.
+    function: a user's own "module:function", which pays instead of all of
+      this; empty for none. The parts are computed all the same.
   """
 
   step_scale: float
@@ -82,6 +84,7 @@ class RewardSpec:
   search_key_reward: bool
   outcome_only: bool
   search_bonus: float
+  function: str
 
   def __post_init__(self):
     for field, allowed in (
@@ -118,6 +121,7 @@ class RewardSpec:
       search_key_reward=True,
       outcome_only=False,
       search_bonus=0.0,
+      function="",
     )
 
   @classmethod

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.rewards import released, step_rewards
+from stepsearch_jax.rewards import released, step_rewards, user_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class TurnReward:
     gain: G_t of the documents that the turn was shown, paid or not.
     redundancy: P_t of them, paid or not.
     key: what the turn's query added to the search-key score, paid or not.
-    step: paid for the search, scale and bonus included.
+    step: paid for the search, scale and bonus included; what a user's own
+      function pays for the turn.
     paid: sum of the token rewards of the turn; the last turn's has the
       outcome.
   """
@@ -166,5 +167,27 @@ def score_trajectories(
     if spec.step_position == "reencoded":
       positions = released.trajectory_positions(trajectory, tokenizer)
     parts = step_rewards.score(spec, seen, gold(trajectory.question))
-    rewards.append(reward(spec, trajectory, parts, positions))
+    rewards.append(
+      _of_user(spec, trajectory, parts) if spec.function
+      else reward(spec, trajectory, parts, positions)
+    )
   return rewards
+
+
+def _of_user(
+  spec: step_rewards.RewardSpec, trajectory: types.Trajectory,
+  parts: step_rewards.RewardParts,
+) -> TrajectoryReward:
+  """Returns what a user's function pays; the other parts stay for metrics."""
+  own = user_reward.earned(spec.function, trajectory)
+  tokens = user_reward.tokens(own, trajectory)
+  unpaid = dataclasses.replace(spec, step_scale=0.0, search_bonus=0.0)
+  turns = _turn_rewards(unpaid, trajectory, parts, tokens)
+  return TrajectoryReward(
+    dataclasses.replace(parts, score=own.outcome, step_scores=own.turns),
+    tokens,
+    tuple(
+      dataclasses.replace(turn, step=step)
+      for turn, step in zip(turns, own.turns, strict=True)
+    ),
+  )

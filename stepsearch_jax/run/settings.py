@@ -23,7 +23,7 @@ from stepsearch_jax.ppo import estimators
 from stepsearch_jax.ppo import specs as ppo_specs
 from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
-from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.rewards import step_rewards, user_reward
 from stepsearch_jax.rollout import device, records
 from stepsearch_jax.run import methods, monitor, specs
 from stepsearch_jax.sft import scripted
@@ -195,6 +195,11 @@ def _reward(section) -> step_rewards.RewardSpec:
   expect(section.preset in step_rewards.PRESETS, "reward.preset",
          f"one of {sorted(step_rewards.PRESETS)}", section.preset)
   switches = {k: v for k, v in section.items() if k != "preset"}
+  user_reward.check(section.function)
+  if section.function:  # It pays for everything.
+    switches["outcome_only"] = True
+    expect(not section.search_bonus, "reward.search_bonus",
+           "0 with a reward.function of your own", section.search_bonus)
   return dataclasses.replace(
     step_rewards.PRESETS[section.preset](), **switches
   )

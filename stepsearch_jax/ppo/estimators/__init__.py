@@ -7,9 +7,8 @@ user's own is `config.estimator = "module:function"`, with the same signature.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
-from stepsearch_jax import types
+from stepsearch_jax import types, user_functions
 from stepsearch_jax.ppo.estimators import (
   bilevel_gae,
   gae,
@@ -58,18 +57,11 @@ def find(name: str) -> Estimator:
   """
   if name in REGISTRY:
     return dataclasses.replace(REGISTRY[name], name=name)
-  module, _, attribute = name.partition(":")
   types.expect(
-    bool(attribute), "estimator",
+    ":" in name, "estimator",
     f"one of {', '.join(sorted(REGISTRY))} or module:function", name,
   )
-  try:
-    found = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise types.UserError(
-      f"estimator: expected a function that can be imported, got {name!r} "
-      f"({error})"
-    ) from error
+  found = user_functions.load("estimator", name)
   if not isinstance(found, Estimator):
     found = Estimator(found)
   return dataclasses.replace(found, name=name)
