@@ -5,9 +5,23 @@ import pathlib
 
 import jax
 import pytest
+from absl import flags
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Commands define flags of the same name (config, input, ...). Each is a process
+# of its own; only here do several share one, where the last definition counts.
+_define = flags.FlagValues.__setitem__
+
+
+def _define_again(self, name, flag):
+  if name in self:
+    delattr(self, name)
+  _define(self, name, flag)
+
+
+flags.FlagValues.__setitem__ = _define_again
 
 _DEFAULT_SHARED = pathlib.Path(__file__).parents[2] / "shared"
 

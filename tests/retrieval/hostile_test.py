@@ -76,7 +76,8 @@ def test_no_marker_becomes_an_added_token_or_an_action(marker):
   seen = observed(marker)
   assert not added & set(ids(tokenizer, seen))
   # Even where somebody encodes with special tokens switched on.
-  assert not added & set(tokenizer.encode("".join(seen.documents), True))
+  text = "".join(document.text for document in seen.documents)
+  assert not added & set(tokenizer.encode(text, True))
   assert actions.parse(seen.text).action == "invalid"
   assert seen.text.count("</information>") == 1
   assert seen.text.rstrip().endswith("</information>")
