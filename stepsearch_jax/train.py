@@ -113,12 +113,26 @@ def _train(
   if job.state.baseline is None:
     job.writer.write(job.state.step, job.evaluate())
 
-  # 4. The loop. A signal waits for the end of the step, which is then saved.
+  # 4. The loop, and 5. the summary.
+  _loop(job)
+  job.close()
+  summary = reporting.summary(settings, job.state)
+  if distributed.is_primary():
+    files.write_text(
+      workdir / "summary.json", json.dumps(summary, indent=2) + "\n"
+    )
+    plots.learning_curves(workdir)
+    plots.step_time(workdir)
+  return summary
+
+
+def _loop(job: Job) -> None:
+  """Steps until the last one; a signal waits for the end of its step."""
   bar = metrics.Progress(
-    steps, job.state.step, active=distributed.is_primary()
+    job.steps, job.state.step, active=distributed.is_primary()
   )
-  while job.state.step < steps:
-    with interrupts.deferred():
+  while job.state.step < job.steps:
+    with job.interrupts.deferred():
       try:
         values = job.step()
       except types.UserError:  # A user's function: it can be mended.
@@ -143,17 +157,7 @@ def _train(
         "goes on"
       )
 
-  # 5. Summary and plots.
   bar.close()
-  job.close()
-  summary = reporting.summary(settings, job.state)
-  if distributed.is_primary():
-    files.write_text(
-      workdir / "summary.json", json.dumps(summary, indent=2) + "\n"
-    )
-    plots.learning_curves(workdir)
-    plots.step_time(workdir)
-  return summary
 
 
 @dataclasses.dataclass

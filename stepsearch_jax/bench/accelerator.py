@@ -376,9 +376,8 @@ def readings(
   memory = (device.memory_stats() or {}).get("bytes_limit", machine.memory)
   layers = sizes.update_layers or fitting_layers(config, memory)
   trained = dataclasses.replace(config, num_layers=layers)
-  config = dataclasses.replace(
-    config, num_layers=sizes.rollout_layers or config.num_layers
-  )
+  depth = sizes.rollout_layers or config.num_layers
+  config = dataclasses.replace(config, num_layers=depth)
   phases = _variants if "variants" in words else _phases
   for phase in phases(config, trained, sizes):
     work = f"{phase.work}, {machine.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ BLOCK = 32
 class Optioned(rollout_programs.RolloutPrograms):
   """Programs that are compiled with options of the compiler's."""
 
-  def __init__(self, options: dict[str, str | int | bool], *how):
+  def __init__(self, options: dict[str, str | int | bool], *how: Any):
     """Options by their names; the rest as ever."""
     super().__init__(*how)
     self._options = options

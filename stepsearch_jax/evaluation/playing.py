@@ -110,13 +110,7 @@ def evaluate(
   if refused:
     logging.warning("%d overlong questions count as unanswered", len(refused))
   log = files.RowLog(job.folder / "predictions.partial.jsonl")
-  done = _resumed(log, _identity(job))
-  distributed.wait("partial predictions read")
-  if done:
-    logging.info("going on behind %d finished rollouts", len(done))
-  elif distributed.is_primary():
-    log.keep(lambda row: False)
-    log.append({"evaluation": _identity(job)})
+  done = _begun(log, job)
   places = [
     (attempt, i) for attempt in range(job.attempts)
     for i in range(len(job.questions))
@@ -150,6 +144,18 @@ def evaluate(
     bar.update(len(part))
   bar.close()
   return _finish(job, [done[place] for place in places], log)
+
+
+def _begun(log: files.RowLog, job: Evaluation) -> dict[tuple[int, int], dict]:
+  """Returns the rows of an interrupted evaluation, or opens a new log."""
+  done = _resumed(log, _identity(job))
+  distributed.wait("partial predictions read")
+  if done:
+    logging.info("going on behind %d finished rollouts", len(done))
+  elif distributed.is_primary():
+    log.keep(lambda row: False)
+    log.append({"evaluation": _identity(job)})
+  return done
 
 
 def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ _TOKENS_PER_SEGMENT = 256
 
 
 @functools.cache
-def kernel():
+def kernel() -> types.ModuleType | None:
   """Returns JAX's cuDNN module, None where it cannot take segments.
 
   It needs a Hopper GPU or later, and a JAX whose function takes offsets.
@@ -69,7 +71,10 @@ def segment_places(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
   return starts, jnp.where(there, lengths, -1)
 
 
-def packed(q, k, v, segment_ids, otherwise):
+def packed(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+  otherwise: Callable[..., jax.Array],
+) -> jax.Array:
   """Causal attention inside segments.
 
   Args:

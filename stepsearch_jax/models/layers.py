@@ -13,8 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 
-def weight(module, name, shape, axes, config, inputs):
+
+def weight(
+  module: nn.Module, name: str, shape: tuple[int, ...],
+  axes: tuple[str, ...], config: Any, inputs: int,
+) -> types.Leaf:
   """A matrix drawn with standard deviation 1/sqrt(inputs).
 
   The usual fixed 0.02 suits wide models; in a model of width 128 it leaves
@@ -26,14 +31,20 @@ def weight(module, name, shape, axes, config, inputs):
   return module.param(name, init, shape, config.param_dtype)
 
 
-def bias(module, name, shape, axes, config):
+def bias(
+  module: nn.Module, name: str, shape: tuple[int, ...],
+  axes: tuple[str, ...], config: Any,
+) -> types.Leaf:
   """A bias in the compute type, zero at first."""
   init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-  bias = module.param(name, init, shape, config.param_dtype)
+  bias: Any = module.param(name, init, shape, config.param_dtype)
   return bias.astype(config.dtype)
 
 
-def multiply(module, name, x, kernel, equation, dtype):
+def multiply(
+  module: nn.Module, name: str, x: jax.Array, kernel: jax.Array,
+  equation: str, dtype: Any,
+) -> jax.Array:
   """Returns `x` times a matrix and, where there is one, its adapter.
 
   The adapter's product is added before the sum is rounded to `dtype`: behind

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: bytes per chip, roofline times, what would fit.
+"""The arithmetic of a plan: bytes per chip and roofline times.
 
 Memory is exact for what stays resident (parameters, optimisers, slot cache,
 by their shardings); a program's temporaries come from the compiler where there
@@ -8,7 +8,6 @@ phase at the machine's peak compute or memory rate, whichever is slower.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,14 +21,13 @@ import numpy as np
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.models.weights import hf
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.plan.machines import GB, Machine
+from stepsearch_jax.plan.machines import Machine
 from stepsearch_jax.ppo import estimators, learner, logprobs, trainable
 from stepsearch_jax.rollout import layout
 from stepsearch_jax.rollout import programs as rollout_programs
 from stepsearch_jax.run.settings import Settings
 
 _STATES = 64  # Upper bound for the stop automaton of the usual tags.
-_USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
 
 
 def resolve_mesh(config: ml_collections.ConfigDict, chips: int) -> None:
@@ -115,7 +113,7 @@ def _bytes(shapes, shardings) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def _parameters(model: decoder.DecoderConfig) -> int:
+def parameter_count(model: decoder.DecoderConfig) -> int:
   """Returns the number of a policy's parameters."""
   shapes = jax.eval_shape(
     functools.partial(heads.init_policy, model), jax.random.key(0)
@@ -123,7 +121,7 @@ def _parameters(model: decoder.DecoderConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _needs_values(config: ml_collections.ConfigDict) -> bool:
+def needs_values(config: ml_collections.ConfigDict) -> bool:
   """Whether the run trains a value model."""
   return estimators.find(_settings(config).config["estimator"]).needs_values
 
@@ -136,7 +134,7 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   spec = settings.learner(settings.total_steps(1))
   adapters = {"policy": spec.policy.adapter, "value": spec.value.adapter}
   parts: dict[str, float] = {}
-  kinds = ["policy", "value"] if _needs_values(config) else ["policy"]
+  kinds = ["policy", "value"] if needs_values(config) else ["policy"]
   for kind in kinds:
     part = trainable.Trainable(kind, model, adapters[kind])
     parts[kind] = _bytes(part.shapes(), part.shardings(mesh))
@@ -256,7 +254,7 @@ def step_times(
     {phase: {"flops", "seconds", "bound"}} over all chips.
   """
   model, parts = model_shape(config), resident(config)
-  weights = _parameters(model)
+  weights = parameter_count(model)
   trajectories = config.batch.questions * config.batch.rollouts
   total = trajectories * tokens
   written = total * share
@@ -290,137 +288,3 @@ def step_times(
       "bound": "memory" if memory > compute else "compute",
     }
   return found
-
-
-def _changes(config):
-  """Field changes that save memory: (text, changed config)."""
-  shards = config.mesh.data * config.mesh.fsdp
-  def changed(path, value):
-    other = copy.deepcopy(config)
-    with other.unlocked():
-      node = other
-      *parents, last = path.split(".")
-      for name in parents:
-        node = node[name]
-      node[last] = value
-    return f"{path} = {value}", other
-
-  if config.rollout.slots // 2 >= shards:
-    yield changed("rollout.slots", config.rollout.slots // 2)
-  if config.ppo.micro_rows // 2 >= shards:
-    yield changed("ppo.micro_rows", config.ppo.micro_rows // 2)
-  if config.rollout.context > 1024:
-    yield changed("rollout.context", config.rollout.context // 2)
-  if config.model.remat == decoder.Remat.NONE:
-    yield changed("model.remat", "dots")
-  if config.model.remat != decoder.Remat.FULL:
-    yield changed("model.remat", "full")
-  if config.rollout.extend_tokens[-1] > 128:
-    yield changed("rollout.extend_tokens", config.rollout.extend_tokens[:-1])
-  if config.policy.kind == "full":
-    yield changed("policy.kind", "lora")
-  if config.value.kind == "full" and _needs_values(config):
-    yield changed("value.kind", "adapter")
-  if config.mesh.fsdp % 2 == 0:
-    text, other = changed("mesh.tensor", config.mesh.tensor * 2)
-    other.mesh.fsdp //= 2
-    yield f"{text} (mesh.fsdp = {other.mesh.fsdp})", other
-
-
-def advice(
-  config: ml_collections.ConfigDict, peak: float, limit: float
-) -> list[tuple[str, float]]:
-  """Up to three field changes, one upon the other, until the run fits.
-
-  Args:
-    config: run settings that do not fit.
-    peak: their bytes per chip.
-    limit: bytes that a chip has to give.
-
-  Returns:
-    (change, bytes per chip after it), the largest saving first.
-  """
-  before = max(program_peaks(config, {}).values())
-  found = []
-  while peak > limit and len(found) < 3:
-    options = [
-      (max(program_peaks(other, {}).values()), text, other)
-      for text, other in _changes(config)
-    ]
-    if not options:
-      break
-    after, text, config = min(options, key=lambda option: option[0])
-    if after >= before:
-      break
-    peak, before = peak + after - before, after
-    found.append((text, peak))
-  return found
-
-
-def make_plan(
-  config: ml_collections.ConfigDict, machine: Machine, programs: dict,
-  tokens: int, share: float,
-) -> dict:
-  """Everything that `render` prints, JSON-able."""
-  peaks = program_peaks(config, programs)
-  peak = max(peaks.values())
-  phases = step_times(config, machine, tokens, share)
-  seconds = sum(phase["seconds"] for phase in phases.values())
-  trajectories = config.batch.questions * config.batch.rollouts
-  fits = peak <= _USABLE * machine.memory
-  return {
-    "machine": dataclasses.asdict(machine),
-    "shape": shape_source(config),
-    "parameters": _parameters(model_shape(config)),
-    "mesh": {axis: config.mesh[axis] for axis in sharding.AXES},
-    "compiled": bool(programs),
-    "tokens_per_trajectory": tokens,
-    "policy_share": share,
-    "resident": resident(config),
-    "programs": programs,
-    "peaks": peaks,
-    "peak": peak,
-    "fits": fits,
-    "phases": phases,
-    "step_seconds": seconds,
-    "tokens_per_second": trajectories * tokens / seconds,
-    "binds": max(phases, key=lambda name: phases[name]["seconds"]),
-    "advice": advice(config, peak, _USABLE * machine.memory),
-  }
-
-
-def render(plan: dict) -> str:
-  """A plan as text."""
-  machine = plan["machine"]
-  mesh = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
-  lines = [f"{machine['name']}: {machine['chips']} chips of "
-           f"{machine['memory'] / GB:.0f} GB, mesh {mesh}",
-           f"policy of {plan['parameters'] / 1e6:,.0f}M parameters "
-           f"({plan['shape']})", "",
-           f"{'resident on a chip':28}{'GB':>8}"]
-  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["resident"].items()]
-  how = "compiled" if plan["compiled"] else "estimated"
-  lines += ["", f"{'peak during (' + how + ')':28}{'GB':>8}"]
-  lines += [f"{k:28}{v / GB:8.2f}" for k, v in plan["peaks"].items()]
-  lines += ["", f"{'roofline of a step':28}{'PFLOP':>8}{'s':>9}  bound"]
-  lines += [
-    f"{name:28}{p['flops'] / 1e15:8.2f}{p['seconds']:9.2f}  {p['bound']}"
-    for name, p in plan["phases"].items()
-  ]
-  lines += [
-    "",
-    f"step {plan['step_seconds']:.1f} s, {plan['tokens_per_second']:.0f} "
-    f"tokens/s at best ({plan['tokens_per_trajectory']} tokens a trajectory, "
-    f"{plan['policy_share']:.0%} the policy's); {plan['binds']} binds",
-    f"peak {plan['peak'] / GB:.2f} GB of {machine['memory'] / GB:.0f} GB: "
-    + ("fits" if plan["fits"] else "does not fit"),
-  ]
-  if plan["advice"]:
-    last = plan["advice"][-1][1]
-    helps = last <= _USABLE * machine["memory"]
-    lines.append(
-      ("would fit with " if helps else "would still not fit with ")
-      + "; ".join(f"{text} ({size / GB:.1f} GB)"
-                  for text, size in plan["advice"])
-    )
-  return "\n".join(lines)

@@ -207,12 +207,43 @@ def _placed(
   )
 
 
-def _decode_step(params, state, table, key, config, spec, first_stop,
-                 kv_length):
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What decode programs are compiled for.
+
+  Attributes:
+    config: decoder configuration.
+    spec: shapes and filters.
+    first_stop: automaton states from here on end a turn.
+  """
+
+  config: decoder.DecoderConfig
+  spec: ProgramSpec
+  first_stop: int
+
+
+@flax.struct.dataclass
+class Draw:
+  """How a block samples, and when it ends.
+
+  Attributes:
+    table: [states, V] int32, the stop automaton.
+    key: the run's sampling key.
+    limit: [] int32, decode steps at most, up to `ProgramSpec.block`.
+    leave: [] int32, stop as soon as so many slots have stopped.
+  """
+
+  table: types.Leaf
+  key: types.Leaf
+  limit: types.Leaf
+  leave: types.Leaf
+
+
+def _decode_step(params, state, draw: Draw, compiled: Compiled, kv_length):
   """One token in every active slot; returns (state, tokens, logprobs)."""
-  on = state.active
+  on, spec = state.active, compiled.spec
   where = jnp.where(on, state.position, spec.context)
-  hidden, cache = decoder.Decoder(config).apply(
+  hidden, cache = decoder.Decoder(compiled.config).apply(
     {"params": params["trunk"]},
     state.pending[:, None],
     where[:, None],
@@ -222,39 +253,33 @@ def _decode_step(params, state, table, key, config, spec, first_stop,
   logits = heads.logits(params, hidden[:, 0])
   token, logprob = sampling.select(
     logits, state.temperature,
-    sampling.uniforms(key, state.episode, state.position),
+    sampling.uniforms(draw.key, state.episode, state.position),
     spec.top_k, spec.top_p,
   )
-  automaton = table[state.automaton, token]
+  automaton = draw.table[state.automaton, token]
   budget = state.budget - 1
   state = state.replace(
     cache=cache,
     pending=jnp.where(on, token, state.pending),
     position=jnp.where(on, state.position + 1, state.position),
     automaton=jnp.where(on, automaton, state.automaton),
-    active=on & (automaton < first_stop) & (budget > 0),
+    active=on & (automaton < compiled.first_stop) & (budget > 0),
     budget=jnp.where(on, budget, state.budget),
   )
   return state, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
 
 
 def decode_block(
-  params: types.Tree, state: SlotState, table: jax.Array, key: jax.Array,
-  limit: jax.Array, leave: jax.Array, *, config: decoder.DecoderConfig,
-  spec: ProgramSpec, first_stop: int, kv_length: int,
+  params: types.Tree, state: SlotState, draw: Draw, *, compiled: Compiled,
+  kv_length: int,
 ) -> tuple[SlotState, BlockOutput]:
   """Samples up to `spec.block` tokens in every active slot.
 
   Args:
     params: policy parameters.
     state: slots; donated.
-    table: [states, V] stop automaton.
-    key: run's sampling key.
-    limit: [] int32, decode steps at most, up to `spec.block`.
-    leave: [] int32, stop as soon as so many slots have stopped.
-    config: decoder configuration.
-    spec: shapes and filters.
-    first_stop: automaton states from here on end a turn.
+    draw: how to sample, and when to end.
+    compiled: what the program is compiled for.
     kv_length: static bound on the positions reached inside the block.
 
   Returns:
@@ -264,7 +289,7 @@ def decode_block(
   def step(carry):
     i, state, tokens, logprobs = carry
     state, token, logprob = _decode_step(
-      params, state, table, key, config, spec, first_stop, kv_length
+      params, state, draw, compiled, kv_length
     )
     tokens = tokens.at[:, i].set(token)
     return i + 1, state, tokens, logprobs.at[:, i].set(logprob)
@@ -273,9 +298,10 @@ def decode_block(
 
   def unfinished(carry):
     left = carry[1].active.sum(dtype=jnp.int32)
-    return (carry[0] < limit) & (left > 0) & (began - left < leave)
+    short = (carry[0] < draw.limit) & (began - left < draw.leave)
+    return short & (left > 0)
 
-  shape = (spec.slots, spec.block)
+  shape = (compiled.spec.slots, compiled.spec.block)
   start = (
     jnp.int32(0),
     state,

@@ -88,7 +88,8 @@ class RolloutPrograms:
     )
     self._decode = jax.jit(
       functools.partial(
-        device.decode_block, config=config, spec=spec, first_stop=first_stop
+        device.decode_block,
+        compiled=device.Compiled(config, spec, first_stop),
       ),
       static_argnames="kv_length",
       donate_argnums=1,
@@ -168,7 +169,7 @@ class RolloutPrograms:
     )
     with sharding.scope(self._mesh):
       return self._decode.lower(
-        self._weights, self._state, table, key, one, one,
+        self._weights, self._state, device.Draw(table, key, one, one),
         kv_length=kv_length,
       )
 
@@ -252,5 +253,6 @@ class RolloutPrograms:
   ) -> tuple[device.SlotState, device.BlockOutput]:
     """Runs `device.decode_block`; `kv_length` bounds what it may reach."""
     return self._program(self.bucket(kv_length))(
-      params, state, self._table, key, np.int32(limit), np.int32(leave)
+      params, state,
+      device.Draw(self._table, key, np.int32(limit), np.int32(leave)),
     )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import ml_collections
 from etils import epath
 
 from stepsearch_jax import types
@@ -95,7 +96,10 @@ class _TellingTexts(text_side.TextSide):
 class Agent:
   """A run's policy that answers questions."""
 
-  def __init__(self, config, workdir: epath.Path, step: int | None = None):
+  def __init__(
+    self, config: ml_collections.ConfigDict, workdir: epath.Path,
+    step: int | None = None,
+  ):
     """Loads the policy of a run, or `model.reference` where there is none.
 
     Args:

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from stepsearch_jax import cli
 from stepsearch_jax.plan import arithmetic as planning
-from stepsearch_jax.plan import machines, tpu_compiler
+from stepsearch_jax.plan import machines, report, tpu_compiler
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run settings.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -51,11 +51,11 @@ def main() -> None:
       stack.callback(jax.config.update, "jax_enable_compilation_cache", True)
       jax.config.update("jax_enable_compilation_cache", False)
       programs = tpu_compiler.compile_programs(config, machine)
-  plan = planning.make_plan(
+  plan = report.make_plan(
     config, machine, programs,
     _TOKENS.value or config.rollout.context // 2, _POLICY_SHARE.value,
   )
-  print(planning.render(plan))
+  print(report.render(plan))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(plan, indent=2) + "\n")
 

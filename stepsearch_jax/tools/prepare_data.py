@@ -220,9 +220,12 @@ def supervise(questions: list[types.Question]) -> None:
   else:
     passages = corpus.corpus_from_questions([_INPUT.value])
   print(pipeline.supervise(
-    questions, passages, _WRITERS.value, _RETRIEVERS.value,
-    queries=_QUERIES.value, topk=_TOPK.value, cache=epath.Path(_CACHE.value),
-    output=epath.Path(_OUTPUT.value),
+    questions, passages,
+    pipeline.Supervision(
+      _WRITERS.value, _RETRIEVERS.value, _QUERIES.value, _TOPK.value,
+      epath.Path(_CACHE.value),
+    ),
+    epath.Path(_OUTPUT.value),
   ))
   print(f"--config.data.train={_OUTPUT.value}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -62,16 +63,28 @@ def open_retrievers(
   return opened
 
 
+@dataclasses.dataclass(frozen=True)
+class Supervision:
+  """How search keys are written and filtered.
+
+  Attributes:
+    writers: names, see `open_writer`.
+    retrievers: names, see `open_retrievers`.
+    queries: per sub-question and writer.
+    topk: passages per search.
+    cache: folder of what was asked already.
+  """
+
+  writers: list[str]
+  retrievers: list[str]
+  queries: int
+  topk: int
+  cache: epath.Path
+
+
 def supervise(
-  questions: list[types.Question],
-  passages: list[types.Passage],
-  writer_names: list[str],
-  retriever_names: list[str],
-  *,
-  queries: int,
-  topk: int,
-  cache: epath.Path,
-  output: epath.Path,
+  questions: list[types.Question], passages: list[types.Passage],
+  how: Supervision, output: epath.Path,
 ) -> str:
   """Writes questions with filtered search keys; returns the report.
 
@@ -79,11 +92,11 @@ def supervise(
   sub-answer) and are flagged; those without a decomposition get one from the
   first language model among the writers.
   """
-  writers = [open_writer(name, cache) for name in writer_names]
+  writers = [open_writer(name, how.cache) for name in how.writers]
   models = [w for w in writers if w.name != "rules"]
-  retrievers = open_retrievers(retriever_names, passages, cache)
+  retrievers = open_retrievers(how.retrievers, passages, how.cache)
   questions = supervision.decompose(questions, models[0] if models else None)
-  questions = supervision.pseudo_label(questions, retrievers, topk)
+  questions = supervision.pseudo_label(questions, retrievers, how.topk)
   ready = [q for q in questions if q.decomposition and q.support]
   if len(ready) < len(questions):
     logging.warning("%d questions without decomposition or support left out",
@@ -94,8 +107,10 @@ def supervise(
       "needs a language model to write the one, --corpus passages with the "
       "sub-answers to find the others"
     )
-  written = supervision.write_queries(ready, writers, queries)
-  kept, report = supervision.filter_queries(ready, written, retrievers, topk)
+  written = supervision.write_queries(ready, writers, how.queries)
+  kept, report = supervision.filter_queries(
+    ready, written, retrievers, how.topk
+  )
   rows = [supervision.released_row(q) for q in kept]
   supervision.write_rows(output, rows)
   files.write_text(

@@ -15,7 +15,7 @@ from stepsearch_jax import types
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.plan import arithmetic as planning
-from stepsearch_jax.plan import machines, tpu_compiler
+from stepsearch_jax.plan import machines, report, tpu_compiler
 from stepsearch_jax.ppo import learner, logprobs
 from stepsearch_jax.rollout import programs as rollout_programs
 
@@ -72,14 +72,14 @@ def test_what_does_not_fit_comes_with_changes_that_make_it_fit():
   config.mesh.tensor = 1
   machine = machines.parse_topology("gpu-h100x1")
   planning.resolve_mesh(config, machine.chips)
-  made = planning.make_plan(config, machine, {}, 2048, 0.15)
+  made = report.make_plan(config, machine, {}, 2048, 0.15)
   assert not made["fits"]
   assert [text for text, _ in made["advice"]] == [
     "value.kind = adapter", "policy.kind = lora"
   ]
-  assert "would fit with value.kind = adapter" in planning.render(made)
+  assert "would fit with value.kind = adapter" in report.render(made)
   config.policy.kind, config.value.kind = "lora", "adapter"
-  assert planning.make_plan(config, machine, {}, 2048, 0.15)["fits"]
+  assert report.make_plan(config, machine, {}, 2048, 0.15)["fits"]
 
 
 def test_a_reference_at_hand_is_planned_with_its_own_shape(shared):
@@ -87,7 +87,7 @@ def test_a_reference_at_hand_is_planned_with_its_own_shape(shared):
   planning.resolve_mesh(config, 1)
   machine = machines.parse_topology("cpu")
   config.model.reference = str(shared / "golden/models/qwen2_untied")
-  made = planning.make_plan(config, machine, {}, 256, 0.2)
+  made = report.make_plan(config, machine, {}, 256, 0.2)
   model = planning.model_shape(config)
   fields = json.loads(
     (shared / "golden/models/qwen2_untied/config.json").read_text()
@@ -95,7 +95,7 @@ def test_a_reference_at_hand_is_planned_with_its_own_shape(shared):
   assert model.hidden_size == fields["hidden_size"]
   assert model.vocab_size == fields["vocab_size"] != config.model.size.vocab
   assert made["shape"] == f"read from {config.model.reference}"
-  text = planning.render(made)
+  text = report.render(made)
   assert "parameters (read from" in text
   # The reference is kept whole in the compute type, float32 here.
   assert made["resident"]["reference"] == 4 * made["parameters"]
@@ -105,17 +105,17 @@ def test_a_reference_that_is_not_here_is_said_to_be_assumed():
   config = quickstart.get_config()
   planning.resolve_mesh(config, 1)
   machine = machines.parse_topology("cpu")
-  own = planning.make_plan(config, machine, {}, 256, 0.2)
-  assert "parameters (model.size)" in planning.render(own)
+  own = report.make_plan(config, machine, {}, 256, 0.2)
+  assert "parameters (model.size)" in report.render(own)
   config.model.reference = "nobody/has-this-72b-model"
-  made = planning.make_plan(config, machine, {}, 256, 0.2)
+  made = report.make_plan(config, machine, {}, 256, 0.2)
   assert made["resident"] == own["resident"]
   assert "ASSUMED: the config.json of nobody/has-this-72b-model" in (
-    planning.render(made)
+    report.render(made)
   )
   config.model.reference = "/no/such/folder"
   with pytest.raises(types.UserError, match="/no/such/folder"):
-    planning.make_plan(config, machine, {}, 256, 0.2)
+    report.make_plan(config, machine, {}, 256, 0.2)
 
 
 def test_rematerialization_trades_memory_for_arithmetic():
@@ -248,7 +248,7 @@ def test_the_plan_command_compiles_the_whole_quickstart(tmp_path, tpu):
   programs = tpu_compiler.compile_programs(config, machine)
   assert {"reshard_cast", "extend", "decode_block", "reference_forward",
           "policy_update", "value_update"} <= set(programs)
-  made = planning.make_plan(config, machine, programs, 256, 0.2)
+  made = report.make_plan(config, machine, programs, 256, 0.2)
   assert made["compiled"] and made["fits"]
   json.dumps(made)
 

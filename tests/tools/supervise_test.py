@@ -61,8 +61,12 @@ def run(folder, model, monkeypatch):
   )
   output = epath.Path(folder) / "train.jsonl"
   table = supervise.supervise(
-    [FULL, BARE], PASSAGES, ["rules", "model"], ["hashed_tfidf:512", "bm25"],
-    queries=2, topk=1, cache=epath.Path(folder) / "cache", output=output,
+    [FULL, BARE], PASSAGES,
+    supervise.Supervision(
+      ["rules", "model"], ["hashed_tfidf:512", "bm25"], 2, 1,
+      epath.Path(folder) / "cache",
+    ),
+    output,
   )
   report = json.loads((output.parent / "train.jsonl.report.json").read_text())
   return table, report, output.read_text()
@@ -113,8 +117,11 @@ def test_without_a_language_model_plain_questions_are_an_error(
 ):
   with pytest.raises(ValueError, match="--writers needs a language model"):
     supervise.supervise(
-      [BARE], PASSAGES, ["rules"], ["hashed_tfidf:64"], queries=1, topk=1,
-      cache=epath.Path(tmp_path), output=epath.Path(tmp_path) / "t.jsonl",
+      [BARE], PASSAGES,
+      supervise.Supervision(
+        ["rules"], ["hashed_tfidf:64"], 1, 1, epath.Path(tmp_path)
+      ),
+      epath.Path(tmp_path) / "t.jsonl",
     )
 
 

@@ -263,7 +263,7 @@ def _read(path: str, config, stored) -> Iterator[tuple[str, np.ndarray]]:
     yield ours[theirs], value
 
 
-def load_policy(path: str, config: decoder.DecoderConfig):
+def load_policy(path: str, config: decoder.DecoderConfig) -> types.Tree:
   """Returns policy parameters [`config.param_dtype`] of a local checkpoint.
 
   A checkpoint without output matrix starts from its embedding, tied or not.

@@ -192,7 +192,9 @@ def _written_rope(config: decoder.DecoderConfig) -> dict[str, Any]:
   return out | {"rope_theta": config.rope_theta}
 
 
-def write(config: decoder.DecoderConfig, dtype: str, tokenizer) -> dict:
+def write(
+  config: decoder.DecoderConfig, dtype: str, tokenizer: Any
+) -> dict:
   """Returns the `config.json` of a policy, the inverse of `read`.
 
   Args:

@@ -84,9 +84,8 @@ def build_index(
   if vectors is not None:
     vectors.check_sample()
   partial = folder.with_name(folder.name + ".partial")
-  part, parts = 0, 1
-  if together:
-    part, parts = jax.process_index(), jax.process_count()
+  part = jax.process_index() if together else 0
+  parts = jax.process_count() if together else 1
   in_turn = distributed.in_turn if together else lambda work: work()
   about = in_turn(
     lambda: _prepare(partial, passages, encoder, vectors)
