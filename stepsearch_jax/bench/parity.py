@@ -61,8 +61,18 @@ def _policy(config: decoder.DecoderConfig):
   return params
 
 
-def _attention(dtype, backend, length: int, dim: int) -> Arrays:
-  """Packed attention and its gradients over two segments and padding."""
+def _attention(
+  dtype, backend, length: int, dim: int, prefix: float = 0.0
+) -> Arrays:
+  """Packed attention and its gradients over two segments and padding.
+
+  Args:
+    dtype: of the computation.
+    backend: of the attention.
+    length: of the rows.
+    dim: of a head.
+    prefix: share of the row that both segments of the first row see.
+  """
   rng = np.random.default_rng(1)
   rows, queries, keys = 2, 8, 2
   q, k, v = (
@@ -74,15 +84,16 @@ def _attention(dtype, backend, length: int, dim: int) -> Arrays:
   ends = length * np.array([[0.5, 0.9], [0.25, 0.75]])
   segments = np.where(steps < ends[:, :1], 1, 2)
   segments = np.where(steps < ends[:, 1:], segments, 0).astype(np.int32)
+  segments[0, : int(prefix * length)] = attention.PREFIX
   # What padding attends to is nobody's business.
-  weight *= (segments > 0)[..., None, None]
+  weight *= (segments != 0)[..., None, None]
 
   def scalar(*inputs):
     out = attention.packed_attention(*inputs, segments, backend)
     return (out.astype(jnp.float32) * weight).sum(), out
 
   grads, out = jax.jit(jax.grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
-  shown = np.asarray(out, np.float32) * (segments > 0)[..., None, None]
+  shown = np.asarray(out, np.float32) * (segments != 0)[..., None, None]
   named = zip("qkv", grads, strict=True)
   return {"out": shown} | {
     f"grad {name}": np.asarray(x, np.float32) for name, x in named
@@ -188,6 +199,9 @@ CASES = (
        functools.partial(_attention, length=384, dim=128), ("xla", "cudnn")),
   Case("attention 255 (odd)",
        functools.partial(_attention, length=255, dim=64), ("xla", "cudnn")),
+  Case("attention 512, shared prefix",
+       functools.partial(_attention, length=512, dim=64, prefix=0.3),
+       ("xla", "cudnn")),
   Case("engine", _engine),
 )
 

@@ -35,13 +35,19 @@ def full_rows(rows: int, length: int, vocab: int) -> types.RolloutBatch:
 def batch_of(
   replays: Sequence[workload.Replay], vocab: int
 ) -> types.RolloutBatch:
-  """Random tokens in the lengths of a workload."""
+  """Random tokens in the lengths of a workload, common where it says so."""
   rng = np.random.default_rng(0)
   width = max(r.total for r in replays)
   tokens = np.zeros((len(replays), width), np.int32)
   mask = np.zeros(tokens.shape, np.float32)
+  template = rng.integers(1, vocab, max(r.common for r in replays))
+  prompts: dict[int, np.ndarray] = {}
   for row, replay in enumerate(replays):
     tokens[row, : replay.total] = rng.integers(1, vocab, replay.total)
+    own = row if replay.question is None else replay.question
+    prompt = tokens[row, : replay.prompt]
+    prompt[:] = prompts.setdefault(own, prompt.copy())
+    prompt[: replay.common] = template[: replay.common]
     at = replay.prompt
     for generated, observed in replay.turns:
       mask[row, at : at + generated] = 1.0

@@ -7,12 +7,15 @@ yields zeros, never NaN.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from stepsearch_jax.models import cache, cudnn
 from stepsearch_jax.parallel import sharding
+
+PREFIX = -1  # Segment id of tokens that all segments of a packed row see.
 
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
 _CUDNN_TYPES = (jnp.bfloat16, jnp.float16)
@@ -116,6 +119,11 @@ def _cudnn_masked(q, k, v, positions):
   )
 
 
+def _meets(own, others):
+  """Whether queries of a segment may see keys of another, by their ids."""
+  return ((own == others) | (others == PREFIX)) & (own != 0)
+
+
 def _xla_packed(q, k, v, segment_ids):
   """Causal attention inside segments, in query blocks.
 
@@ -129,9 +137,10 @@ def _xla_packed(q, k, v, segment_ids):
     stop = min(start + _QUERY_BLOCK, length)
     rows = jnp.arange(start, stop, dtype=jnp.int32)
     columns = jnp.arange(stop, dtype=jnp.int32)
-    own = segment_ids[:, start:stop, None]
     mask = (rows[:, None] >= columns[None])[None]
-    mask = mask & (own == segment_ids[:, None, :stop]) & (own > 0)
+    mask = mask & _meets(
+      segment_ids[:, start:stop, None], segment_ids[:, None, :stop]
+    )
     blocks.append(
       _attend(
         grouped[:, :, :, start:stop], keys[:, :, :stop], values[:, :, :stop],
@@ -151,10 +160,9 @@ def _cudnn_packed(q, k, v, segment_ids):
 
 def _masked_packed(q, k, v, segment_ids):
   """The same with a mask [R, 1, S, S], where cuDNN takes no segments."""
-  same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-  valid = segment_ids[:, None, :, None] > 0
+  mask = _meets(segment_ids[:, None, :, None], segment_ids[:, None, None, :])
   return jax.nn.dot_product_attention(
-    q, k, v, mask=same & valid, is_causal=True, implementation="cudnn"
+    q, k, v, mask=mask, is_causal=True, implementation="cudnn"
   )
 
 
@@ -175,21 +183,73 @@ def _on_own_heads(kernel, q, k, v, segment_ids):
   return sharding.per_device(kernel, names, query, q, k, v, segment_ids)
 
 
-def _splash_local(q, k, v, segment_ids):
+def prefix_step(length: int) -> int:
+  """Returns a divisor of where segments may begin behind a PREFIX.
+
+  Args:
+    length: of the packed row.
+  """
+  fields = _fields(length)
+  return 1 << max(fields.place - fields.prefix, 0)
+
+
+class _Fields(NamedTuple):
+  """Bits of the 32 that say what a query sees, see `_splash_codes`."""
+
+  place: int  # Of its own place, and again of where its segment begins.
+  prefix: int  # Of the end of the row's prefix, in steps.
+
+
+def _fields(length):
+  place = max((length - 1).bit_length(), 1)
+  return _Fields(place, max(32 - 2 * place, 0))
+
+
+def _splash_codes(segment_ids):
+  """One number per query [B, S]: prefix's end, segment's begin, own place.
+
+  The kernel's mask is a function of one number per query, and of the key.
+  """
+  length = segment_ids.shape[1]
+  bits, step = _fields(length).place, prefix_step(length)
+  places = jnp.arange(length, dtype=jnp.int32)[None]
+  begins = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+  begins = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+  size = (segment_ids == PREFIX).sum(axis=1, dtype=jnp.int32, keepdims=True)
+  end = (size + (step - 1)) // step
+  return (end << 2 * bits) | (begins << bits) | places
+
+
+def _splash_local(q, k, v, segment_ids, interpret=False):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   length, dim = q.shape[1], q.shape[3]
   groups = q.shape[2] // k.shape[2]
+  fields, step = _fields(length), prefix_step(length)
   mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * groups)
-  # One kv head and the query heads that share it.
-  kernel = splash.make_splash_mqa_single_device(mask=mask)
+  # One kv head and the query heads that share it. Blocks of the mask that the
+  # causal one leaves out are never computed; in the others ours holds.
+  kernel = splash.make_splash_mqa_single_device(mask=mask, interpret=interpret)
 
-  def one(q, k, v, segments):
-    ids = splash.SegmentIds(q=segments, kv=segments)
-    return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(q, k, v)
+  def visible(codes, keys):
+    place = codes & ((1 << fields.place) - 1)
+    begin = (codes >> fields.place) & ((1 << fields.place) - 1)
+    end = (codes >> 2 * fields.place) & ((1 << fields.prefix) - 1)
+    return (keys <= place) & ((keys >= begin) | (keys < end * step))
+
+  def one(q, k, v, segments, codes):
+    valid = (segments != 0).astype(jnp.int32)
+    ids = splash.SegmentIds(q=valid, kv=valid)
+    infos = (
+      info._replace(q_sequence=codes) for info in
+      (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    )
+    shared = type(kernel)(*infos, **kernel.kwargs | {"mask_function": visible})
+    return jax.vmap(lambda q, k, v: shared(q, k, v, segment_ids=ids))(q, k, v)
 
   grouped, keys, values = _heads_first(q, k, v)
-  out = jax.vmap(one)(grouped, keys, values, segment_ids)
+  codes = _splash_codes(segment_ids)
+  out = jax.vmap(one)(grouped, keys, values, segment_ids, codes)
   return out.transpose(0, 3, 1, 2, 4).reshape(q.shape[:3] + (dim,))
 
 
@@ -207,8 +267,9 @@ def packed_attention(
   Args:
     q: [B, S, H, D].
     k, v: [B, S, KV, D].
-    segment_ids: [B, S] int32; tokens see earlier tokens of their own segment,
-      segment 0 is padding and sees nothing.
+    segment_ids: [B, S] int32; tokens see earlier tokens of their own segment
+      and of segment PREFIX, with which a row may begin. Segment 0 is padding
+      and sees nothing.
     backend: "splash", "cudnn" or "xla"; None asks the default device. What a
       backend cannot do (odd shapes, float32 in cuDNN) goes through XLA.
 

@@ -1,7 +1,8 @@
 """Trajectories to padded batches, and batches to packed rows (numpy).
 
 Packing goes by a trajectory's length, never by its loss mask: a token that is
-not trained is still attended to.
+not trained is still attended to. What the trajectories of a row begin with is
+there once, in front of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepsearch_jax import types
+from stepsearch_jax.models import attention
 
 _TURNS = 8  # Turns are padded to a multiple, so that shapes rarely change.
 
@@ -118,14 +120,19 @@ class Packing:
   """Where each token of a batch lies in packed rows.
 
   Attributes:
-    source: [R, S] int64, flat index b * T + t of the token, -1 for padding.
-    segment_ids: [R, S] int32, 1.. within a row, 0 for padding.
+    source: [R, S] int64, flat index b * T + t of the token, -1 for padding. A
+      shared prefix is its first trajectory's.
+    segment_ids: [R, S] int32, 1.. within a row, 0 for padding,
+      `attention.PREFIX` for a prefix that all trajectories of the row share.
     positions: [R, S] int32, position inside the trajectory.
+    places: [B, T] int64, flat index r * S + s of every token, -1 where none
+      was packed.
   """
 
   source: np.ndarray
   segment_ids: np.ndarray
   positions: np.ndarray
+  places: np.ndarray
 
   @property
   def padding_share(self) -> float:
@@ -135,21 +142,23 @@ class Packing:
   def padded(self, rows: int) -> Packing:
     """Returns the packing with empty rows behind it, `rows` in all."""
     more = ((0, rows - len(self.source)), (0, 0))
-    return Packing(
-      np.pad(self.source, more, constant_values=-1),
-      np.pad(self.segment_ids, more), np.pad(self.positions, more),
+    return dataclasses.replace(
+      self, source=np.pad(self.source, more, constant_values=-1),
+      segment_ids=np.pad(self.segment_ids, more),
+      positions=np.pad(self.positions, more),
     )
 
   def pack(self, array: np.ndarray, fill: float = 0) -> np.ndarray:
     """[B, T] array to packed [R, S]."""
     return np.where(self.source >= 0, array.reshape(-1)[self.source], fill)
 
-  def unpack(self, packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Packed [R, S] array back to [B, T], zeros where nothing was packed."""
-    out = np.zeros(shape[0] * shape[1], packed.dtype)
-    valid = self.source >= 0
-    out[self.source[valid]] = packed[valid]
-    return out.reshape(shape)
+  def unpack(self, packed: np.ndarray) -> np.ndarray:
+    """Packed [R, S] array back to [B, T], zeros where nothing was packed.
+
+    What was found for a shared prefix comes back in every trajectory.
+    """
+    found = packed.reshape(-1)[self.places]
+    return np.where(self.places >= 0, found, np.zeros((), packed.dtype))
 
 
 def micro_sizes(rows: int, whole: int, tail: int) -> list[int]:
@@ -172,49 +181,156 @@ def micro_sizes(rows: int, whole: int, tail: int) -> list[int]:
   return [whole] * count + [tail] * small
 
 
+def shareable(batch: types.RolloutBatch) -> np.ndarray:
+  """Returns what trajectories may share: tokens before the policy's first.
+
+  Returns:
+    [B, P] int32; behind those tokens, numbers that no other row has. At least
+    one token of every trajectory is left out.
+  """
+  on = batch.policy_mask > 0
+  last = np.maximum(batch.lengths - 1, 0)
+  sizes = np.where(on.any(axis=1), on.argmax(axis=1), last)
+  sizes = np.minimum(sizes, last)[:, None]
+  own = np.arange(sizes.max(initial=0)) < sizes
+  names = -1 - np.arange(len(sizes), dtype=np.int32)[:, None]
+  return np.where(own, batch.tokens[:, : own.shape[1]], names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A row that is being filled.
+
+  Attributes:
+    inside: its trajectories, numbers of the batch.
+    common: tokens that all of them begin with.
+    total: sum of their lengths.
+    step: see `attention.prefix_step`.
+  """
+
+  inside: tuple[int, ...]
+  common: int
+  total: int
+  step: int
+
+  @property
+  def start(self) -> int:
+    """Where the first trajectory goes on behind the prefix; 0 without one."""
+    start = -(-self.common // self.step) * self.step
+    gains = len(self.inside) > 1 and start < len(self.inside) * self.common
+    return start if gains else 0
+
+  @property
+  def prefix(self) -> int:
+    """Tokens that the row holds once."""
+    return self.common if self.start else 0
+
+  @property
+  def used(self) -> int:
+    """Places taken."""
+    return self.start + self.total - len(self.inside) * self.prefix
+
+
+class _Rows:
+  """First-fit-decreasing packing that is under way."""
+
+  def __init__(self, lengths, heads, row_length, closest):
+    """Prepares for trajectories of `lengths` that begin with `heads`."""
+    self.rows: list[_Row] = []
+    self._lengths, self._heads = lengths, heads
+    self._row_length = row_length
+    self._step = attention.prefix_step(row_length)
+    self._closest = closest
+
+  def add(self, b: int) -> None:
+    """Puts a trajectory into a row where it fits, or into a new one."""
+    size = int(self._lengths[b])
+    if size > self._row_length:
+      raise types.UserError(
+        f"a trajectory of {size} tokens does not fit a packed "
+        f"row of {self._row_length}"
+      )
+    best, saved = len(self.rows), -1
+    found = _Row((b,), self._heads.shape[1], size, self._step)
+    for r, joined in enumerate(self._joined(b, size)):
+      gain = self.rows[r].used + size - joined.used
+      if joined.used <= self._row_length and gain > saved:
+        best, saved, found = r, gain, joined
+        if not self._closest:
+          break
+    self.rows[best : best + 1] = [found]
+
+  def _joined(self, b, size):
+    """Yields what each row would be with trajectory `b` in it."""
+    same = self._heads[[row.inside[0] for row in self.rows]] == self._heads[b]
+    same = np.pad(same, ((0, 0), (0, 1)))  # Behind them nothing is common.
+    for row, common in zip(self.rows, same.argmin(axis=1), strict=True):
+      yield _Row(
+        (*row.inside, b), min(int(common), row.common), row.total + size,
+        row.step,
+      )
+
+  @property
+  def cost(self) -> tuple[int, int]:
+    """Rows, and the places taken in them."""
+    return len(self.rows), sum(row.used for row in self.rows)
+
+
 def pack(
   rows: Sequence[int],
   lengths: np.ndarray,
   width: int,
   row_length: int,
+  heads: np.ndarray | None = None,
 ) -> Packing:
   """First-fit-decreasing packing of trajectories into rows.
+
+  A row is [prefix | rest of trajectory 1 | rest of trajectory 2 | ...], the
+  prefix the longest that its trajectories have in common. A trajectory goes
+  into the first row where it fits, or into that which saves most; what takes
+  fewer rows (or tokens) is kept.
 
   Args:
     rows: batch rows to pack.
     lengths: [B] tokens of every batch row.
     width: T of the batch.
     row_length: S of the packed rows, at least the longest trajectory.
+    heads: what may be shared, see `shareable`; None = nothing.
 
   Raises:
     UserError: a trajectory does not fit a row.
   """
-  free: list[int] = []
-  places: list[list[int]] = []
-  for b in sorted(rows, key=lambda b: (-int(lengths[b]), b)):
-    size = int(lengths[b])
-    if size > row_length:
-      raise types.UserError(
-        f"a trajectory of {size} tokens does not fit a packed "
-        f"row of {row_length}"
-      )
-    r = next((i for i, room in enumerate(free) if room >= size), len(free))
-    if r == len(free):
-      free.append(row_length)
-      places.append([])
-    free[r] -= size
-    places[r].append(b)
-  count = max(len(free), 1)
-  source = np.full((count, row_length), -1, np.int64)
-  segments = np.zeros((count, row_length), np.int32)
-  positions = np.zeros((count, row_length), np.int32)
-  for r, inside in enumerate(places):
-    start = 0
-    for segment, b in enumerate(inside, 1):
-      stop = start + int(lengths[b])
-      steps = np.arange(stop - start)
-      source[r, start:stop] = b * width + steps
+  if heads is None:
+    heads = np.zeros((len(lengths), 0), np.int32)
+  order = sorted(rows, key=lambda b: (-int(lengths[b]), b))
+  ways = []
+  for closest in (False, True):
+    ways.append(_Rows(lengths, heads, row_length, closest))
+    for b in order:
+      ways[-1].add(b)
+  return _lay_out(min(ways, key=lambda way: way.cost).rows, lengths, width,
+                  row_length)
+
+
+def _lay_out(rows, lengths, width, row_length) -> Packing:
+  """The places of tokens in filled rows."""
+  shape = (max(len(rows), 1), row_length)
+  source = np.full(shape, -1, np.int64)
+  segments, positions = np.zeros((2, *shape), np.int32)
+  places = np.full((len(lengths), width), -1, np.int64)
+  for r, row in enumerate(rows):
+    steps = np.arange(row.prefix)
+    source[r, : row.prefix] = row.inside[0] * width + steps
+    segments[r, : row.prefix] = attention.PREFIX
+    positions[r, : row.prefix] = steps
+    start = row.start
+    for segment, b in enumerate(row.inside, 1):
+      places[b, : row.prefix] = r * row_length + steps
+      own = np.arange(row.prefix, lengths[b])
+      stop = start + len(own)
+      source[r, start:stop] = b * width + own
       segments[r, start:stop] = segment
-      positions[r, start:stop] = steps
+      positions[r, start:stop] = own
+      places[b, own] = r * row_length + np.arange(start, stop)
       start = stop
-  return Packing(source, segments, positions)
+  return Packing(source, segments, positions, places)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from stepsearch_jax import types
-from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.ppo import logprobs
 from stepsearch_jax.ppo.records import MicroBatch
 
@@ -33,7 +33,18 @@ def _trunk(params, micro: MicroBatch, config: decoder.DecoderConfig):
     micro.positions,
     segment_ids=micro.segment_ids,
   )
-  return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  # What goes on behind a shared prefix was chosen in the prefix's last state.
+  segments = micro.segment_ids
+  shared = segments == attention.PREFIX
+  size = shared.sum(axis=1, dtype=jnp.int32, keepdims=True)
+  places = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+  # A masked sum: no gather, and no scatter in the backward pass.
+  last = jnp.where((places == size - 1)[..., None], hidden, 0)
+  last = last.sum(axis=1, keepdims=True)
+  earlier = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+  first = (segments > 0) & (segments != earlier) & (size > 0)
+  return jnp.where(first[..., None], last, before)
 
 
 def policy(

@@ -187,13 +187,17 @@ class Learner:
   def _scalar(self, value):
     return sharding.put(value, self._replicated)
 
-  def _packing(self, batch: types.RolloutBatch, rows) -> batching.Packing:
+  def _packing(
+    self, batch: types.RolloutBatch, rows, share: bool = True
+  ) -> batching.Packing:
+    """Packs `rows`, what they begin with once where `share` is set."""
     lengths = batch.lengths
     if self.spec.estimator.scope == specs.MaskScope.ATTENDED:
       # The released value model also sees the token behind the last.
       lengths = np.minimum(lengths + 1, batch.tokens.shape[1])
     packing = batching.pack(
-      rows, lengths, batch.tokens.shape[1], self.spec.batch.row_length
+      rows, lengths, batch.tokens.shape[1], self.spec.batch.row_length,
+      batching.shareable(batch) if share else None,
     )
     return packing.padded(sum(self._sizes(len(packing.source))))
 
@@ -256,7 +260,7 @@ class Learner:
         parts = jax.device_get([program(*params, micro) for micro in micros])
         whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         metrics[f"timing_s/{phase}"] = time.perf_counter() - began
-        return jax.tree.map(lambda x: packing.unpack(x, shape), whole)
+        return jax.tree.map(lambda x: packing.unpack(x), whole)
 
       params, reference = state.policy.params, state.reference
       if self._uses_recorded(state):
@@ -368,9 +372,13 @@ class Learner:
 
   def _mini_batch(self, state, experience, rows, train_policy, lr_scale):
     """One optimizer step over `rows`."""
-    batch = experience.batch
-    weights = weighting.of_mini_batch(experience, rows, self.spec)
-    packing = self._packing(batch, rows)
+    batch, spec = experience.batch, self.spec
+    weights = weighting.of_mini_batch(experience, rows, spec)
+    # In a mean over micro-batches it matters who is in which: as released.
+    micro_mean = specs.MicroWeighting.MICRO_MEAN
+    packing = self._packing(
+      batch, rows, share=spec.loss.micro_weighting != micro_mean
+    )
     micros = list(self._micros(
       packing, batch, logp=experience.logp,
       reference_logp=experience.reference_logp, values=experience.values,

@@ -157,7 +157,8 @@ class MicroBatch:
 
   Attributes:
     tokens: int32.
-    segment_ids: int32, 1.. for the trajectories of a row, 0 for padding.
+    segment_ids: int32, 1.. for the trajectories of a row, 0 for padding,
+      `attention.PREFIX` for what they begin with, if the row holds it once.
     positions: int32, place within the trajectory.
     policy_mask: float32, sampled tokens.
     turn: int32, turn of each policy token in its trajectory; -1 elsewhere.

@@ -14,6 +14,14 @@ SEGMENTS = np.array([
   [1] * 1 + [2] * 255 + [0] * 256,
 ], np.int32)
 
+# Rows that begin with what all of their segments see, beside rows without.
+SHARED = np.array([
+  [-1] * 100 + [1] * 150 + [2] * 200 + [0] * 62,
+  [-1] * 128 + [1] * 384,
+  [-1] * 3 + [0] * 1 + [1] * 1 + [2] * 300 + [0] * 207,
+  [1] * 200 + [2] * 300 + [0] * 12,
+], np.int32)
+
 
 def inputs(dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(0), 3)
@@ -24,13 +32,14 @@ def inputs(dtype=jnp.float32):
 
 
 def by_hand(q, k, v, segments):
-  """Softmax over earlier tokens of the own segment, segment by segment."""
+  """Softmax over earlier tokens of prefix and segment, one by one."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
   out = np.zeros(q.shape)
   for row in range(len(q)):
     for segment in set(segments[row]) - {0}:
-      own = np.flatnonzero(segments[row] == segment)
+      own = np.isin(segments[row], (segment, attention.PREFIX))
+      own = np.flatnonzero(own)
       scores = np.einsum("shd,thd->hst", q[row, own], k[row, own]) / 4.0
       scores = np.where(np.tri(len(own)) > 0, scores, -np.inf)
       weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -88,21 +97,26 @@ def test_the_places_of_segments_are_what_the_kernel_expects():
   assert lengths.tolist() == [[200, 300], [512, -1], [-1, -1], [1, 255]]
 
 
-def test_query_blocks_equal_the_loop():
-  ours = attention.packed_attention(*inputs(), jnp.asarray(SEGMENTS), "xla")
-  np.testing.assert_allclose(ours, by_hand(*inputs(), SEGMENTS), atol=2e-6)
+@pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
+def test_query_blocks_equal_the_loop(segments):
+  ours = attention.packed_attention(*inputs(), jnp.asarray(segments), "xla")
+  np.testing.assert_allclose(ours, by_hand(*inputs(), segments), atol=2e-6)
 
 
-def test_segments_through_the_fused_kernel_equal_the_loop(fused):
-  ours = cudnn.packed(
-    *inputs(), jnp.asarray(SEGMENTS), otherwise=attention._xla_packed
-  )
-  assert fused.calls == 1
-  np.testing.assert_allclose(ours, by_hand(*inputs(), SEGMENTS), atol=2e-6)
+def fused_only(*unused):
+  """In place of the other path, where it must not be taken."""
+  return jnp.full(inputs()[0].shape, jnp.nan)
 
 
-def test_gradients_pass_the_fused_kernel_without_its_padding(fused):
-  segments = jnp.asarray(SEGMENTS)
+@pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
+def test_segments_through_the_fused_kernel_equal_the_loop(fused, segments):
+  ours = cudnn.packed(*inputs(), jnp.asarray(segments), otherwise=fused_only)
+  np.testing.assert_allclose(ours, by_hand(*inputs(), segments), atol=2e-6)
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
+def test_gradients_pass_the_fused_kernel_without_its_padding(fused, segments):
+  segments = jnp.asarray(segments)
   aim = jax.random.normal(jax.random.key(3), inputs()[0].shape)
 
   def gradients(way):
@@ -111,7 +125,7 @@ def test_gradients_pass_the_fused_kernel_without_its_padding(fused):
     )(inputs())
 
   ours = gradients(
-    lambda *x: cudnn.packed(*x, otherwise=attention._xla_packed)
+    lambda *x: cudnn.packed(*x, otherwise=fused_only)
   )
   for mine, theirs in zip(
     ours, gradients(attention._xla_packed), strict=True
@@ -128,6 +142,57 @@ def test_rows_of_too_many_segments_take_the_other_path(fused):
   np.testing.assert_allclose(ours, by_hand(*inputs(), many), atol=2e-6)
 
 
+def test_rows_that_do_not_fit_when_spread_out_take_the_other_path(
+  fused, monkeypatch
+):
+  # With a copy of the prefix each, three segments take 3 * 400 + 110 places.
+  ids = [-1] * 400 + [1] * 50 + [2] * 30 + [3] * 30 + [0] * 2
+  long = np.asarray([ids], np.int32).repeat(4, 0)
+  monkeypatch.setattr(cudnn, "max_segments", lambda length: 3)
+  assert not cudnn.Spread.of(jnp.asarray(long)).fits()
+  assert cudnn.Spread.of(jnp.minimum(jnp.asarray(long), 2)).fits()
+  ours = cudnn.packed(
+    *inputs(), jnp.asarray(long), otherwise=attention._xla_packed
+  )
+  np.testing.assert_allclose(ours, by_hand(*inputs(), long), atol=2e-6)
+
+
+def by_splash(*args):
+  return attention._splash_local(*args, interpret=True)
+
+
+def test_splash_attention_interpreted_equals_query_blocks():
+  ids = np.array([
+    [-1] * 100 + [1] * 60 + [2] * 80 + [0] * 16, [1] * 128 + [2] * 128,
+    [-1] * 130 + [0] * 2 + [1] * 4 + [2] * 120,
+  ], np.int32)
+  given = tuple(jnp.tile(x[:3, :256], (1, 1, 1, 8)) for x in inputs())
+  # What padding gets is for nobody to see.
+  aim = jax.random.normal(jax.random.key(3), given[0].shape)
+  aim = jnp.where((ids != 0)[..., None, None], aim, 0)
+
+  def both(way):
+    def aimed(qkv):
+      out = way(*qkv, jnp.asarray(ids)) * aim
+      return out.sum(), out
+
+    return jax.jit(jax.grad(aimed, has_aux=True))(given)
+
+  jax.tree.map(
+    lambda mine, other: np.testing.assert_allclose(mine, other, atol=1e-4),
+    both(by_splash), both(attention._xla_packed),
+  )
+
+
+@pytest.mark.parametrize("length", [128, 1024, 2048, 4096, 8192, 16384])
+def test_what_splash_queries_see_fits_one_number(length):
+  step, fields = attention.prefix_step(length), attention._fields(length)
+  assert 2 * fields.place + fields.prefix <= 32
+  last = -(-(length - 2) // step) * step  # A prefix of all places but two.
+  assert last // step <= 2**fields.prefix - 1 or last >= length
+  assert length - 1 < 2**fields.place
+
+
 def test_the_gpus_way_takes_segments_where_it_can_and_says_where_not(
   fused, monkeypatch
 ):
@@ -137,7 +202,7 @@ def test_the_gpus_way_takes_segments_where_it_can_and_says_where_not(
   )
   low = inputs(jnp.bfloat16)
   attention.packed_attention(*low, jnp.asarray(SEGMENTS), "cudnn")
-  assert (fused.calls, calls) == (1, [])
+  assert fused.calls and not calls
   monkeypatch.setattr(cudnn, "kernel", lambda: None)
   attention.packed_attention(*low, jnp.asarray(SEGMENTS), "cudnn")
   assert calls == ["masked"]
