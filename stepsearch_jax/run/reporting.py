@@ -59,7 +59,7 @@ def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
     "perf/idle_slot_share": stats.idle_slot_steps / max(stats.slot_steps, 1),
     "timing_s/gen_decode": stats.decode_seconds,
     "timing_s/gen_extend": stats.extend_seconds,
-    "env/retrieval_wait_share": stats.retrieval_wait_share,
+    "perf/retrieval_wait_share": stats.retrieval_wait_share,
     "timing_s/gen_retrieval_wait": stats.retrieval_wait_seconds,
   }
 
