@@ -179,6 +179,27 @@ def _reward():
   # Paid for every search that got a result, whatever it found; 0 = off. A
   # control: does the content of step rewards matter?
   reward.search_bonus = 0.0
+  # What the presets decide, one by one; None = as the preset has it.
+  reward.step_scale = config_dict.placeholder(float)  # Of step rewards.
+  # Outcome of a trajectory that does not end with its answer.
+  reward.malformed = config_dict.placeholder(float)
+  # Of queries and search keys: best | last (the latest wins its group).
+  reward.key_match = config_dict.placeholder(str)
+  reward.f1_decimals = config_dict.placeholder(int)  # Kept of an F1.
+  # Where nothing is left of a gold answer ("The The"): text (the same text is
+  # right) | never.
+  reward.empty_gold = config_dict.placeholder(str)
+  # Where step rewards fall: sampled (the token that closed the search) |
+  # reencoded.
+  reward.step_position = config_dict.placeholder(str)
+  # Where both fall on one token: add | overwrite.
+  reward.outcome_on_step = config_dict.placeholder(str)
+  # Documents that count: retrieved | parsed (back from the text).
+  reward.document_text = config_dict.placeholder(str)
+  # Text that counts: provenance (what the policy sampled) | regex (all of it).
+  reward.scored_text = config_dict.placeholder(str)
+  # The end token at the end of a trajectory: trained | dropped.
+  reward.eos = config_dict.placeholder(str)
   # Your own "module:function", which pays instead of all of this; see above.
   reward.function = ""
   return reward

@@ -42,6 +42,14 @@ def scratch(path: epath.PathLike) -> epath.Path:
   return parent / name.rpartition("/")[2]
 
 
+def new_scratch(folder: epath.PathLike) -> epath.Path:
+  """Returns `scratch`, without what is left there of a folder that is gone."""
+  local = scratch(folder)
+  if is_bucket(folder) and local.exists() and not epath.Path(folder).exists():
+    local.rmtree()
+  return local
+
+
 def local_copy(folder: epath.PathLike) -> epath.Path:
   """Returns a local folder with the files of one in a bucket.
 
@@ -71,7 +79,7 @@ def publish(local: epath.PathLike, folder: epath.PathLike, last: str) -> None:
 
   Args:
     local: the folder; gone afterwards if `folder` is local too.
-    folder: must not exist. A bucket has no whole folders, so
+    folder: must not exist, or only in parts. A bucket has no whole folders, so
     last: the file that says that the folder is complete comes last.
   """
   local, folder = epath.Path(local), epath.Path(folder)
@@ -89,6 +97,8 @@ def publish(local: epath.PathLike, folder: epath.PathLike, last: str) -> None:
   for name in names:
     if name != _LISTING:
       _copy(local / name, folder / name)
+  if local == scratch(folder):  # So `local_copy` has nothing to fetch.
+    (local / _LISTING).write_text(json.dumps(dict(_listing(folder))))
 
 
 def _listing(folder: epath.Path, prefix: str = "") -> Iterator:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import os
-import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 # Read when transformers is imported: no note that torch is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,7 +18,7 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.parallel import distributed
-from stepsearch_jax.run import metrics
+from stepsearch_jax.run import interrupts, metrics
 from stepsearch_jax.run import monitor as sentinel
 
 _MULTIHOST = flags.DEFINE_bool(
@@ -43,14 +41,6 @@ _SHARED_FLAGS = [
   for name in ("multihost", "coordinator", "num_processes", "process_id")
 ]
 
-# Tells a scheduler to run the same command again (BSD's EX_TEMPFAIL).
-EXIT_PREEMPTED = 75
-
-
-class PreemptedError(RuntimeError):
-  """The run was asked to stop, has saved, and can go on later."""
-
-
 # What a user can mend (a setting, a full disk, a collapse); anything else is a
 # bug and keeps its traceback.
 _USER_ERRORS = (
@@ -65,7 +55,7 @@ def run(
   """Parses flags and runs a command.
 
   Bad input ends in one line on stderr and exit code 1 (`--verbosity=1` adds
-  the traceback), a preempted run in exit code 75.
+  the traceback), a preempted run in exit code 75, Ctrl-C elsewhere in one line.
 
   Args:
     main: the command; its return value is the exit code.
@@ -77,45 +67,6 @@ def run(
     lambda argv: _guarded(main, argv, arguments),
     flags_parser=functools.partial(_parse, main),
   )
-
-
-class Interrupts:
-  """SIGTERM and Ctrl-C as a request to stop where nothing is lost.
-
-  By default a signal ends the program at once. Inside `deferred` it only sets
-  `requested`, and the loop there saves and stops by itself; a second signal
-  ends the program nevertheless.
-  """
-
-  def __init__(self):
-    """Starts without a request; `install` makes signals count."""
-    self.requested = False
-    self._deferring = False
-
-  def install(self) -> Interrupts:
-    """Handles SIGTERM and SIGINT from now on; returns itself."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number: int, frame) -> None:
-    del frame
-    again, self.requested = self.requested, True
-    if again or not self._deferring:
-      raise PreemptedError(
-        f"stopped by {signal.Signals(number).name}; the same command goes on"
-      )
-    logging.warning("%s: saving after this step, then stopping (once more "
-                    "stops at once)", signal.Signals(number).name)
-
-  @contextlib.contextmanager
-  def deferred(self) -> Iterator[None]:
-    """Context in which a signal only sets `requested`."""
-    self._deferring = True
-    try:
-      yield
-    finally:
-      self._deferring = False
 
 
 def _cache_compilations() -> None:
@@ -243,9 +194,11 @@ def _guarded(
       )
     _cache_compilations()
     return main(list(argv[1:])) if arguments else main()
-  except PreemptedError as error:
+  except interrupts.PreemptedError as error:
     logging.warning("%s", error)
-    return EXIT_PREEMPTED
+    return interrupts.EXIT_PREEMPTED
+  except KeyboardInterrupt:
+    sys.exit("interrupted")
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
@@ -255,7 +208,7 @@ def _guarded(
       "same command on all of them resumes", str(error).splitlines()[0][:200],
     )
     logging.flush()
-    os._exit(1)
+    os._exit(interrupts.EXIT_PREEMPTED)
   except _USER_ERRORS as error:
     logging.debug("where it happened", exc_info=True)
     sys.exit(f"error: {error}")

@@ -34,9 +34,11 @@ from stepsearch_jax.run import (
   plots,
   reporting,
   starting,
+  warm_start,
 )
 from stepsearch_jax.run import trajectories as trajectories_lib
 from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.interrupts import Interrupts, PreemptedError
 from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.run.state import RunState
 
@@ -55,7 +57,7 @@ _ALLOW_CHANGES = flags.DEFINE_list(
 
 def train(
   config: ml_collections.ConfigDict, workdir: epath.Path,
-  interrupts: cli.Interrupts | None = None, allow_changes: Sequence[str] = (),
+  interrupts: Interrupts | None = None, allow_changes: Sequence[str] = (),
 ) -> dict:
   """Runs (or resumes) one training job.
 
@@ -79,11 +81,11 @@ def train(
   workdir.mkdir(parents=True, exist_ok=True)
   with identity.locked(workdir):
     experiment = Experiment(settings, workdir)
-    return _train(experiment, interrupts or cli.Interrupts(), allow_changes)
+    return _train(experiment, interrupts or Interrupts(), allow_changes)
 
 
 def _train(
-  experiment: Experiment, interrupts: cli.Interrupts,
+  experiment: Experiment, interrupts: Interrupts,
   allow_changes: Sequence[str],
 ) -> dict:
   """The run itself, in a work directory that nobody else uses."""
@@ -110,6 +112,8 @@ def _train(
   #    models and the warm start, saved at once, so that no signal loses it.
   job = Job.build(experiment, steps, interrupts)
   job.save()
+  job.saver.wait()
+  warm_start.forget(workdir)
   if job.state.baseline is None:
     job.writer.write(job.state.step, job.evaluate())
 
@@ -127,23 +131,26 @@ def _train(
 
 
 def _loop(job: Job) -> None:
-  """Steps until the last one; a signal waits for the end of its step."""
+  """Steps until the last one; a signal waits for the end of its step.
+
+  Only the first step, which compiles for long, is stopped at once.
+  """
   bar = metrics.Progress(
     job.steps, job.state.step, active=distributed.is_primary()
   )
   while job.state.step < job.steps:
-    with job.interrupts.deferred():
-      try:
-        values = job.step()
-      except types.UserError:  # A user's function: it can be mended.
-        job.save()
-        job.close()
-        raise
-      if job.has_collapsed(values):
-        job.roll_back()
-        bar.rewind(job.state.step)
-        continue
-      stopping = job.report(values)
+    try:
+      values = job.step()
+    except types.UserError:  # A user's function: it can be mended.
+      job.save()
+      job.close()
+      raise
+    job.interrupts.defer()  # From here on a signal would cost a step or more.
+    if job.has_collapsed(values):
+      job.roll_back()
+      bar.rewind(job.state.step)
+      continue
+    stopping = job.report(values)
     bar.update(
       reward=values["critic/score/mean"],
       searches=values["env/searches_per_question"],
@@ -152,7 +159,7 @@ def _loop(job: Job) -> None:
     )
     if stopping:
       job.close()
-      raise cli.PreemptedError(
+      raise PreemptedError(
         f"stopped after step {job.state.step} and saved; the same command "
         "goes on"
       )
@@ -179,7 +186,7 @@ class Job:
 
   experiment: Experiment
   steps: int
-  interrupts: cli.Interrupts
+  interrupts: Interrupts
   stream: input_pipeline.QuestionStream
   learner: learner_lib.Learner
   saver: checkpoints.Checkpointer
@@ -193,7 +200,7 @@ class Job:
 
   @classmethod
   def build(
-    cls, experiment: Experiment, steps: int, interrupts: cli.Interrupts
+    cls, experiment: Experiment, steps: int, interrupts: Interrupts
   ) -> Job:
     """Opens the run's files and reads, or makes, its state."""
     began, settings = time.time(), experiment.settings
@@ -202,7 +209,7 @@ class Job:
       model, model, settings.learner(steps), experiment.mesh
     )
     saver = checkpoints.Checkpointer(workdir, settings.checkpoint.keep)
-    state = starting.start(experiment, learner, saver)
+    state = starting.start(experiment, learner, saver, interrupts)
     job = cls(
       experiment, steps, interrupts,
       stream=input_pipeline.QuestionStream(
@@ -361,7 +368,7 @@ class Job:
 def main() -> None:
   """Entry; see the module docstring."""
   summary = train(
-    _CONFIG.value, epath.Path(_WORKDIR.value), cli.Interrupts().install(),
+    _CONFIG.value, epath.Path(_WORKDIR.value), Interrupts().install(),
     _ALLOW_CHANGES.value,
   )
   print()

@@ -45,8 +45,8 @@ MAY_IMPORT = {
   "bench": {"cli", "data", "env", "evaluation", "files", "jax", "models",
             "parallel", "plan", "ppo", "retrieval", "rewards", "rollout",
             "run", "types"},
-  "tools": {"bench", "cli", "data", "env", "evaluation", "files", "jax",
-            "ml_collections", "models", "parallel", "plan", "retrieval",
+  "tools": {"bench", "buckets", "cli", "data", "env", "evaluation", "files",
+            "jax", "ml_collections", "models", "parallel", "plan", "retrieval",
             "rewards", "run", "supervision", "types", "view"},
 }
 # The rollout's device side knows no strings and no retrievers.

@@ -2,6 +2,10 @@
 
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import time
 import urllib.request
 
 import pytest
@@ -9,6 +13,8 @@ from etils import epath
 
 from stepsearch_jax import buckets, files
 from stepsearch_jax.models.weights import hf as hf_weights
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +137,90 @@ def test_an_index_is_built_for_a_bucket_and_opened_from_it(
   for retriever in (first, again, ready):
     ((found,),) = retriever.search(["Mossing"], 1)
     assert found.id == "2"
+
+
+def test_a_published_scratch_folder_is_not_fetched_again(folder, monkeypatch):
+  made = buckets.new_scratch(folder / "index")
+  made.mkdir()
+  (made / "manifest.json").write_text("{}")
+  buckets.publish(made, folder / "index", last="manifest.json")
+  monkeypatch.setattr(buckets, "_copy", lambda *unused: pytest.fail())
+  assert buckets.local_copy(folder / "index") == made
+  # What is left of a folder that somebody has deleted does not count.
+  (folder / "index").rmtree()
+  assert not buckets.new_scratch(folder / "index").exists()
+
+
+# Small: the emulator and this test share few cores.
+SMALL = [
+  f"--config.{field}" for field in (
+    "total_steps=3", "checkpoint.every=1", "data.world.train=64",
+    "data.world.validation=8", "data.world.heldout=8",
+    "data.world.entities=200", "data.eval_limit=4", "rollout.max_turn=12",
+  )
+]
+
+
+class Machine:
+  """Runs commands as one of several machines, each with a disk of its own."""
+
+  def __init__(self, address, home):
+    home.mkdir()
+    self._env = os.environ | {
+      "JAX_PLATFORMS": "cpu", "HOME": os.fspath(home),
+      "PYTHONPATH": os.fspath(ROOT),
+      # Orbax goes through tensorstore, everything else through gcsfs.
+      "TENSORSTORE_GCS_HTTP_URL": address, "STORAGE_EMULATOR_HOST": address,
+    }
+
+  def start(self, module, *arguments):
+    return subprocess.Popen(
+      [sys.executable, "-m", f"stepsearch_jax.{module}", *arguments], cwd=ROOT,
+      env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def finish(self, module, *arguments):
+    process = self.start(module, *arguments)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_killed_resumes_evaluates_and_exports(
+  server, folder, tmp_path
+):
+  run = folder / "run"
+  train = ["train", f"--workdir={run}", *SMALL,
+           "--config=configs/quickstart.py:runlocal"]
+  process = Machine(server, tmp_path / "first").start(*train)
+  deadline = time.time() + 900
+  # Orbax writes this last of a checkpoint in a bucket.
+  while not (run / "checkpoints/1/commit_success.txt").exists():
+    assert process.poll() is None and time.time() < deadline
+    time.sleep(1)
+  process.kill()
+  process.communicate()
+  assert not (run / "summary.json").exists()
+  other = Machine(server, tmp_path / "second")
+  assert "resumed at step" in other.finish(*train)
+  rows = files.RowLog(run / "metrics.jsonl").rows()
+  assert [row["step"] for row in rows] == [0, 1, 2, 3]
+  assert json.loads((run / "summary.json").read_text())["steps"] == 3
+  assert list((run / "tensorboard").iterdir())
+  assert (run / "curves.png").exists()
+  other.finish("evaluate", f"--workdir={run}")
+  assert list((run / "evaluations").glob("*step_3/card.json"))
+  third = Machine(server, tmp_path / "third")
+  said = third.finish("tools.export", f"--workdir={run}",
+                      f"--output={folder / 'export'}")
+  assert "policy of step 3" in said
+  local = pathlib.Path(hf_weights.resolve(os.fspath(folder / "export")))
+  assert (local / "model.safetensors").stat().st_size > 100_000
+  assert json.loads((local / "config.json").read_text())["vocab_size"] > 0
+  corpus = (run / "world/corpus.jsonl")
+  said = third.finish("tools.build_index", f"--corpus={corpus}",
+                      f"--output={folder / 'ready'}")
+  assert (folder / "ready/manifest.json").exists()
+  assert not list(ROOT.glob("gs:*"))

@@ -2,14 +2,10 @@
 
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
-import pytest
-
 from stepsearch_jax import __main__ as verbs
-from stepsearch_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -60,14 +56,3 @@ def test_configs_are_found_from_anywhere(tmp_path):
     "'rollback'), got 'stop'\n"
   )
   assert not (tmp_path / "w").exists()
-
-
-def test_a_signal_stops_at_once_or_where_the_loop_says():
-  interrupts = cli.Interrupts()
-  with interrupts.deferred():
-    interrupts._handle(signal.SIGTERM, None)
-    assert interrupts.requested
-    with pytest.raises(cli.PreemptedError, match="SIGINT"):
-      interrupts._handle(signal.SIGINT, None)  # The second one is serious.
-  with pytest.raises(cli.PreemptedError, match="stopped by SIGTERM"):
-    cli.Interrupts()._handle(signal.SIGTERM, None)

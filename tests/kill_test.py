@@ -13,24 +13,27 @@ import numpy as np
 import pytest
 import train_test
 
+from stepsearch_jax.run import interrupts
+
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = 10
 STEPS = 14
 
 
-def command(workdir):
+def command(workdir, *more):
   return [
     sys.executable, "-m", "stepsearch_jax.train", f"--workdir={workdir}",
     "--config=configs/quickstart.py:runlocal", f"--config.total_steps={STEPS}",
     "--config.checkpoint.every=1", "--config.eval.every=4",
     "--config.data.eval_limit=4", "--config.rollout.max_turn=12",
-    "--config.ppo.kl_controller=adaptive",
+    "--config.ppo.kl_controller=adaptive", *more,
   ]
 
 
-def start(workdir):
+def start(workdir, *more):
   return subprocess.Popen(
-    command(workdir), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    command(workdir, *more), cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
   )
 
@@ -56,6 +59,48 @@ def kill_somewhere(workdir, moments, after_a_step):
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert process.returncode == -signal.SIGKILL
+
+
+def stop(process, number):
+  """Sends a signal; returns the exit code and the seconds that it took."""
+  began = time.time()
+  process.send_signal(number)
+  process.communicate(timeout=120)
+  return process.returncode, time.time() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_anywhere_save_or_leave_it_clean(tmp_path, number):
+  """In the warm start, and wherever else a run of a few seconds is."""
+  more = ["--config.warm_start.steps=40", "--config.total_steps=2"]
+  whole, ours = tmp_path / "whole", tmp_path / "ours"
+  finish(start(whole, *more))
+  moments, stops = random.Random(int(number)), 0
+  process = start(ours, *more)
+  while not (ours / "index/manifest.json").exists():
+    assert process.poll() is None
+    time.sleep(0.05)
+  for _ in range(8):
+    time.sleep(moments.uniform(1.0, 10.0))
+    if process.poll() is not None:
+      break
+    code, seconds = stop(process, number)
+    assert seconds < 40  # Two seconds where nobody else works.
+    if code == 0:
+      break
+    # Imports do not listen yet.
+    assert code in (interrupts.EXIT_PREEMPTED, -number, 1), code
+    stops += code == interrupts.EXIT_PREEMPTED
+    process = start(ours, *more)
+  finish(process)
+  assert stops
+  assert train_test.records(ours) == train_test.records(whole)
+  ours, theirs = (
+    train_test.final_policy(folder, train_test.tiny())[1]
+    for folder in (ours, whole)
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.slow

@@ -95,5 +95,5 @@ def test_a_dead_process_ends_the_others_with_an_error(tmp_path):
     time.sleep(0.5)
   handles[1].send_signal(signal.SIGKILL)
   (error, _), (code, _) = finish(handles, 60)
-  assert code != 0
+  assert code not in (0, 1)  # 1 would say that starting again cannot help.
   assert "another process" in error or "distributed service" in error, error

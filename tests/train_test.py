@@ -13,10 +13,10 @@ import pytest
 from etils import epath
 
 from configs import musique_smollm2, quickstart
-from stepsearch_jax import cli, train, types
+from stepsearch_jax import train, types
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.retrieval.index import corpus
-from stepsearch_jax.run import checkpoints, identity, metrics, plots
+from stepsearch_jax.run import checkpoints, identity, interrupts, metrics, plots
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -119,16 +119,24 @@ def test_a_run_that_died_resumes_to_the_same_numbers(
 
 @pytest.mark.slow
 def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
-  finished, tmp_path
+  finished, tmp_path, monkeypatch
 ):
   workdir, _ = finished
-  stop = cli.Interrupts()
-  stop.requested = True
+  stop = interrupts.Interrupts()
+  defer = stop.defer
+
+  def asked_in_the_loop():
+    defer()
+    stop.requested = not (ours / "warm_start").exists()
+
+  monkeypatch.setattr(stop, "defer", asked_in_the_loop)
   ours = epath.Path(tmp_path) / "run"
   config = tiny()
   config.checkpoint.every = 100  # Only the preemption saves.
   with jax.numpy_dtype_promotion("standard"):
-    with pytest.raises(cli.PreemptedError, match="after step 1 and saved"):
+    with pytest.raises(
+      interrupts.PreemptedError, match="after step 1 and saved"
+    ):
       train.train(config, ours, stop)
     train.train(config, ours)
   assert records(ours) == records(workdir)

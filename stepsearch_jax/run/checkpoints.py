@@ -8,16 +8,26 @@ resumed run repeats the uninterrupted one. Whose run it is, `identity` knows.
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import jax
 import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.ppo import records
 from stepsearch_jax.run.state import RunState
+
+# In the words of tensorstore and of the system.
+_NOT_WRITTEN = re.compile(
+  "No space left on device|Disk quota exceeded|Permission denied|"
+  "Read-only file system|Input/output error|PERMISSION_DENIED"
+)
 
 
 class CheckpointMismatchError(types.UserError):
@@ -35,7 +45,7 @@ class Checkpointer:
       keep: how many checkpoints to retain; the one with the best EM is kept
         besides.
     """
-    self._folder = epath.Path(workdir).resolve() / "checkpoints"
+    self._folder = absolute(workdir) / "checkpoints"
     best = policies.BestN(
       get_metric_fn=lambda scores: scores["em"], n=1,
       keep_checkpoints_without_metrics=False,
@@ -58,20 +68,25 @@ class Checkpointer:
 
     The policy is an item of its own, so that evaluation reads only that. The
     reference is not written: `save_reference` does that once.
+
+    Raises:
+      UserError: an earlier one could not be written, for instance to a full
+        disk; `wait` and `close` likewise.
     """
     if state.step in self._manager.all_steps():
       return
     is_best = state.best is not None and state.best["step"] == state.step
     saved = state.learner.split()
-    self._manager.save(
-      state.step,
-      args=ocp.args.Composite(
-        policy=ocp.args.StandardSave(saved.policy),
-        rest=ocp.args.StandardSave(saved.rest),
-        progress=ocp.args.JsonSave(state.progress()),
-      ),
-      metrics={"em": state.best["em"]} if is_best else None,
-    )
+    with writing(self._folder):
+      self._manager.save(
+        state.step,
+        args=ocp.args.Composite(
+          policy=ocp.args.StandardSave(saved.policy),
+          rest=ocp.args.StandardSave(saved.rest),
+          progress=ocp.args.JsonSave(state.progress()),
+        ),
+        metrics={"em": state.best["em"]} if is_best else None,
+      )
 
   def restore(self, like: RunState) -> RunState | None:
     """Reads the newest readable checkpoint.
@@ -116,8 +131,8 @@ class Checkpointer:
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        policy=ocp.args.StandardRestore(_abstract(saved.policy)),
-        rest=ocp.args.StandardRestore(_abstract(saved.rest)),
+        policy=ocp.args.StandardRestore(abstract(saved.policy)),
+        rest=ocp.args.StandardRestore(abstract(saved.rest)),
         progress=ocp.args.JsonRestore(),
       ),
     )
@@ -155,11 +170,13 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Blocks until background writes are on disk."""
-    self._manager.wait_until_finished()
+    with writing(self._folder):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits and releases the writer threads."""
-    self._manager.close()
+    with writing(self._folder):
+      self._manager.close()
 
 
 def save_reference(
@@ -172,8 +189,8 @@ def save_reference(
   One that is there already is replaced: it can only stem from a start that
   never reached its first checkpoint, maybe with other settings.
   """
-  folder = epath.Path(workdir).resolve() / "reference"
-  with ocp.StandardCheckpointer() as writer:
+  folder = absolute(workdir) / "reference"
+  with writing(folder), ocp.StandardCheckpointer() as writer:
     writer.save(
       folder, jax.tree.map(lambda x: x.astype(dtype), params), force=True
     )
@@ -185,14 +202,14 @@ def load_reference(workdir: epath.PathLike, like: types.Tree) -> types.Tree:
   Raises:
     UserError: the run has no reference.
   """
-  folder = epath.Path(workdir).resolve() / "reference"
+  folder = absolute(workdir) / "reference"
   if not folder.exists():
     raise types.UserError(
       f"{folder} is missing: cannot resume without the "
       "reference policy; start in a fresh --workdir"
     )
   with ocp.StandardCheckpointer() as reader:
-    return reader.restore(folder, _abstract(like))
+    return reader.restore(folder, abstract(like))
 
 
 def load_policy(
@@ -212,11 +229,14 @@ def load_policy(
     UserError: no such checkpoint, its shapes differ from `like`, or it cannot
       be read.
   """
-  folder = epath.Path(workdir).resolve() / "checkpoints"
+  folder = absolute(workdir) / "checkpoints"
   if not folder.exists():
     raise types.UserError(f"no checkpoints in {workdir}: expected {folder}")
-  # Unfinished checkpoints carry a suffix behind the number.
-  steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  # Unfinished ones have a suffix behind the number; in a bucket, no last file.
+  steps = sorted(
+    int(p.name) for p in folder.iterdir()
+    if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
+  )
   if not steps or (step is not None and step not in steps):
     raise types.UserError(
       f"no checkpoint {step} in {folder}, there are {steps}"
@@ -226,7 +246,7 @@ def load_policy(
   try:
     _check_shapes(path, like)
     with ocp.StandardCheckpointer() as reader:
-      return step, reader.restore(path, _abstract(like))
+      return step, reader.restore(path, abstract(like))
   except CheckpointMismatchError:
     raise
   except Exception as error:  # Whatever a damaged file makes orbax raise.
@@ -234,6 +254,26 @@ def load_policy(
       f"{path} cannot be read ({type(error).__name__}); there are checkpoints "
       f"{steps}, choose another with --step"
     ) from error
+
+
+@contextlib.contextmanager
+def writing(folder: epath.Path) -> Iterator[None]:
+  """Makes one line of what orbax raises where there is no room or no right."""
+  try:
+    yield
+  except (ValueError, OSError, RuntimeError) as error:
+    reason = _NOT_WRITTEN.search(str(error))
+    if reason is None:
+      raise
+    raise types.UserError(
+      f"{folder}: cannot be written ({reason[0]}); what was saved before stands"
+    ) from error
+
+
+def absolute(workdir: epath.PathLike) -> epath.Path:
+  """Returns the path as orbax wants it; a bucket's is absolute already."""
+  path = epath.Path(workdir)
+  return path if buckets.is_bucket(path) else path.resolve()
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -256,7 +296,8 @@ def _check_shapes(path: epath.Path, like) -> None:
       )
 
 
-def _abstract(tree):
+def abstract(tree: types.Tree) -> types.Tree:
+  """Returns shapes, types and places of arrays, as orbax reads into them."""
   # Always with a place to go: the devices of the writer may not exist here.
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(

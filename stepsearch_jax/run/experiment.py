@@ -56,8 +56,12 @@ class Experiment:
     folder = self.workdir / "world"
 
     def write():
-      if not (folder / "corpus.jsonl").exists():
-        world.write_world(folder, data.world)
+      if (folder / "corpus.jsonl").exists():
+        return
+      with tempfile.TemporaryDirectory() as temporary:
+        made = epath.Path(temporary) / "world"
+        world.write_world(made, data.world)
+        buckets.publish(made, folder, last="corpus.jsonl")
 
     distributed.in_turn(write)
     return {

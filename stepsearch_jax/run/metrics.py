@@ -11,6 +11,7 @@ import contextlib
 import logging as std_logging
 import math
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,11 +22,16 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import files
+from stepsearch_jax import buckets, files
 
-# Of orbax: checkpoints without a score, and a policy that is read alone.
-_IDLE_WARNINGS = ("Requested `tracked_metric`", "_CHECKPOINT_METADATA",
-                  "Metadata file does not exist")
+# Of orbax: checkpoints without a score, a policy that is read alone, and the
+# error of a background thread, which the main thread raises as well.
+_IDLE_WARNINGS = (
+  "Requested `tracked_metric`", "_CHECKPOINT_METADATA",
+  "Metadata file does not exist", "_SignalingThread.run() raised",
+  "Handler Commit operations", "Save Finalize thread",
+)
+_UPLOAD_SECONDS = 60.0  # Between two copies of TensorBoard's files.
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -98,15 +104,13 @@ class MetricsWriter:
       return
     workdir = epath.Path(workdir)
     self._log = files.RowLog(workdir / "metrics.jsonl")
-    self._board_folder = str(workdir / "tensorboard")
+    self._board_folder = workdir / "tensorboard"
+    self._board_local = buckets.new_scratch(self._board_folder)
     self._board: Any = None
+    self._uploaded = time.monotonic()
     self.rewind(first_step)
     if wandb_project:
-      import wandb  # Only this path needs the extra.
-
-      self._wandb = wandb.init(
-        project=wandb_project, dir=str(workdir), config=dict(run_config or {})
-      )
+      self._wandb = _open_wandb(wandb_project, workdir, run_config or {})
 
   def rewind(self, step: int) -> None:
     """Drops the records of `step` and later."""
@@ -119,7 +123,7 @@ class MetricsWriter:
     import tensorboardX
 
     self._board = tensorboardX.SummaryWriter(
-      self._board_folder, purge_step=step
+      str(self._board_local), purge_step=step
     )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -130,16 +134,57 @@ class MetricsWriter:
     self._log.append({"step": step, **values})
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+      self._board.flush()
+      self._upload()
     if self._wandb is not None:
       self._wandb.log(values, step=step)
+
+  def _upload(self) -> None:
+    """Copies what TensorBoard reads to a bucket, which knows no appending."""
+    self._uploaded = time.monotonic()
+    if buckets.is_bucket(self._board_folder):
+      buckets.publish(self._board_local, self._board_folder, last="")
 
   def close(self) -> None:
     """Flushes everything to disk."""
     if self._active:
       self._log.close()
       self._board.close()
+      self._upload()
       if self._wandb is not None:
         self._wandb.finish()
+
+
+def _open_wandb(
+  project: str, workdir: epath.Path, run_config: Mapping[str, Any]
+) -> Any:
+  """Opens the run's page, the one that it has already where it resumes.
+
+  Its id lies in the work directory.
+  """
+  import wandb  # Only this path needs the extra.
+
+  path = workdir / "wandb_id"
+  if not path.exists():
+    files.write_text(path, uuid.uuid4().hex[:16])
+  return wandb.init(
+    project=project, id=path.read_text().strip(), resume="allow",
+    dir=str(buckets.scratch(workdir / "wandb")), config=public(run_config),
+  )
+
+
+def public(value: Any) -> Any:
+  """Returns settings without logins, keys and queries of URLs in them."""
+  from stepsearch_jax.retrieval import remote  # Slow to import.
+
+  if isinstance(value, Mapping):
+    return {name: public(inner) for name, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [public(inner) for inner in value]
+  if isinstance(value, str) and "://" in value:
+    return remote.public_url(value)
+  return value
 
 
 class Progress:

@@ -194,7 +194,9 @@ def _reward(section) -> step_rewards.RewardSpec:
   """The preset with the config's switches."""
   expect(section.preset in step_rewards.PRESETS, "reward.preset",
          f"one of {sorted(step_rewards.PRESETS)}", section.preset)
-  switches = {k: v for k, v in section.items() if k != "preset"}
+  switches = {
+    k: v for k, v in section.items() if k != "preset" and v is not None
+  }
   user_reward.check(section.function)
   if section.function:  # It pays for everything.
     switches["outcome_only"] = True

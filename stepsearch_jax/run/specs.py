@@ -8,6 +8,7 @@ have their records there.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any
 
@@ -257,6 +258,12 @@ class LogSpec:
   trajectories_every: int
 
   def __post_init__(self):
+    # Found now and not behind the warm start.
+    expect(
+      not self.wandb_project or importlib.util.find_spec("wandb") is not None,
+      "log.wandb_project",
+      'the package wandb: pip install -e ".[wandb]"', "no such package",
+    )
     expect(self.trajectories >= 0, "log.trajectories", "0 (none) or more",
            self.trajectories)
     expect(self.trajectories_every >= 1, "log.trajectories_every",

@@ -13,6 +13,8 @@ from stepsearch_jax import types
 from stepsearch_jax.ppo import batching
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.run import checkpoints, identity
+from stepsearch_jax.run import interrupts as interrupts_lib
+from stepsearch_jax.run import warm_start as progress
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.state import RunState
 from stepsearch_jax.sft import imitation, scripted
@@ -22,8 +24,13 @@ def start(
   experiment: Experiment,
   learner: learner_lib.Learner,
   saver: checkpoints.Checkpointer,
+  interrupts: interrupts_lib.Interrupts,
 ) -> RunState:
-  """Returns the newest checkpoint's state, or that of a fresh run."""
+  """Returns the newest checkpoint's state, or that of a fresh run.
+
+  Raises:
+    PreemptedError: the warm start was asked to stop.
+  """
   key = jax.random.key(experiment.settings.seed)
   policy = experiment.initial_policy()
   fresh = RunState(0, learner.start(policy, None, key))
@@ -33,7 +40,7 @@ def start(
     if spec.policy:
       policy = policy_of(experiment, spec.policy)
     if spec.steps:
-      policy = warm_start(experiment, policy)
+      policy = warm_start(experiment, policy, interrupts)
     if spec.policy or spec.steps:
       fresh.learner = learner.start(policy, None, key)
     checkpoints.save_reference(
@@ -110,18 +117,30 @@ def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
   return fitting
 
 
-def warm_start(experiment: Experiment, policy: types.Tree) -> types.Tree:
-  """Returns policy parameters after imitating scripted trajectories."""
+def warm_start(
+  experiment: Experiment, policy: types.Tree,
+  interrupts: interrupts_lib.Interrupts,
+) -> types.Tree:
+  """Returns policy parameters after imitating scripted trajectories.
+
+  Raises:
+    PreemptedError: the run was asked to stop; the next start goes on.
+  """
   settings, spec = experiment.settings, experiment.settings.warm_start
   scripts = demonstrations(experiment)
   batch = batching.trajectories_to_batch(
     scripts, [np.zeros(len(t.tokens), np.float32) for t in scripts],
     settings.sampler.context, experiment.tokenizer.pad_id,
   )
+  keeper = progress.Keeper(
+    experiment.workdir, settings.config["warm_start"], interrupts
+  )
   params, losses = imitation.imitate(
     policy, batch, experiment.model, experiment.mesh, steps=spec.steps,
     rows=spec.rows, row_length=spec.row_length, learning_rate=spec.lr,
-    seed=settings.seed,
+    seed=settings.seed, keeper=keeper,
   )
-  logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
+  keeper.close()
+  if losses:
+    logging.info("warm start: loss %.3f -> %.3f", losses[0], losses[-1])
   return params

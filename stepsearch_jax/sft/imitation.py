@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,25 @@ from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, forward, losses, records
+
+
+@dataclasses.dataclass
+class Progress:
+  """What an imitation has learned so far: optimiser steps done, and state."""
+
+  step: int
+  params: types.Tree
+  opt: types.Tree
+
+
+class Keeper(Protocol):
+  """Keeps the progress of an imitation, so that a later start goes on."""
+
+  def restore(self, fresh: Progress) -> Progress:
+    """Returns what an earlier start kept, else `fresh`."""
+
+  def after_step(self, progress: Progress) -> None:
+    """Takes note of a step; may keep it, and may raise to stop here."""
 
 
 def _step(params, opt, micro, *, config, tx):
@@ -60,7 +82,7 @@ def _micros(batch, steps, rows, row_length, seed):
 def imitate(
   params: types.Tree, batch: types.RolloutBatch, config: decoder.DecoderConfig,
   mesh: sharding.DeviceMesh, *, steps: int, rows: int, row_length: int,
-  learning_rate: float, seed: int,
+  learning_rate: float, seed: int, keeper: Keeper | None = None,
 ) -> tuple[types.Tree, list[float]]:
   """Trains a policy on the policy tokens of `batch`.
 
@@ -74,9 +96,10 @@ def imitate(
     row_length: tokens of a packed row.
     learning_rate: peak of a one-cycle cosine schedule.
     seed: order of the trajectories.
+    keeper: of the progress; None keeps nothing.
 
   Returns:
-    (parameters, list of losses).
+    (parameters, losses of the steps that this call made).
   """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, max(steps // 20, 1), steps, 0.05 * learning_rate
@@ -90,20 +113,28 @@ def imitate(
   )
   where = sharding.batch(mesh)
   history = []
-  bar = tqdm.tqdm(total=steps, desc="warm start", unit="step")
   with sharding.scope(mesh):
     params = sharding.put(
       params,
       sharding.tree_shardings(mesh, heads.logical_axes(config), params),
     )
-    opt = jax.jit(tx.init)(params)
-    for i, micro in enumerate(_micros(batch, steps, rows, row_length, seed)):
-      params, opt, value = step(params, opt, sharding.put(micro, where))
+    now = Progress(0, params, jax.jit(tx.init)(params))
+    if keeper is not None:
+      now = keeper.restore(now)
+    bar = tqdm.tqdm(
+      total=steps, initial=now.step, desc="warm start", unit="step"
+    )
+    micros = _micros(batch, steps, rows, row_length, seed)
+    for micro in itertools.islice(micros, now.step, None):
+      params, opt, value = step(now.params, now.opt, sharding.put(micro, where))
+      now = Progress(now.step + 1, params, opt)
       history.append(value)
       # One step stays in flight; without this the bar would run ahead.
-      jax.block_until_ready(history[max(i - 1, 0)])
+      jax.block_until_ready(history[max(len(history) - 2, 0)])
       bar.update(1)
-      if i % 20 == 19:
+      if now.step % 20 == 0:
         bar.set_postfix(loss=f"{float(value):.3f}")
+      if keeper is not None:
+        keeper.after_step(now)
   bar.close()
-  return params, [float(v) for v in history]
+  return now.params, [float(v) for v in history]

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli
+from stepsearch_jax import buckets, cli, types
 from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus, encoder, encoding, vectors
@@ -66,6 +66,15 @@ def main() -> None:
   spec = index_build.IndexSpec(
     recall=_RECALL.value, k=_K.value, topk=max(10, _K.value), soar=_SOAR.value
   )
+  folder = epath.Path(_OUTPUT.value)
+  if buckets.is_bucket(folder) and jax.process_count() > 1:
+    raise types.UserError(
+      f"--output={folder}: {jax.process_count()} processes need a folder that "
+      "all of them can write to; build there and copy the index to the bucket"
+    )
+  if folder.exists():
+    raise types.UserError(f"--output={folder} exists already")
+  built = buckets.new_scratch(folder)
   mesh = sharding.make_mesh(devices=jax.local_devices())
   spoken = encoding.EncodingSpec(
     pooling=_POOLING.value, query_prefix=_QUERY_PREFIX.value,
@@ -77,7 +86,7 @@ def main() -> None:
     table = vectors.open_vectors(_VECTORS.value, embed.dim)
     ready = vectors.ReadyVectors(_VECTORS.value, table, _NORMALIZE.value)
   index_build.build_index(
-    _OUTPUT.value,
+    built,
     corpus.stream_corpus(_CORPUS.value),
     embed,
     spec,
@@ -86,7 +95,9 @@ def main() -> None:
   )
   if not distributed.is_primary():
     return
-  about = json.loads((epath.Path(_OUTPUT.value) / "manifest.json").read_text())
+  if built != folder:
+    buckets.publish(built, folder, last="manifest.json")
+  about = json.loads((built / "manifest.json").read_text())
   for row in about["tuning"]:
     setting = row["setting"]
     print(f"{setting['kind']:8} leaves {setting['leaves']:6d}  reorder "

@@ -9,6 +9,7 @@ from etils import epath
 
 from stepsearch_jax import cli, train
 from stepsearch_jax.ppo import learner as learner_lib
+from stepsearch_jax.run import checkpoints, metrics
 from stepsearch_jax.run import monitor as sentinel
 
 LIMITS = sentinel.Limits(
@@ -91,6 +92,62 @@ def test_rollback_goes_back_and_on_with_a_lower_rate(tmp_path, monkeypatch):
   np.testing.assert_allclose(rates[2], 0.5 * rates[1], rtol=1e-6)
   assert [r["step"] for r in train_test.records(workdir)] == [0, 1, 2]
   assert len(sentinel.Rollbacks(workdir / "rollbacks.json")) == 1
+
+
+def test_a_rollback_counts_from_when_it_is_noted(tmp_path):
+  path = epath.Path(tmp_path) / "rollbacks.json"
+  ours = sentinel.Rollbacks(path)
+  assert (len(ours), ours.pending) == (0, None)
+  ours.begin(7)
+  killed = sentinel.Rollbacks(path)  # Before the checkpoint was read.
+  assert (len(killed), killed.pending) == (1, 7)
+  killed.finish()
+  after = sentinel.Rollbacks(path)
+  assert (len(after), after.pending) == (1, None)
+  after.begin(9, write=False)  # A process that is not the first.
+  assert len(sentinel.Rollbacks(path)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["noted", "rewound", "metrics cut"])
+def test_a_kill_inside_a_rollback_changes_nothing(
+  tmp_path, monkeypatch, moment
+):
+  """Three writes make a rollback; the run dies behind each of them."""
+  config = train_test.tiny()
+  config.sentinel.update(action="rollback", **LOOSE)
+  ours = epath.Path(tmp_path)
+  calls = []
+  whole = {
+    "noted": (checkpoints.Checkpointer, "rewind"),
+    "rewound": (sentinel.Rollbacks, "finish"),
+    "metrics cut": (metrics.MetricsWriter, "rewind"),
+  }[moment]
+  with jax.numpy_dtype_promotion("standard"):
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        learner_lib.Learner, "update", spike_at(calls, {2}, [])
+      )
+      original = getattr(*whole)
+
+      def dies(self, *args):
+        if len(calls) == 2:
+          if moment == "metrics cut":
+            original(self, *args)
+          raise KeyboardInterrupt
+        return original(self, *args)
+
+      patch.setattr(*whole, dies)
+      with pytest.raises(KeyboardInterrupt):
+        train.train(config, ours)
+    monkeypatch.setattr(
+      learner_lib.Learner, "update", spike_at(calls, set(), [])
+    )
+    train.train(config, ours)
+  # Step 2 exploded and is done again at half the rate, however it died.
+  assert calls == [1.0, 1.0, 0.5]
+  assert [r["step"] for r in train_test.records(ours)] == [0, 1, 2]
+  assert len(sentinel.Rollbacks(ours / "rollbacks.json")) == 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Every wrong setting is refused in the first second, by name."""
 
+import dataclasses
+import importlib.util
+
 import pytest
 
 from configs import common, quickstart
@@ -66,6 +69,33 @@ def test_a_wrong_setting_names_its_field(changes, field):
     Settings.from_config(config, devices=1)
   assert field in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_a_missing_package_is_said_in_the_first_second(monkeypatch):
+  config = config_with({"log.wandb_project": "mine"})
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(types.UserError, match=r'install -e "\.\[wandb\]"'):
+    Settings.from_config(config, devices=1)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  assert Settings.from_config(config, devices=1).log.wandb_project == "mine"
+
+
+@pytest.mark.parametrize("field, value", [
+  ("step_scale", 0.3), ("malformed", -0.5), ("key_match", "last"),
+  ("f1_decimals", 2), ("empty_gold", "never"), ("step_position", "reencoded"),
+  ("outcome_on_step", "overwrite"), ("document_text", "parsed"),
+  ("scored_text", "regex"), ("eos", "dropped"), ("gamma_key", 0.1),
+  ("search_bonus", 0.2), ("information_gain", False),
+  ("redundancy_penalty", False), ("search_steps_reward", False),
+  ("search_key_reward", False),
+])
+def test_every_choice_of_a_reward_preset_is_a_field(field, value):
+  preset = Settings.from_config(config_with({}), devices=1).reward
+  ours = Settings.from_config(
+    config_with({f"reward.{field}": value}), devices=1
+  ).reward
+  assert getattr(preset, field) != value
+  assert ours == dataclasses.replace(preset, **{field: value})
 
 
 def test_the_schedule_covers_every_question():

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.models import decoder, families
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
@@ -81,7 +81,8 @@ def save_policy(
     raise types.UserError(f"{folder} exists; choose a new folder")
   if dtype not in ("bfloat16", "float32"):
     raise types.UserError(f"dtype must be bfloat16 or float32, got {dtype!r}")
-  temporary = folder.with_name(folder.name + ".tmp")
+  # safetensors writes local files only.
+  temporary = buckets.new_scratch(folder.with_name(folder.name + ".tmp"))
   if temporary.exists():
     temporary.rmtree()
   temporary.mkdir(parents=True)
@@ -95,7 +96,9 @@ def save_policy(
   ):
     (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
   tokenizer.save(temporary)
-  temporary.rename(folder)
+  buckets.publish(temporary, folder, last="config.json")
+  if temporary.exists():
+    temporary.rmtree()
 
 
 def _write_shards(folder, stream, shard_bytes: int) -> None:

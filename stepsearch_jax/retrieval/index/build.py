@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -138,12 +139,28 @@ def _prepare(partial, passages, encoder, vectors) -> dict:
     return about
   if partial.exists():
     partial.rmtree()
-  np.lib.format.open_memmap(
-    str(fresh / "embeddings.npy"), "w+", np.float32, (count, encoder.dim)
-  ).flush()
+  _reserve(fresh / "embeddings.npy", (count, encoder.dim))
   (fresh / "about.json").write_text(json.dumps(about))
   fresh.rename(partial)
   return about
+
+
+def _reserve(path: epath.Path, shape: Sequence[int]) -> None:
+  """Makes a file of float32 zeros that has all of its room on disk.
+
+  Without it a disk that fills up ends the program by a bus error, hours later.
+  """
+  np.lib.format.open_memmap(str(path), "w+", np.float32, tuple(shape)).flush()
+  if not hasattr(os, "posix_fallocate"):
+    return
+  size = path.stat().length
+  with open(os.fspath(path), "r+b") as file:
+    try:
+      os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+      raise types.UserError(
+        f"{path}: no room for {size / 1e9:.3g} GB of vectors: {error.strerror}"
+      ) from error
 
 
 def _open_table(partial, about):
