@@ -1,10 +1,12 @@
 """Folders in buckets, against a server that speaks Cloud Storage."""
 
+import collections
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -27,6 +29,10 @@ def server():
     patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     running = emulator.FakeGCSServer()
     running.start()
+    # It logs every request, and would stand still once the pipe is full.
+    threading.Thread(
+      target=lambda: collections.deque(running._process.stderr, 0), daemon=True
+    ).start()
     address = f"http://127.0.0.1:{running.port}"
     patch.setenv("STORAGE_EMULATOR_HOST", address)
     urllib.request.urlopen(urllib.request.Request(
@@ -182,7 +188,7 @@ class Machine:
 
   def finish(self, module, *arguments):
     process = self.start(module, *arguments)
-    said, _ = process.communicate(timeout=900)
+    said, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, said[-3000:]
     return said
 
@@ -195,7 +201,7 @@ def test_a_run_in_a_bucket_is_killed_resumes_evaluates_and_exports(
   train = ["train", f"--workdir={run}", *SMALL,
            "--config=configs/quickstart.py:runlocal"]
   process = Machine(server, tmp_path / "first").start(*train)
-  deadline = time.time() + 900
+  deadline = time.time() + 1500
   # Orbax writes this last of a checkpoint in a bucket.
   while not (run / "checkpoints/1/commit_success.txt").exists():
     assert process.poll() is None and time.time() < deadline
