@@ -204,7 +204,9 @@ def test_a_run_in_a_bucket_is_killed_resumes_evaluates_and_exports(
   deadline = time.time() + 1500
   # Orbax writes this last of a checkpoint in a bucket.
   while not (run / "checkpoints/1/commit_success.txt").exists():
-    assert process.poll() is None and time.time() < deadline
+    if process.poll() is not None or time.time() > deadline:
+      process.kill()
+      pytest.fail(process.communicate()[0][-3000:])
     time.sleep(1)
   process.kill()
   process.communicate()
