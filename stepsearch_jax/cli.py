@@ -136,12 +136,14 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
     name = str(folders[0] / f"{stem}.py")
   # A config imports its neighbors as `configs`.
   sys.path.insert(0, str(epath.Path(name).parent.resolve().parent))
-  path = name + colon + argument
-  return [
-    f"--config={path}" if a.startswith(("--config=", "-config="))
-    else path if i and argv[i - 1] in ("--config", "-config") else a
-    for i, a in enumerate(argv)
+  given = ("--config", "-config")
+  rest = [
+    a for i, a in enumerate(argv)
+    if i and a not in given and argv[i - 1] not in given
+    and not a.startswith(tuple(f"{flag}=" for flag in given))
   ]
+  # In front, because overrides of fields are refused before it.
+  return [argv[0], f"--config={name}{colon}{argument}", *rest]
 
 
 def _print_help(main: Callable) -> None:
@@ -167,10 +169,10 @@ def _parse(main: Callable, argv: Sequence[str]) -> list[str]:
   if {"--help", "-h", "-help", "--helpshort"} & set(argv):
     _print_help(main)
     sys.exit(0)
+  argv = _with_saved_config(_with_config_path(argv))
+  sys.argv[:] = argv  # Where ml_collections looks for overrides of fields.
   try:
-    return app.parse_flags_with_usage(
-      _with_saved_config(_with_config_path(argv))
-    )
+    return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:
     # ml_collections refuses unknown fields with a bare key.
     field = str(error).strip("\"'")

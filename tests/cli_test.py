@@ -56,3 +56,13 @@ def test_configs_are_found_from_anywhere(tmp_path):
     "'rollback'), got 'stop'\n"
   )
   assert not (tmp_path / "w").exists()
+
+
+def test_overrides_may_stand_in_front_of_the_config(tmp_path):
+  for config in (["--config=quickstart:runlocal"],
+                 ["--config", "quickstart:runlocal"]):
+    done = stepsearch(
+      "train", "--config.sentinel.action=stop", "--workdir=w", *config,
+      cwd=tmp_path,
+    )
+    assert done.stderr.endswith("'rollback'), got 'stop'\n"), done.stderr
