@@ -24,7 +24,17 @@ def reward_metrics(
   trajectories: Sequence[types.Trajectory],
   scores: Sequence[step_rewards.RewardParts],
 ) -> dict[str, float]:
-  """Means over a batch, under verl's names where verl has them."""
+  """Means over a batch, under verl's names where verl has them.
+
+  All parts of a reward are among them, paid or not, so that methods can be
+  compared. `env/retrieval_recall` is the share of the gold passages that were
+  found, over the questions that have some.
+  """
+  recalls = [
+    coverage.retrieval_recall(
+      t.question.support, [p for turn in t.turns for p in turn.documents]
+    ) for t in trajectories
+  ]
   turns = [trajectory.turns for trajectory in trajectories]
   gains = [sum(s.information_gains or ()) for s in scores]
   repeats = [sum(s.redundancy_penalty or ()) for s in scores]
@@ -44,8 +54,12 @@ def reward_metrics(
     "response_length/mean": [t.policy_mask.sum() for t in trajectories],
     "response_length/max": [max(t.policy_mask.sum() for t in trajectories)],
     "total_length/mean": [len(t.tokens) for t in trajectories],
+    "env/retrieval_recall": [x for x in recalls if x is not None],
   }
-  return {name: float(np.mean(values)) for name, values in columns.items()}
+  return {
+    name: float(np.mean(values)) for name, values in columns.items()
+    if len(values)
+  }
 
 
 def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
