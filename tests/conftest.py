@@ -23,7 +23,12 @@ def _define_again(self, name, flag):
 
 flags.FlagValues.__setitem__ = _define_again
 
-_DEFAULT_SHARED = pathlib.Path(__file__).parents[2] / "shared"
+# So that commands which tests start find the package from any folder.
+_ROOT = pathlib.Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+  filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
+)
+_DEFAULT_SHARED = _ROOT.parent / "shared"
 
 
 @pytest.fixture
