@@ -210,6 +210,12 @@ def _batch():
   batch = ml_collections.ConfigDict()
   batch.questions = 128  # A step asks this many questions ...
   batch.rollouts = 1  # ... this many times each (GRPO wants > 1).
+  # Keep only questions whose rollouts differ in reward, and ask further ones
+  # until the batch is full (dynamic sampling of DAPO; needs rollouts > 1).
+  batch.dynamic = config_dict.placeholder(bool)
+  # Ask at most this many times batch.questions then; what is still lacking is
+  # filled up with questions whose rollouts all earned the same.
+  batch.dynamic_limit = 3
   return batch
 
 

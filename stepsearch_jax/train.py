@@ -28,6 +28,7 @@ from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.run import (
   checkpoints,
+  filling,
   identity,
   metrics,
   monitor,
@@ -175,7 +176,7 @@ class Job:
     experiment: questions, tokenizer, engine.
     steps: training steps in all.
     interrupts: requests to stop.
-    stream: which questions a step asks.
+    stream: the questions in the order of asking.
     learner: scores and updates the models.
     saver, writer: checkpoints and metrics.
     state: all that training changes.
@@ -213,7 +214,7 @@ class Job:
     job = cls(
       experiment, steps, interrupts,
       stream=input_pipeline.QuestionStream(
-        experiment.train_questions, settings.batch.questions, settings.seed
+        experiment.train_questions, settings.seed
       ),
       learner=learner,
       saver=saver,
@@ -236,27 +237,14 @@ class Job:
   def step(self) -> dict[str, float]:
     """Plays and learns one batch; returns the step's metrics."""
     settings, state = self.experiment.settings, self.state
-    tokenizer, watch = self.experiment.tokenizer, metrics.Stopwatch()
+    watch = metrics.Stopwatch()
     # An array that comes to the host unasked is a hidden wait.
     guard = jax.transfer_guard_device_to_host("disallow")
     with self.profiler.step(state.step + 1), guard:
-      with watch.time("gen"):
-        asked = [
-          question
-          for question in self.stream.batch(state.step)
-          for _ in range(settings.batch.rollouts)
-        ]
-        first = state.step * len(asked)
-        rollout = self.experiment.engine.run(
-          self.learner.whole_policy(state.learner), asked,
-          range(first, first + len(asked)),
-          settings.config["rollout"]["temperature"],
-        )
-        trajectories = rollout.trajectories
+      filled = self._fill(watch)
+      trajectories, rewards = filled.batch.trajectories, filled.batch.rewards
       with watch.time("reward"):
-        rewards = token_rewards.score_trajectories(
-          settings.reward, trajectories, tokenizer
-        )
+        tokenizer = self.experiment.tokenizer
         batch = batching.trajectories_to_batch(
           trajectories, [reward.tokens for reward in rewards],
           settings.sampler.context, tokenizer.pad_id, settings.batch.rollouts,
@@ -270,14 +258,17 @@ class Job:
           settings.monitor.lr_factor ** len(self.rollbacks),
         )
     state.step += 1
+    state.asked += filled.asked
     self._keep(trajectories, rewards, experience)
     values = {
       **seen,
       **updated,
       **reporting.reward_metrics(
-        trajectories, [reward.parts for reward in rewards]
+        filled.played.trajectories,
+        [reward.parts for reward in filled.played.rewards],
       ),
-      **reporting.rollout_metrics(rollout.stats),
+      **filled.metrics(),
+      **reporting.rollout_metrics(filled.stats),
       **watch.metrics(),
       "perf/compilations": self.compilations.take(),
     }
@@ -286,6 +277,28 @@ class Job:
       lambda: monitor.first_nonfinite_of(experience, state.learner),
     )
     return values
+
+  def _fill(self, watch: metrics.Stopwatch) -> filling.Filled:
+    """Plays and scores a batch, and further questions where one is chosen."""
+    settings, state = self.experiment.settings, self.state
+    with watch.time("gen"):
+      policy = self.learner.whole_policy(state.learner)
+
+    def play(asked, episodes):
+      with watch.time("gen"):
+        return self.experiment.engine.run(
+          policy, asked, episodes, settings.config["rollout"]["temperature"]
+        )
+
+    def score(trajectories):
+      with watch.time("reward"):
+        return token_rewards.score_trajectories(
+          settings.reward, trajectories, self.experiment.tokenizer
+        )
+
+    return filling.fill(
+      settings.batch, self.stream, state.asked, play, score
+    )
 
   def _keep(
     self, trajectories: Sequence[types.Trajectory],

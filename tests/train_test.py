@@ -170,6 +170,28 @@ def test_a_users_function_that_fails_loses_no_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_that_chooses_its_batches_goes_on_to_the_same_numbers(tmp_path):
+  config = tiny(
+    method="dapo", reward=dict(outcome_only=False), checkpoint=dict(every=9),
+    batch=dict(questions=4, rollouts=2, dynamic_limit=2),
+  )
+  whole, stopped = (epath.Path(tmp_path) / name for name in ("a", "b"))
+  stop = cli.Interrupts()
+  stop.requested = True
+  with jax.numpy_dtype_promotion("standard"):
+    train.train(config, whole)
+    with pytest.raises(cli.PreemptedError, match="after step 1 and saved"):
+      train.train(config, stopped, stop)
+    train.train(config, stopped)
+    ours, theirs = (final_policy(w, config)[1] for w in (stopped, whole))
+  assert records(stopped) == records(whole)
+  for record in records(whole)[1:]:
+    assert 4 <= record["batch/questions_asked"] <= 8
+  assert records(whole)[1]["batch/questions_asked"] > 4  # A cursor matters.
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
   finished, tmp_path, caplog
 ):

@@ -1,8 +1,8 @@
-"""Which questions a step asks: a pure function of (seed, step).
+"""Which questions are asked: a pure function of the seed and a place.
 
-No iterator state exists, so a resumed or re-sharded run asks the same
-questions. Epochs are fresh permutations laid end to end: no question is
-dropped at an epoch's end and none comes twice before all came once.
+No iterator state exists but how many were asked, so a resumed or re-sharded
+run asks the same questions. Epochs are fresh permutations laid end to end: no
+question is dropped at an epoch's end and none comes twice before all came once.
 """
 
 from __future__ import annotations
@@ -15,45 +15,33 @@ from stepsearch_jax import types
 
 
 class QuestionStream:
-  """Batches of questions by step, the same in every process."""
+  """An endless row of questions, the same in every process."""
 
-  def __init__(
-    self, questions: Sequence[types.Question], batch_size: int, seed: int
-  ):
+  def __init__(self, questions: Sequence[types.Question], seed: int):
     """Sets up the stream.
 
     Args:
       questions: all questions.
-      batch_size: questions per step.
       seed: of the permutations.
 
     Raises:
-      UserError: there are no questions, or the batch is empty.
+      UserError: there are no questions.
     """
-    if not questions or batch_size < 1:
-      raise types.UserError(
-        f"need questions and a positive batch, got {len(questions)} and "
-        f"batch.questions = {batch_size}"
-      )
+    types.expect(bool(questions), "data.train", "at least one question", 0)
     self._questions = questions
-    self._batch = batch_size
     self._seed = seed
 
   def _order(self, epoch: int) -> np.ndarray:
     rng = np.random.default_rng((self._seed, epoch))
     return rng.permutation(len(self._questions))
 
-  def indices(self, step: int) -> list[int]:
-    """Returns the row numbers of the questions at `step`."""
-    count = len(self._questions)
-    places = np.arange(step * self._batch, (step + 1) * self._batch)
-    epochs = (places // count).tolist()
-    orders = {epoch: self._order(epoch) for epoch in set(epochs)}
-    return [
-      int(orders[epoch][place % count])
-      for epoch, place in zip(epochs, places, strict=True)
-    ]
+  def indices(self, first: int, count: int) -> list[int]:
+    """Returns the numbers of the `count` questions from place `first` on."""
+    total = len(self._questions)
+    places = np.arange(first, first + count)
+    orders = {epoch: self._order(epoch) for epoch in set(places // total)}
+    return [int(orders[place // total][place % total]) for place in places]
 
-  def batch(self, step: int) -> list[types.Question]:
-    """Returns the questions at `step`."""
-    return [self._questions[i] for i in self.indices(step)]
+  def take(self, first: int, count: int) -> list[types.Question]:
+    """Returns the `count` questions from place `first` on."""
+    return [self._questions[i] for i in self.indices(first, count)]

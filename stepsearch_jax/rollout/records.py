@@ -93,6 +93,14 @@ class RolloutStats:
     return self.retrieval_wait_seconds / max(self.seconds, 1e-9)
 
 
+  def __add__(self, other: RolloutStats) -> RolloutStats:
+    """Returns the statistics of two rollouts, one after the other."""
+    return RolloutStats(*(
+      getattr(self, field.name) + getattr(other, field.name)
+      for field in dataclasses.fields(self)
+    ))
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
   """Finished trajectories in the order of their questions, and statistics."""

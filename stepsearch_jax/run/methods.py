@@ -25,6 +25,7 @@ from stepsearch_jax import types
 DECIDED: Mapping[str, Any] = {
   "estimator": "gae",
   "reward.outcome_only": True,
+  "batch.dynamic": False,
   "ppo.kl_in_reward": True,
   "ppo.kl_coef": 0.001,
   "ppo.clip_ratio": 0.2,
@@ -97,9 +98,9 @@ METHODS = {
       estimator="grpo", ppo_llds_coef=0.2, **_IN_LOSS,
     ),
     _method(
-      "dapo", "grpo with clip-higher and no KL (2503.14476); without its "
-      "dynamic sampling and overlong penalty",
-      estimator="grpo", ppo_clip_ratio_high=0.28, **_NO_KL,
+      "dapo", "grpo with clip-higher, dynamic sampling and no KL (2503.14476); "
+      "without its overlong penalty",
+      estimator="grpo", ppo_clip_ratio_high=0.28, batch_dynamic=True, **_NO_KL,
     ),
     _method(
       "gspo", "grpo with a ratio per sequence (2507.18071)",

@@ -126,15 +126,30 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-  """Trajectories of a step: `questions` different ones, `rollouts` of each."""
+  """Trajectories of a step.
+
+  Attributes:
+    questions: different ones.
+    rollouts: of each question.
+    dynamic: keeps questions whose rollouts differ in reward and asks further
+      ones in place of the others.
+    dynamic_limit: questions asked at most then, in multiples of `questions`.
+  """
 
   questions: int
   rollouts: int
+  dynamic: bool
+  dynamic_limit: int
 
   def __post_init__(self):
-    for name in ("questions", "rollouts"):
+    for name in ("questions", "rollouts", "dynamic_limit"):
       value = getattr(self, name)
       expect(value > 0, f"batch.{name}", "a positive number", value)
+    expect(
+      not self.dynamic or self.rollouts > 1, "batch.rollouts",
+      "2 or more, because batch.dynamic compares rollouts of one question",
+      self.rollouts,
+    )
 
   @property
   def trajectories(self) -> int:

@@ -15,6 +15,7 @@ class RunState:
   Attributes:
     step: training steps done.
     learner: models, optimisers, controllers and the frozen reference.
+    asked: questions asked so far, the place in the question stream.
     baseline: metrics of the evaluation before the first step; None before it.
     best: {"step", "em"} of the best evaluation; None before the first.
     latest: metrics of the newest evaluation; None before the first.
@@ -24,6 +25,7 @@ class RunState:
 
   step: int
   learner: records.LearnerState
+  asked: int = 0
   baseline: dict[str, float] | None = None
   best: dict[str, float] | None = None
   latest: dict[str, float] | None = None

@@ -11,31 +11,29 @@ QUESTIONS = [types.Question(str(i), "q", ("a",)) for i in range(10)]
 
 
 def test_every_epoch_asks_every_question_once_and_order_changes():
-  stream = QuestionStream(QUESTIONS, 4, seed=1)
-  ids = [q.id for step in range(5) for q in stream.batch(step)]
+  stream = QuestionStream(QUESTIONS, seed=1)
+  ids = [q.id for first in range(0, 20, 4) for q in stream.take(first, 4)]
   assert sorted(ids[:10]) == sorted(ids[10:]) == sorted(q.id for q in QUESTIONS)
   assert ids[:10] != ids[10:]
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
-  one = QuestionStream(QUESTIONS, 4, seed=1)
-  other = QuestionStream(QUESTIONS, 4, seed=1)
-  other.batch(7)
-  assert one.indices(2) == other.indices(2)
-  assert one.indices(2) != QuestionStream(QUESTIONS, 4, seed=2).indices(2)
+def test_questions_depend_on_seed_and_place_alone():
+  one = QuestionStream(QUESTIONS, seed=1)
+  other = QuestionStream(QUESTIONS, seed=1)
+  other.take(28, 4)
+  assert one.indices(8, 4) == other.indices(8, 4)
+  assert one.indices(8, 4) != QuestionStream(QUESTIONS, seed=2).indices(8, 4)
 
 
-def test_batches_do_not_depend_on_their_size():
-  small = QuestionStream(QUESTIONS, 3, seed=1)
-  large = QuestionStream(QUESTIONS, 6, seed=1)
-  for step in range(4):
-    assert large.indices(step) == (
-      small.indices(2 * step) + small.indices(2 * step + 1))
+def test_questions_do_not_depend_on_how_many_are_taken_at_once():
+  stream = QuestionStream(QUESTIONS, seed=1)
+  for first in range(0, 24, 6):
+    assert stream.indices(first, 6) == (
+      stream.indices(first, 3) + stream.indices(first + 3, 3))
 
 
-def test_a_batch_may_be_larger_than_the_data_and_not_empty():
-  counts = collections.Counter(QuestionStream(QUESTIONS, 25, 0).indices(0))
+def test_more_may_be_taken_than_there_are_and_none_is_refused():
+  counts = collections.Counter(QuestionStream(QUESTIONS, 0).indices(0, 25))
   assert set(counts.values()) == {2, 3}
-  for questions, size in (([], 4), (QUESTIONS, 0)):
-    with pytest.raises(types.UserError, match="positive batch"):
-      QuestionStream(questions, size, 0)
+  with pytest.raises(types.UserError, match="at least one question"):
+    QuestionStream([], 0)

@@ -53,6 +53,7 @@ def test_every_method_is_written_down_here():
 def test_a_method_reaches_rewards_and_learner(method):
   settings = settings_of(method)
   learner = settings.learner(1)
+  assert settings.batch.dynamic == (method == "dapo")
   assert WANT[method] == (
     learner.estimator.name, settings.reward.outcome_only,
     learner.kl.in_reward, learner.kl.coef, learner.loss.clip_ratio,
@@ -114,7 +115,7 @@ def test_a_method_of_groups_says_how_many_rollouts_it_needs():
   assert "grpo" in needy and "steppo" not in needy
   for name in needy:
     with pytest.raises(types.UserError, match=(
-      r"^batch.rollouts: expected 2 or more, because \w+ compares rollouts of "
-      r"one question, got 1$"
+      r"^batch.rollouts: expected 2 or more, because [\w.]+ compares rollouts "
+      r"of one question, got 1$"
     )):
       settings_of(name, **{"batch.rollouts": 1})

@@ -27,6 +27,8 @@ def config_with(changes):
   ({"method": "grpo"}, "batch.rollouts"),
   ({"batch.questions": 7}, "ppo.mini_batch"),
   ({"batch.questions": 0}, "batch.questions"),
+  ({"batch.dynamic": True}, "batch.rollouts"),
+  ({"batch.dynamic_limit": 0}, "batch.dynamic_limit"),
   ({"mesh.data": 3}, "rollout.slots"),
   ({"mesh.data": 0}, "mesh.data"),
   ({"mesh.tensor": 0}, "mesh.tensor"),
