@@ -1,66 +1,100 @@
-"""What a step logs of its rollouts, the same for every method."""
+"""Two rollouts by hand to every metric of a batch, and the summary."""
 
 import numpy as np
 import pytest
 
-from configs import common
+from configs import quickstart
 from stepsearch_jax import types
-from stepsearch_jax.rewards import step_rewards, token_rewards
-from stepsearch_jax.run import methods, reporting
+from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.rollout import records
+from stepsearch_jax.run import reporting
 from stepsearch_jax.run.settings import Settings
+from stepsearch_jax.run.state import RunState
 
-FIRST = types.Passage("1", "Kes", "The helmer of Kes is Mira.")
-SECOND = types.Passage("2", "Mira", "As cradle Mira has Toron.")
+SEARCH, ANSWER, INVALID = types.Action
 
 
-def rollout(support, shown, answer="Toron"):
-  """A search for "Kes helmer" that shows some passages, and an answer."""
-  question = types.Question(
-    "q", "Whence?", ("Toron",), search_keys=(("Kes helmer",), ("Mira cradle",)),
-    support=support,
-  )
-  turns = [
-    types.Turn("<search> Kes helmer </search>", types.Action.SEARCH,
-               "Kes helmer", shown, "", 1, retrieved=True),
-    types.Turn(f"<answer> {answer} </answer>", types.Action.ANSWER, answer, (),
-               "", 3),
-  ]
+def turn(action, **changes):
+  return types.Turn("", action, "", (), "", 0, **changes)
+
+
+def trajectory(policy, others, turns, answer, cut):
+  who = [types.Provenance.PROMPT] * others + [types.Provenance.POLICY] * policy
+  count = len(who)
   return types.Trajectory(
-    question, 1, np.arange(4, dtype=np.int32), np.int8([0, 1, 2, 1]),
-    np.int16([-1, 0, 0, 1]), np.zeros(4, np.float32), turns, answer,
-    types.StopReason.ANSWER,
+    types.Question("q", "?", ("a",)), 0, np.zeros(count, np.int32),
+    np.array(who, np.int8), np.zeros(count, np.int16),
+    np.zeros(count, np.float32), turns, answer, types.StopReason.ANSWER, cut,
   )
 
 
-def logged(spec, rollouts):
-  parts = [
-    step_rewards.score(
-      spec, token_rewards.evidence(t), token_rewards.gold(t.question))
-    for t in rollouts
-  ]
-  return reporting.reward_metrics(rollouts, parts)
+ROLLOUTS = [
+  trajectory(5, 11, [
+    turn(SEARCH, retrieved=True), turn(SEARCH, retrieved=True),
+    turn(SEARCH, failed=True), turn(ANSWER),
+  ], "a", 3),
+  trajectory(8, 20, [turn(INVALID), turn(SEARCH, retrieved=True)], None, 0),
+]
+PARTS = [
+  step_rewards.RewardParts(
+    score=1.25, answer_correct=0.5, search_key_score=0.75,
+    step_scores=[0.5, -0.25], information_gains=[0.625, 0.25],
+    redundancy_penalty=[0.0, 0.5], key_gains=[0.5, 0.25],
+  ),
+  step_rewards.RewardParts(  # As the released code ends early.
+    score=-1.0, answer_correct=0.0, search_key_score=0.25, step_scores=[],
+    information_gains=None, redundancy_penalty=None, key_gains=[],
+  ),
+]
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
-def test_every_method_logs_gain_redundancy_keys_and_recall(method):
-  config = common.base()
-  config.total_steps, config.method = 1, method
-  config.batch.questions, config.batch.rollouts = 16, 8
-  spec = Settings.from_config(config, devices=1).reward
-  values = logged(spec, [
-    rollout((FIRST, SECOND), (FIRST,)), rollout((FIRST, SECOND), ()),
-  ])
-  # One of two gold passages found in one of two rollouts.
-  assert values["env/retrieval_recall"] == 0.25
-  assert values["critic/search_key/mean"] == pytest.approx(0.5)
-  # The whole of one of two gold texts, in one of two rollouts.
-  assert values["critic/information_gain/mean"] == pytest.approx(0.25, abs=0.1)
-  assert values["critic/redundancy/mean"] == 0.0
-  assert values["critic/answer_correct/mean"] == 1.0
+def test_every_reward_metric_by_hand():
+  assert reporting.reward_metrics(ROLLOUTS, PARTS) == {
+    "critic/score/mean": 0.125,
+    "critic/answer_correct/mean": 0.25,
+    "critic/search_key/mean": 0.5,
+    "critic/step_scores/mean": 0.125,
+    "critic/information_gain/mean": 0.4375,
+    "critic/redundancy/mean": 0.25,
+    "env/searches_per_question": 1.5,
+    "env/turns_per_question": 3.0,
+    "env/invalid_share": 0.5,
+    "env/unanswered_share": 0.5,
+    "env/truncated_documents": 1.5,
+    "response_length/mean": 6.5,
+    "response_length/max": 8.0,
+    "total_length/mean": 22.0,
+  }
 
 
-def test_recall_counts_only_questions_that_have_gold():
-  spec = step_rewards.RewardSpec.paper()
-  rollouts = [rollout((FIRST,), (FIRST,)), rollout((), (FIRST,))]
-  assert logged(spec, rollouts)["env/retrieval_recall"] == 1.0
-  assert "env/retrieval_recall" not in logged(spec, rollouts[1:])
+def test_every_rollout_metric_by_hand():
+  stats = records.RolloutStats(
+    policy_tokens=30, ingested_tokens=70, slot_steps=200, idle_slot_steps=50,
+    failed_searches=2, seconds=4.0, retrieval_wait_seconds=1.0,
+    extend_seconds=0.5, decode_seconds=2.5,
+  )
+  assert reporting.rollout_metrics(stats) == {
+    "perf/tokens_per_second": 25.0,
+    "perf/policy_tokens_per_second": 7.5,
+    "env/failed_searches": 2,
+    "perf/idle_slot_share": 0.25,
+    "timing_s/gen_decode": 2.5,
+    "timing_s/gen_extend": 0.5,
+    "perf/retrieval_wait_share": 0.25,
+    "timing_s/gen_retrieval_wait": 1.0,
+  }
+
+
+def test_the_summary_has_the_first_and_the_last_evaluation():
+  config = quickstart.get_config("runlocal")
+  config.seed, config.method = 5, "ppo"
+  state = RunState(9, learner=None, seconds=12.5)
+  for em in (0.1, 0.9, 0.4):
+    state.note_evaluation({"em": em, "f1": em / 2, "searches": 10 * em})
+  got = reporting.summary(Settings.from_config(config, devices=1), state)
+  want = dict(
+    em_before=0.1, em_after=0.4, f1_before=0.05, f1_after=0.2,
+    searches_per_question=4.0, train_seconds=12.5, steps=9, seed=5,
+  )
+  assert {name: got[name] for name in want} == pytest.approx(want)
+  assert "ppo" in got.values()
