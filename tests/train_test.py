@@ -176,11 +176,11 @@ def test_a_run_that_chooses_its_batches_goes_on_to_the_same_numbers(tmp_path):
     batch=dict(questions=4, rollouts=2, dynamic_limit=2),
   )
   whole, stopped = (epath.Path(tmp_path) / name for name in ("a", "b"))
-  stop = cli.Interrupts()
+  stop = interrupts.Interrupts()
   stop.requested = True
   with jax.numpy_dtype_promotion("standard"):
     train.train(config, whole)
-    with pytest.raises(cli.PreemptedError, match="after step 1 and saved"):
+    with pytest.raises(interrupts.PreemptedError, match="after step 1"):
       train.train(config, stopped, stop)
     train.train(config, stopped)
     ours, theirs = (final_policy(w, config)[1] for w in (stopped, whole))

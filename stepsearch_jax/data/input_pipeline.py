@@ -38,9 +38,9 @@ class QuestionStream:
   def indices(self, first: int, count: int) -> list[int]:
     """Returns the numbers of the `count` questions from place `first` on."""
     total = len(self._questions)
-    places = np.arange(first, first + count)
-    orders = {epoch: self._order(epoch) for epoch in set(places // total)}
-    return [int(orders[place // total][place % total]) for place in places]
+    places = [divmod(place, total) for place in range(first, first + count)]
+    orders = {epoch: self._order(epoch) for epoch in {e for e, _ in places}}
+    return [int(orders[epoch][place]) for epoch, place in places]
 
   def take(self, first: int, count: int) -> list[types.Question]:
     """Returns the `count` questions from place `first` on."""

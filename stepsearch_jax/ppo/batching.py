@@ -50,22 +50,7 @@ def trajectories_to_batch(
     )
   if rows % rollouts:
     raise ValueError(f"{rows} trajectories are no whole groups of {rollouts}")
-  shape = (rows, max_length)
-  turns = max((_turns(t) for t in trajectories), default=1)
-  batch = types.RolloutBatch(
-    tokens=np.full(shape, pad_id, np.int32),
-    lengths=lengths,
-    policy_mask=np.zeros(shape, np.float32),
-    token_rewards=np.zeros(shape, np.float32),
-    rollout_logp=np.zeros(shape, np.float32),
-    group=np.arange(rows, dtype=np.int32) // rollouts,
-    turn=np.full(shape, -1, np.int32),
-    anchor=np.full((rows, -(-turns // _TURNS) * _TURNS), -1, np.int32),
-    searches=np.array(
-      [sum(turn.retrieved for turn in t.turns) for t in trajectories], np.int32
-    ),
-    answer_turn=np.array([_answer_turn(t) for t in trajectories], np.int32),
-  )
+  batch = _empty(trajectories, lengths, max_length, pad_id, rollouts)
   states: dict[tuple[int, bytes], int] = {}
   for row, (trajectory, reward) in enumerate(
     zip(trajectories, rewards, strict=True)
@@ -83,6 +68,30 @@ def trajectories_to_batch(
       state = batch.group[row], _state(trajectory, turn)
       batch.anchor[row, turn] = states.setdefault(state, len(states))
   return batch
+
+
+def _empty(
+  trajectories: Sequence[types.Trajectory], lengths: np.ndarray,
+  max_length: int, pad_id: int, rollouts: int,
+) -> types.RolloutBatch:
+  """A batch of padding with what is known per trajectory."""
+  rows = len(trajectories)
+  shape = (rows, max_length)
+  turns = max((_turns(t) for t in trajectories), default=1)
+  return types.RolloutBatch(
+    tokens=np.full(shape, pad_id, np.int32),
+    lengths=lengths,
+    policy_mask=np.zeros(shape, np.float32),
+    token_rewards=np.zeros(shape, np.float32),
+    rollout_logp=np.zeros(shape, np.float32),
+    group=np.arange(rows, dtype=np.int32) // rollouts,
+    turn=np.full(shape, -1, np.int32),
+    anchor=np.full((rows, -(-turns // _TURNS) * _TURNS), -1, np.int32),
+    searches=np.array(
+      [sum(turn.retrieved for turn in t.turns) for t in trajectories], np.int32
+    ),
+    answer_turn=np.array([_answer_turn(t) for t in trajectories], np.int32),
+  )
 
 
 def _turns(trajectory: types.Trajectory) -> int:

@@ -166,15 +166,7 @@ class Learner:
 
     batch = self.spec.batch
     shape = (batch.micro_rows, batch.row_length)
-    fields = {f.name: jnp.float32 for f in dataclasses.fields(MicroBatch)}
-    fields |= dict.fromkeys(
-      ("tokens", "segment_ids", "positions", "turn"), jnp.int32
-    )
-    where = sharding.batch(self._mesh)
-    micro = MicroBatch(**{
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-      for name, dtype in fields.items()
-    })
+    micro = MicroBatch.abstract(shape, sharding.batch(self._mesh))
     reference = self.abstract_state().reference
     with sharding.scope(self._mesh):
       found = {
@@ -248,35 +240,8 @@ class Learner:
     Returns:
       (experience, metrics), seconds of each model among them.
     """
-    spec, shape = self.spec, batch.tokens.shape
-    packing = self._packing(batch, range(shape[0]))
-    metrics = {}
-    with sharding.scope(self._mesh):
-      micros = list(self._micros(packing, batch))
-
-      def over_batch(phase, program, *params):
-        """One model over the whole batch, back in its rows."""
-        began = time.perf_counter()
-        parts = jax.device_get([program(*params, micro) for micro in micros])
-        whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        metrics[f"timing_s/{phase}"] = time.perf_counter() - began
-        return jax.tree.map(lambda x: packing.unpack(x), whole)
-
-      params, reference = state.policy.params, state.reference
-      if self._uses_recorded(state):
-        now = forward.PolicyOutput(batch.rollout_logp, None)
-      elif spec.policy.adapter is None:  # One program for both.
-        now = over_batch("old_log_prob", self._reference_forward, params)
-      else:
-        now = over_batch(
-          "old_log_prob", self.policy.forward, params, reference
-        )
-      frozen = over_batch("ref", self._reference_forward, reference)
-      values = np.zeros(shape, np.float32)
-      if self.value is not None:
-        values = over_batch(
-          "values", self.value.forward, state.value.params, reference
-        )
+    spec = self.spec
+    now, frozen, values, metrics = self._evaluate(state, batch)
     masks = Masks.of(batch, spec.estimator.scope)
     coefficient = float(jax.device_get(state.kl_coef))
     found = jax.device_get(self._compute(
@@ -292,10 +257,7 @@ class Learner:
       entropy = masked.mean(now.entropy, masks.policy)
       metrics["actor/entropy"] = entropy
       metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
-    metrics |= {
-      "critic/kl_coeff": coefficient,
-      "forward/padding_share": packing.padding_share,
-    }
+    metrics["critic/kl_coeff"] = coefficient
     experience = Experience(
       batch, masks, now.logp, frozen.logp, values, found.estimates.advantages,
       found.estimates.returns, found.estimates.value_weights,
@@ -304,6 +266,39 @@ class Learner:
     metrics |= batch_metrics.old_logp_by_advantage(experience)
     metrics = jax.device_get(metrics)
     return experience, {name: float(v) for name, v in metrics.items()}
+
+  def _evaluate(self, state: LearnerState, batch: types.RolloutBatch):
+    """(policy's output, reference's, values [B, T], metrics) of a batch."""
+    shape = batch.tokens.shape
+    packing = self._packing(batch, range(shape[0]))
+    metrics = {"forward/padding_share": packing.padding_share}
+    with sharding.scope(self._mesh):
+      micros = list(self._micros(packing, batch))
+
+      def over_batch(phase, program, *params):
+        """One model over the whole batch, back in its rows."""
+        began = time.perf_counter()
+        parts = jax.device_get([program(*params, micro) for micro in micros])
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        metrics[f"timing_s/{phase}"] = time.perf_counter() - began
+        return jax.tree.map(packing.unpack, whole)
+
+      params, reference = state.policy.params, state.reference
+      if self._uses_recorded(state):
+        now = forward.PolicyOutput(batch.rollout_logp, None)
+      elif self.spec.policy.adapter is None:  # One program for both.
+        now = over_batch("old_log_prob", self._reference_forward, params)
+      else:
+        now = over_batch(
+          "old_log_prob", self.policy.forward, params, reference
+        )
+      frozen = over_batch("ref", self._reference_forward, reference)
+      values = np.zeros(shape, np.float32)
+      if self.value is not None:
+        values = over_batch(
+          "values", self.value.forward, state.value.params, reference
+        )
+    return now, frozen, values, metrics
 
   def update(
     self, state: LearnerState, experience: Experience, lr_scale: float = 1.0

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import flax.struct
+import jax
 import numpy as np
 
 from stepsearch_jax import types
@@ -185,3 +186,16 @@ class MicroBatch:
   values: types.Leaf
   advantages: types.Leaf
   returns: types.Leaf
+
+  @classmethod
+  def abstract(
+    cls, shape: tuple[int, int], where: jax.sharding.Sharding
+  ) -> MicroBatch:
+    """Returns shapes and places instead of arrays, for lowering programs."""
+    whole = ("tokens", "segment_ids", "positions", "turn")
+    return cls(**{
+      field.name: jax.ShapeDtypeStruct(
+        shape, np.int32 if field.name in whole else np.float32, sharding=where
+      )
+      for field in dataclasses.fields(cls)
+    })

@@ -144,9 +144,11 @@ def warm_start(
     experiment.workdir, settings.config["warm_start"], interrupts
   )
   params, losses = imitation.imitate(
-    policy, batch, experiment.model, experiment.mesh, steps=spec.steps,
-    rows=spec.rows, row_length=spec.row_length, learning_rate=spec.lr,
-    seed=settings.seed, keeper=keeper,
+    policy, batch, experiment.model, experiment.mesh,
+    imitation.ImitationSpec(
+      spec.steps, spec.rows, spec.row_length, spec.lr, settings.seed
+    ),
+    keeper,
   )
   keeper.close()
   if losses:

@@ -79,10 +79,28 @@ def _micros(batch, steps, rows, row_length, seed):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ImitationSpec:
+  """How long and how fast a policy imitates.
+
+  Attributes:
+    steps: optimizer steps, each over `rows` packed rows.
+    rows: packed rows per step.
+    row_length: tokens of a packed row.
+    lr: peak of a one-cycle cosine schedule.
+    seed: order of the trajectories.
+  """
+
+  steps: int
+  rows: int
+  row_length: int
+  lr: float
+  seed: int
+
+
 def imitate(
   params: types.Tree, batch: types.RolloutBatch, config: decoder.DecoderConfig,
-  mesh: sharding.DeviceMesh, *, steps: int, rows: int, row_length: int,
-  learning_rate: float, seed: int, keeper: Keeper | None = None,
+  mesh: sharding.DeviceMesh, spec: ImitationSpec, keeper: Keeper | None = None,
 ) -> tuple[types.Tree, list[float]]:
   """Trains a policy on the policy tokens of `batch`.
 
@@ -91,18 +109,14 @@ def imitate(
     batch: scripted trajectories; rewards are ignored.
     config: decoder configuration.
     mesh: device mesh.
-    steps: optimiser steps, each over `rows` packed rows.
-    rows: packed rows per step.
-    row_length: tokens of a packed row.
-    learning_rate: peak of a one-cycle cosine schedule.
-    seed: order of the trajectories.
+    spec: how long and how fast.
     keeper: of the progress; None keeps nothing.
 
   Returns:
     (parameters, losses of the steps that this call made).
   """
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(steps // 20, 1), steps, 0.05 * learning_rate
+    0.0, spec.lr, max(spec.steps // 20, 1), spec.steps, 0.05 * spec.lr
   )
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -122,9 +136,11 @@ def imitate(
     if keeper is not None:
       now = keeper.restore(now)
     bar = tqdm.tqdm(
-      total=steps, initial=now.step, desc="warm start", unit="step"
+      total=spec.steps, initial=now.step, desc="warm start", unit="step"
     )
-    micros = _micros(batch, steps, rows, row_length, seed)
+    micros = _micros(
+      batch, spec.steps, spec.rows, spec.row_length, spec.seed
+    )
     for micro in itertools.islice(micros, now.step, None):
       params, opt, value = step(now.params, now.opt, sharding.put(micro, where))
       now = Progress(now.step + 1, params, opt)

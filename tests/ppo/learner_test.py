@@ -262,8 +262,8 @@ def test_adaptive_controller_follows_the_measured_kl():
 def test_imitation_lowers_the_loss_and_keeps_its_input():
   policy = models()[0]
   _, losses = imitation.imitate(
-    policy, make_batch(0), MODEL, sharding.make_mesh(), steps=30, rows=2,
-    row_length=48, learning_rate=1e-2, seed=0,
+    policy, make_batch(0), MODEL, sharding.make_mesh(),
+    imitation.ImitationSpec(30, 2, 48, 1e-2, 0),
   )
   assert losses[-1] < 0.6 * losses[0]
   assert np.isfinite(np.asarray(policy["trunk"]["embedding"])).all()

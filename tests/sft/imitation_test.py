@@ -38,8 +38,7 @@ class StopsAfter(warm_start.Keeper):
 def imitate(keeper=None):
   return imitation.imitate(
     learner_test.models()[0], learner_test.make_batch(0), learner_test.MODEL,
-    sharding.make_mesh(), steps=7, rows=2, row_length=48, learning_rate=1e-2,
-    seed=0, keeper=keeper,
+    sharding.make_mesh(), imitation.ImitationSpec(7, 2, 48, 1e-2, 0), keeper,
   )
 
 
