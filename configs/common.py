@@ -251,6 +251,9 @@ def _warm_start():
   warm_start.policy = ""
   # Imitation of scripted demonstrations before step 0, in optimizer steps.
   warm_start.steps = 0
+  # File of traces to imitate instead (see stepsearch_jax/sft/README.md).
+  warm_start.traces = ""
+  warm_start.min_f1 = 0.0  # Leave out traces whose answer has a lower F1.
   warm_start.rows = 32  # Packed rows per step.
   warm_start.row_length = 4096  # Tokens per packed row.
   warm_start.lr = 1e-3  # Learning rate.

@@ -19,6 +19,7 @@ _LAUNCH = [  # In a checkout, and in an installed package.
 # Verb: (module, what it does).
 VERBS = {
   "train": ("train", "train a search agent, or go on with a run"),
+  "sft": ("tools.sft", "train on traces, or on a run's own right answers"),
   "evaluate": ("evaluate", "EM, F1 and a card of a run, model or file"),
   "ask": ("tools.ask", "ask a trained agent one's own question"),
   "view": ("tools.view", "one HTML page of runs: curves, rollouts, credit"),

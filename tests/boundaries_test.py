@@ -26,7 +26,7 @@ MAY_IMPORT = {
                 "types"},
   "rollout": {"env", "jax", "models", "parallel", "types"},
   "ppo": {"jax", "models", "parallel", "types", "user_functions"},
-  "sft": {"env", "files", "jax", "models", "parallel", "ppo", "rewards",
+  "sft": {"data", "env", "files", "jax", "models", "parallel", "ppo", "rewards",
           "rollout", "types"},
   "evaluation": {"data", "files", "parallel", "rewards", "types"},
   "supervision": {"env", "files", "jax", "models", "parallel", "retrieval",
@@ -47,7 +47,7 @@ MAY_IMPORT = {
             "run", "types"},
   "tools": {"bench", "cli", "data", "env", "evaluation", "files", "jax",
             "ml_collections", "models", "parallel", "plan", "retrieval",
-            "rewards", "run", "supervision", "types", "view"},
+            "rewards", "run", "supervision", "train", "types", "view"},
 }
 # The rollout's device side knows no strings and no retrievers.
 DEVICE_SIDE = ("device", "layout", "programs", "sampling")

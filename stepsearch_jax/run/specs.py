@@ -162,12 +162,16 @@ class WarmStartSpec:
   Attributes:
     policy: work directory of the other run, empty for none.
     steps: of imitation; 0 leaves it out.
+    traces: file of traces that are imitated, empty for scripted ones.
+    min_f1: of a trace's answer.
     rows, row_length, lr, trajectories: of imitation.
     habits: how the demonstrators search.
   """
 
   policy: str
   steps: int
+  traces: str
+  min_f1: float
   rows: int
   row_length: int
   lr: float
@@ -176,6 +180,8 @@ class WarmStartSpec:
 
   def __post_init__(self):
     expect(self.steps >= 0, "warm_start.steps", "0 (none) or more", self.steps)
+    expect(0 <= self.min_f1 <= 1, "warm_start.min_f1", "a share in [0, 1]",
+           self.min_f1)
     for name in ("rows", "row_length", "trajectories", "lr"):
       value = getattr(self, name)
       expect(value > 0, f"warm_start.{name}", "a positive number", value)

@@ -15,7 +15,7 @@ from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.run import checkpoints, identity
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.state import RunState
-from stepsearch_jax.sft import imitation, scripted
+from stepsearch_jax.sft import imitation, scripted, traces
 
 
 def start(
@@ -80,12 +80,20 @@ def policy_of(experiment: Experiment, workdir: str) -> types.Tree:
 
 
 def demonstrations(experiment: Experiment) -> list[types.Trajectory]:
-  """Scripted trajectories over the training questions.
+  """Scripted trajectories over the training questions, or a user's traces.
 
   Raises:
     UserError: none fits the context.
   """
   settings, spec = experiment.settings, experiment.settings.warm_start
+  if spec.traces:
+    found = traces.read(
+      spec.traces, experiment.env, experiment.tokenizer, traces.Limits(
+        settings.sampler.context, settings.rollout.max_observation, spec.min_f1
+      ),
+    )
+    logging.info("%s: %s", spec.traces, found.describe())
+    return found.trajectories
   rng = np.random.default_rng((settings.seed, 1))
   questions = experiment.train_questions
   order = rng.integers(len(questions), size=spec.trajectories)

@@ -1,0 +1,119 @@
+"""Trains on demonstrations alone: traces of a file, or a run's own successes.
+
+  stepsearch sft --input=traces.jsonl --config=musique_smollm2 \\
+    --workdir=runs/sft
+
+imitates what agents did, ours or others' (rollouts of this project, Search-R1
+and verl, message lists with tool calls, ReAct, R1-Searcher): only their own
+words, with the documents that they were shown. The run is like any other:
+checkpoint, evaluation, `--config.warm_start.policy=runs/sft` to go on from it.
+
+  stepsearch sft --rejection=4 --rounds=2 --workdir=runs/quickstart
+
+asks every training question of a run four times, imitates the right rollouts,
+starting from the run's policy, and does so twice. Round N is a run of its own,
+runs/quickstart/rejection/round_N. The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import ml_collections
+from absl import flags
+from etils import epath
+
+from stepsearch_jax import cli, train, types
+from stepsearch_jax.run import rejection
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
+
+# Those of training.
+flags.declare_key_flag("config")
+flags.declare_key_flag("workdir")
+_INPUT = flags.DEFINE_string("input", None, "File of traces to imitate.")
+_REJECTION = flags.DEFINE_integer(
+  "rejection", None, "Rollouts per training question, of which the right ones "
+  "are imitated; needs a run in --workdir."
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 1, "Rounds of rejection sampling.", lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 1.0, "Of rejection sampling.", lower_bound=0.0
+)
+
+
+def imitation_of(
+  config: ml_collections.ConfigDict, traces: str
+) -> ml_collections.ConfigDict:
+  """Returns the config of a run that only imitates a file of traces.
+
+  Raises:
+    UserError: it takes no step of imitation.
+  """
+  config = copy.deepcopy(config)
+  config.total_steps, config.total_epochs = 0, 0.0
+  config.warm_start.traces = traces
+  types.expect(config.warm_start.steps > 0, "warm_start.steps",
+               "a positive number of imitation steps", config.warm_start.steps)
+  return config
+
+
+def reject(
+  config: ml_collections.ConfigDict, workdir: epath.Path, attempts: int,
+  rounds: int, temperature: float,
+) -> dict:
+  """Runs rounds of rejection sampling from the run in `workdir`.
+
+  Returns:
+    The summary of the last round.
+
+  Raises:
+    UserError: the folder holds no checkpoint, or no rollout is right.
+  """
+  if not (workdir / "checkpoints").exists():
+    raise types.UserError(f"--workdir={workdir} has no checkpoints to sample "
+                          "from")
+  before, summary = workdir, {}
+  for number in range(1, rounds + 1):
+    sampling = rejection.Sampling(attempts, temperature, number)
+    folder = workdir / "rejection" / f"round_{number}"
+    samples = folder.with_name(f"samples_{number}.jsonl")
+    current = imitation_of(config, str(samples))
+    current.warm_start.policy = str(before)
+    if not samples.exists():
+      samples.parent.mkdir(parents=True, exist_ok=True)
+      experiment = Experiment(Settings.from_config(config), before)
+      _, policy = experiment.trained_policy()
+      rejection.sample(experiment, policy, sampling, samples)
+      experiment.engine.close()
+    done = folder / "summary.json"
+    summary = (json.loads(done.read_text()) if done.exists()
+               else train.train(current, folder))
+    before = folder
+  return summary
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
+  if (_INPUT.value is None) == (_REJECTION.value is None):
+    raise types.UserError("need either --input or --rejection")
+  if config is None:
+    raise types.UserError(
+      f"--workdir={workdir} holds no run; give a --config as well"
+    )
+  if _INPUT.value is not None:
+    summary = train.train(imitation_of(config, _INPUT.value), workdir)
+  else:
+    summary = reject(config, workdir, _REJECTION.value, _ROUNDS.value,
+                     _TEMPERATURE.value)
+  for name, value in summary.items():
+    shown = f"{value:.4f}" if isinstance(value, float) else value
+    print(f"{name:>22}  {shown}")
+
+
+if __name__ == "__main__":
+  cli.run(main, required=["workdir"])

@@ -1,0 +1,135 @@
+"""Training on traces alone, and on a run's own right answers."""
+
+import json
+import types as python_types
+
+import fakes
+import jax
+import pytest
+from etils import epath
+from sft.scripted_test import watch
+
+from configs import quickstart
+from stepsearch_jax import train, types
+from stepsearch_jax.run import identity, rejection
+from stepsearch_jax.sft import scripted, traces
+from stepsearch_jax.tools import sft
+
+
+def tiny(**changes):
+  config = quickstart.get_config("runlocal")
+  config.update(dict(total_steps=2, warm_start=dict(steps=2, rows=2)))
+  config.data.eval_limit, config.data.limit = 2, 4
+  config.rollout.max_turn, config.rollout.max_turns = 12, 2
+  config.update(changes)
+  return config
+
+
+def rollout():
+  (found,) = watch(
+    scripted.Habits("exact", whole=0, repeat=0, give_up=0)
+  ).trajectories
+  return found
+
+
+def test_a_run_of_imitation_trains_on_nothing_else():
+  config = tiny()
+  made = sft.imitation_of(config, "t.jsonl")
+  assert (made.total_steps, made.total_epochs) == (0, 0.0)
+  assert made.warm_start.traces == "t.jsonl" and config.total_steps == 2
+  config.warm_start.steps = 0
+  with pytest.raises(types.UserError, match="^warm_start.steps: expected a po"):
+    sft.imitation_of(config, "t.jsonl")
+
+
+def test_right_is_a_valid_rollout_with_the_answer_and_counts_once():
+  good, wrong, invalid = rollout(), rollout(), rollout()
+  assert good.answer == "Toron"
+  wrong.answer = "Kes"
+  invalid.turns = [
+    types.Turn("?", types.Action.INVALID, "", (), "", 3), *invalid.turns
+  ]
+  other = rollout()
+  other.tokens = other.tokens.copy()
+  other.tokens[-1] += 1
+  unanswered = rollout()
+  unanswered.answer = None
+  assert rejection.right(
+    [wrong, good, rollout(), invalid, other, unanswered]
+  ) == [good, other]
+
+
+class Engine:
+  """Answers with the same rollout whatever is asked."""
+
+  def run(self, policy, asked, episodes, temperature):
+    self.asked = [q.id for q in asked], list(episodes), temperature
+    return python_types.SimpleNamespace(trajectories=[rollout() for _ in asked])
+
+
+def test_every_round_asks_every_question_so_often_and_samples_anew(tmp_path):
+  questions = [types.Question(str(i), "?", ("x",)) for i in range(3)]
+  experiment = python_types.SimpleNamespace(
+    train_questions=questions, engine=Engine(),
+    tokenizer=fakes.make_tokenizer(),
+  )
+  path = epath.Path(tmp_path) / "s.jsonl"
+  for number, episodes in ((1, range(6, 12)), (2, range(12, 18))):
+    rejection.sample(
+      experiment, None, rejection.Sampling(2, 0.7, number), path
+    )
+    assert experiment.engine.asked == (
+      ["0", "0", "1", "1", "2", "2"], list(episodes), 0.7
+    )
+  found = traces.read(
+    str(path), None, fakes.make_tokenizer(), traces.Limits(400, 99)
+  )
+  assert [t.answer for t in found.trajectories] == ["Toron"]
+
+
+def test_no_right_rollout_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setattr(rejection, "right", lambda rollouts: [])
+  experiment = python_types.SimpleNamespace(
+    train_questions=[types.Question("0", "?", ("x",))], engine=Engine()
+  )
+  with pytest.raises(types.UserError, match="none among 4 rollouts"):
+    rejection.sample(experiment, None, rejection.Sampling(4, 1.0, 1), tmp_path)
+
+
+@pytest.mark.parametrize("attempts, temperature, field", [
+  (0, 1.0, "--rejection"), (2, 0.0, "--temperature"),
+])
+def test_wrong_flags_are_named(attempts, temperature, field):
+  with pytest.raises(types.UserError, match=f"^{field}: expected"):
+    rejection.Sampling(attempts, temperature, 1)
+
+
+def test_a_folder_without_checkpoints_is_one_line(tmp_path):
+  with pytest.raises(types.UserError, match="has no checkpoints to sample"):
+    sft.reject(tiny(), epath.Path(tmp_path), 2, 1, 1.0)
+
+
+@pytest.mark.slow
+def test_traces_then_two_rounds_of_rejection(tmp_path, monkeypatch):
+  path = tmp_path / "traces.jsonl"
+  path.write_text(json.dumps({
+    "question": "Who?", "golden_answers": ["Ada"], "response": "<search> a "
+    "</search><information>b</information><answer> Ada </answer>",
+  }) + "\n")
+  workdir = epath.Path(tmp_path) / "run"
+  config = tiny()
+  # A policy of two steps is never right.
+  monkeypatch.setattr(rejection, "right", lambda rollouts: rollouts)
+  with jax.numpy_dtype_promotion("standard"):
+    summary = train.train(sft.imitation_of(config, str(path)), workdir)
+    assert summary["steps"] == 0
+    assert (workdir / "evaluations/step_000000/card.json").exists()
+    last = sft.reject(config, workdir, 1, 2, 1.0)
+    monkeypatch.setattr(rejection, "sample", None)  # Nothing is played again.
+    assert sft.reject(config, workdir, 1, 2, 1.0) == last
+  folder = workdir / "rejection"
+  texts = [(folder / f"samples_{n}.jsonl").read_text() for n in (1, 2)]
+  assert texts[0] != texts[1]
+  kept = identity.read(folder / "round_2")["config"]["warm_start"]
+  assert kept["policy"] == str(folder / "round_1")
+  assert kept["traces"] == str(folder / "samples_2.jsonl")
