@@ -109,27 +109,68 @@ def test_a_folder_without_checkpoints_is_one_line(tmp_path):
     sft.reject(tiny(), epath.Path(tmp_path), 2, 1, 1.0)
 
 
+def test_every_round_starts_from_the_one_before(tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path) / "run"
+  (workdir / "checkpoints").mkdir(parents=True)
+  sampled, trained = [], []
+
+  class Experiment:
+    """Knows where it reads the policy from."""
+
+    def __init__(self, settings, folder):
+      self.folder = folder
+      self.engine = python_types.SimpleNamespace(close=lambda: None)
+
+    def trained_policy(self):
+      return 0, f"policy of {self.folder}"
+
+  def sample(experiment, policy, sampling, path):
+    sampled.append((policy, sampling, path))
+    path.write_text("")
+
+  def fake_train(config, folder):
+    trained.append((config.warm_start.policy, config.warm_start.traces,
+                    config.total_steps, folder))
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"round": len(trained)}))
+    return {"round": len(trained)}
+
+  monkeypatch.setattr(sft, "Experiment", Experiment)
+  monkeypatch.setattr(rejection, "sample", sample)
+  monkeypatch.setattr(train, "train", fake_train)
+  assert sft.reject(tiny(), workdir, 4, 2, 0.5) == {"round": 2}
+  folder = workdir / "rejection"
+  files = [folder / f"samples_{n}.jsonl" for n in (1, 2)]
+  assert sampled == [
+    (f"policy of {workdir}", rejection.Sampling(4, 0.5, 1), files[0]),
+    (f"policy of {folder / 'round_1'}", rejection.Sampling(4, 0.5, 2),
+     files[1]),
+  ]
+  assert trained == [
+    (str(workdir), str(files[0]), 0, folder / "round_1"),
+    (str(folder / "round_1"), str(files[1]), 0, folder / "round_2"),
+  ]
+  # Once more: nothing is played or trained again; a third round goes on.
+  assert sft.reject(tiny(), workdir, 4, 3, 0.5) == {"round": 3}
+  assert len(sampled) == len(trained) == 3
+
+
 @pytest.mark.slow
-def test_traces_then_two_rounds_of_rejection(tmp_path, monkeypatch):
+def test_traces_then_rejection(tmp_path, monkeypatch):
   path = tmp_path / "traces.jsonl"
   path.write_text(json.dumps({
     "question": "Who?", "golden_answers": ["Ada"], "response": "<search> a "
     "</search><information>b</information><answer> Ada </answer>",
   }) + "\n")
   workdir = epath.Path(tmp_path) / "run"
-  config = tiny()
   # A policy of two steps is never right.
   monkeypatch.setattr(rejection, "right", lambda rollouts: rollouts)
   with jax.numpy_dtype_promotion("standard"):
-    summary = train.train(sft.imitation_of(config, str(path)), workdir)
+    summary = train.train(sft.imitation_of(tiny(), str(path)), workdir)
     assert summary["steps"] == 0
     assert (workdir / "evaluations/step_000000/card.json").exists()
-    last = sft.reject(config, workdir, 1, 2, 1.0)
-    monkeypatch.setattr(rejection, "sample", None)  # Nothing is played again.
-    assert sft.reject(config, workdir, 1, 2, 1.0) == last
+    assert sft.reject(tiny(), workdir, 1, 1, 1.0)["steps"] == 0
   folder = workdir / "rejection"
-  texts = [(folder / f"samples_{n}.jsonl").read_text() for n in (1, 2)]
-  assert texts[0] != texts[1]
-  kept = identity.read(folder / "round_2")["config"]["warm_start"]
-  assert kept["policy"] == str(folder / "round_1")
-  assert kept["traces"] == str(folder / "samples_2.jsonl")
+  assert len((folder / "samples_1.jsonl").read_text().splitlines()) == 4
+  kept = identity.read(folder / "round_1")["config"]["warm_start"]
+  assert kept["policy"] == str(workdir)
