@@ -57,6 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.ppo.value_lr = 1e-3
   config.ppo.policy_warmup_ratio = 0.05
 
+  config.eval.every = 10
   config.checkpoint.every = 20
 
   if arg.runlocal:
