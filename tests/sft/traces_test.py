@@ -1,5 +1,6 @@
 """Traces of every form become the same demonstration; the rest is counted."""
 
+import functools
 import json
 
 import fakes
@@ -84,6 +85,11 @@ FORMS = {
 }
 
 
+@functools.cache
+def make_tokenizer():
+  return fakes.make_tokenizer()
+
+
 def limits(**changes):
   return traces.Limits(**(dict(context=400, max_observation=99) | changes))
 
@@ -94,14 +100,14 @@ def read(tmp_path, *rows, max_turns=3, **changes):
     (row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows
   ))
   return traces.read(
-    str(path), fakes.make_env(max_turns=max_turns), fakes.make_tokenizer(),
+    str(path), fakes.make_env(max_turns=max_turns), make_tokenizer(),
     limits(**changes),
   )
 
 
 def written(trajectory, who):
   tokens = trajectory.tokens[trajectory.provenance == who]
-  return fakes.make_tokenizer().decode(tokens.tolist())
+  return make_tokenizer().decode(tokens.tolist())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,7 +133,7 @@ def test_every_form_becomes_the_same_demonstration(tmp_path, form):
 
 def test_the_mask_ends_each_turn_where_its_action_closes(tmp_path):
   (seen,) = read(tmp_path, FORMS["search_r1"]).trajectories
-  tokenizer = fakes.make_tokenizer()
+  tokenizer = make_tokenizer()
   for number, turn in enumerate(seen.turns):
     own = np.flatnonzero(seen.policy_mask & (seen.turn_index == number))
     text = tokenizer.decode(seen.tokens[own].tolist())
@@ -226,7 +232,7 @@ def test_recorded_rollouts_come_back_token_for_token(tmp_path):
   (rollout,) = watch(
     scripted.Habits("exact", whole=0, repeat=0, give_up=0)
   ).trajectories
-  tokenizer = fakes.make_tokenizer()
+  tokenizer = make_tokenizer()
   row = traces.to_row(rollout, tokenizer)
   other = dict(row, tokens=[row["tokens"][1], *row["tokens"][1:]])
   broken = dict(row, tokens="?")
@@ -252,6 +258,6 @@ def test_recorded_rollouts_come_back_token_for_token(tmp_path):
 def test_real_traces(shared, name, kept, reasons):
   found = traces.read(
     str(shared / f"data/{name}.jsonl.gz"), fakes.make_env(max_turns=8),
-    fakes.make_tokenizer(), limits(context=10**6, max_observation=4000),
+    make_tokenizer(), limits(context=10**6, max_observation=4000),
   )
   assert (len(found.trajectories), dict(found.rejected)) == (kept, reasons)
