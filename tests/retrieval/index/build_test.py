@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.retrieval.index import build as index_build
@@ -91,18 +92,16 @@ def test_another_number_of_processes_goes_on_without_embedding_again(
 ):
   monkeypatch.setattr(index_build, "_SHARD", 4)
   earlier, later = parts
+  partial = epath.Path(tmp_path) / "i.partial"
   table = unit(40, 16)
-  about = index_build._prepare(
-    tmp_path / "i.partial", ROWS, Rows(table), None
-  )
-  store = passages.PassageStore(tmp_path / "i.partial")
-  memory = index_build._open_table(tmp_path / "i.partial", about)
+  about = index_build._prepare(partial, ROWS, Rows(table), None)
+  store = passages.PassageStore(partial)
+  memory = index_build._open_table(partial, about)
 
   def embed(part, parts, dies_at=None):
     ours = Rows(table, dies_at)
     try:
-      index_build._embed(tmp_path / "i.partial", store, ours, memory, part,
-                         parts)
+      index_build._embed(partial, store, ours, memory, part, parts)
     except KeyboardInterrupt:
       pass
     return ours.encoded
@@ -112,7 +111,7 @@ def test_another_number_of_processes_goes_on_without_embedding_again(
   second = [i for p in range(later) for i in embed(p, later)]
   assert sorted(first + second) == list(range(40))
   np.testing.assert_array_equal(memory, table)
-  assert index_build._finished(tmp_path / "i.partial") == set(range(10))
+  assert index_build._finished(partial) == set(range(10))
 
 
 def test_another_corpus_starts_anew(tmp_path, monkeypatch):
