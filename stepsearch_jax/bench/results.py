@@ -1,7 +1,7 @@
-"""Fills the README's performance tables and chart from what was measured.
+"""Fills the tables and chart of RESULTS.md from what was measured.
 
-  python -m stepsearch_jax.bench.results --readme=README.md \\
-    --json=rollout.json,update.json,growth.json --run=runs/quickstart
+  python -m stepsearch_jax.bench.results --run=runs/quickstart \\
+    --json=rollout.json,update.json,growth.json
 
 The figures come from files of tools/bench --json and from a run's log.
 Rows that are in the table and in no file stay: not every figure is measured on
@@ -16,11 +16,13 @@ import statistics
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli, types
+from stepsearch_jax import cli, files, types
 from stepsearch_jax.bench import duel
 from stepsearch_jax.run import plots
 
-_README = flags.DEFINE_string("readme", "README.md", "File to fill.")
+_FILE = flags.DEFINE_string(
+  "file", "stepsearch_jax/bench/RESULTS.md", "File to fill."
+)
 _JSON = flags.DEFINE_list("json", None, "Files of tools/bench --json.")
 _RUN = flags.DEFINE_string(
   "run", None, "Folder of a training run; draws where its steps' time goes."
@@ -139,8 +141,8 @@ def fill(text: str, section: str, filling: str) -> str:
 def main() -> None:
   """Entry; see the module docstring."""
   reports = [json.loads(epath.Path(path).read_text()) for path in _JSON.value]
-  readme = epath.Path(_README.value)
-  text = readme.read_text()
+  path = epath.Path(_FILE.value)
+  text = path.read_text()
   text = fill(
     text, "performance", table(reports, held(text, "performance"))
   )
@@ -148,7 +150,7 @@ def main() -> None:
     text = fill(text, "growth", growth_table(reports))
   if _RUN.value:
     text = fill(text, "step time", chart(_RUN.value))
-  readme.write_text(text)
+  files.write_text(path, text)
 
 
 if __name__ == "__main__":

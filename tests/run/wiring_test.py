@@ -46,7 +46,12 @@ CHANGES = {
   "sentinel.reward_drop": 0.3, "sentinel.patience": 4,
   "sentinel.rollbacks": 2, "sentinel.lr_factor": 0.6,
   "reward.gamma_key": 0.5, "reward.search_bonus": 0.07,
-  "log.trajectories": 15, "log.trajectories_every": 18,
+  "reward.outcome_only": True, "reward.step_scale": 0.7,
+  "reward.malformed": -0.5, "reward.key_match": "last",
+  "reward.f1_decimals": 3, "reward.empty_gold": "never",
+  "reward.step_position": "reencoded", "reward.outcome_on_step": "overwrite",
+  "reward.document_text": "parsed", "reward.scored_text": "regex",
+  "reward.eos": "dropped", "log.trajectories": 15, "log.trajectories_every": 18,
   "data.limit": 50, "data.eval_limit": 6, "data.holdout": 0.2,
 }
 
