@@ -103,13 +103,17 @@ def test_a_record_has_each_field_from_its_place(record, section):
 
 
 def test_the_seed_and_the_preset_are_the_configs():
-  settings = Settings.from_config(changed(), devices=1)
-  assert settings.seed == 23
-  released = changed()
-  released.reward.preset = "released"
-  found = Settings.from_config(released, devices=1).reward
-  assert found.step_scale == 1.6 and settings.reward.step_scale == 0.6
-  assert found.gamma_key == settings.reward.gamma_key == 0.5
+  def reward(preset):
+    config = quickstart.get_config("runlocal")
+    config.update_from_flattened_dict(
+      {"reward.preset": preset, "reward.gamma_key": 0.5}
+    )
+    return Settings.from_config(config, devices=1).reward
+
+  assert Settings.from_config(changed(), devices=1).seed == 23
+  assert reward("released").step_scale == 1.6
+  assert reward("paper").step_scale == 0.6
+  assert reward("released").gamma_key == reward("paper").gamma_key == 0.5
 
 
 def test_the_environment_and_the_engine_take_their_settings(
