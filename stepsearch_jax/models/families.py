@@ -17,7 +17,7 @@ class Family:
     attention_bias: config.json's `attention_bias` gives all four projections
       of the attention a bias.
     mlp_bias: config.json's `mlp_bias` gives the MLP's matrices a bias.
-    qk_norm: queries and keys are normalised per head.
+    qk_norm: queries and keys are normalized per head.
   """
 
   architecture: str

@@ -84,7 +84,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """Normalises the last axis of `x`."""
+    """Normalizes the last axis of `x`."""
     init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
     wide = x.astype(jnp.float32)

@@ -122,7 +122,7 @@ class Tokenizer:
 
   @property
   def splits_like_qwen2(self) -> bool:
-    """Whether text is normalised and split as transformers does for Qwen2."""
+    """Whether text is normalized and split as transformers does for Qwen2."""
     state = json.loads(self._backend.to_str())
     if (state["normalizer"] or {}).get("type") != "NFC":
       return False
@@ -144,7 +144,7 @@ class Tokenizer:
 
     Args:
       text: what to encode.
-      special: recognise special tokens spelled out in the text. Off for
+      special: recognize special tokens spelled out in the text. Off for
         everything from outside, which must not be able to write them.
     """
     backend = self._backend if special else self._plain

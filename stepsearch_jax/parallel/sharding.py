@@ -53,7 +53,7 @@ def mesh_shape(
   Args:
     devices: how many there are.
     data: data-parallel copies; -1 takes the devices that the others leave.
-    fsdp: shards of parameters and optimiser states; -1 likewise.
+    fsdp: shards of parameters and optimizer states; -1 likewise.
     tensor: shards of heads, MLP and vocabulary.
 
   Raises:
@@ -111,7 +111,7 @@ def make_mesh(
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
   shape = mesh_shape(devices.size, data, fsdp, tensor)
-  # Neighbours in the grid are neighbours in the machine, where it has a shape.
+  # Neighbors in the grid are neighbors in the machine, where it has a shape.
   grid = mesh_utils.create_device_mesh(
     shape, devices.ravel().tolist(), allow_split_physical_axes=True
   )

@@ -1,6 +1,6 @@
 """The arithmetic of a plan: bytes per chip and roofline times.
 
-Memory is exact for what stays resident (parameters, optimisers, slot cache,
+Memory is exact for what stays resident (parameters, optimizers, slot cache,
 by their shardings); a program's temporaries come from the compiler where there
 is one, else from the estimate in `_temporary`. Times are lower bounds: every
 phase at the machine's peak compute or memory rate, whichever is slower.
@@ -139,7 +139,7 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
     part = trainable.Trainable(kind, model, adapters[kind])
     parts[kind] = _bytes(part.shapes(), part.shardings(mesh))
     # Two float32 moments, sharded like the parameters.
-    parts[f"{kind} optimiser"] = 2 * parts[kind]
+    parts[f"{kind} optimizer"] = 2 * parts[kind]
   frozen = trainable.abstract_reference(model, mesh)
   parts["reference"] = _bytes(
     frozen, jax.tree.map(lambda x: x.sharding, frozen)
@@ -165,7 +165,7 @@ _ROLLOUT_PARTS = ("decode weights", "slot cache")
 def _temporary(config) -> dict[str, float]:
   """Estimated temporaries of each program, in bytes per chip.
 
-  Update: the hidden state of every layer (rematerialised), one layer's own
+  Update: the hidden state of every layer (rematerialized), one layer's own
   activations and gathered weights, a chunk of logits and, with plain
   attention, a block of scores.
   """

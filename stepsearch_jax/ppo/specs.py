@@ -92,7 +92,7 @@ class EstimatorSpec:
   Attributes:
     name: key of `estimators.REGISTRY`.
     gamma: discount per policy token.
-    lam: lambda of generalised advantage estimation.
+    lam: lambda of generalized advantage estimation.
     scope: tokens that advantages and values are about.
     turn_gamma: discount per turn (bilevel_gae, gigpo).
     turn_weight: of the state's z-score beside the group's (gigpo).
@@ -300,7 +300,7 @@ class LearnerSpec:
 
   Attributes:
     estimator: from rewards to advantages.
-    loss: what is minimised.
+    loss: what is minimized.
     kl: distance to the reference.
     policy: optimizer of the policy.
     value: optimizer of the value model; unused without one.

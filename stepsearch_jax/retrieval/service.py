@@ -110,7 +110,7 @@ class Batcher:
     return await asyncio.wait_for(item.future, self._limits.timeout_seconds)
 
   async def work(self) -> None:
-    """Serves the queue until cancelled."""
+    """Serves the queue until canceled."""
     while True:
       batch = [await self._queue.get()]
       size = len(batch[0].queries)

@@ -26,7 +26,7 @@ class EmptyVocabularyError(ValueError):
 
 @functools.lru_cache(maxsize=1 << 15)
 def _counts(text: str) -> collections.Counter:
-  """Term counts of a normalised text, scikit-learn's default tokens."""
+  """Term counts of a normalized text, scikit-learn's default tokens."""
   return collections.Counter(_TOKEN.findall(text))
 
 

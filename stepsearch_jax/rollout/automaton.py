@@ -1,7 +1,7 @@
 """A stop-tag automaton over token ids, as one table for the device.
 
 Aho-Corasick (Aho & Corasick, 1975) over the BYTES of every vocabulary entry:
-however a tokenizer merges `</search>` with its neighbours, the table knows
+however a tokenizer merges `</search>` with its neighbors, the table knows
 after which token the tag is complete. Built once on the host; the decode loop
 only gathers from it. This module knows bytes, not what the tags mean.
 """

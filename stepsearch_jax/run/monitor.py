@@ -109,7 +109,7 @@ class Sentinel:
     """Alarms of this step.
 
     Args:
-      step: optimiser steps done.
+      step: optimizer steps done.
       metrics: verl-named metrics of the step.
     """
     limits, reward = self._limits, metrics["critic/score/mean"]

@@ -121,16 +121,16 @@ def step_time(workdir: epath.PathLike) -> epath.Path | None:
   if not steps:
     return None
   medians = [statistics.median(values) for values in seconds.values()]
-  colours = plt.get_cmap("tab10").colors
+  colors = plt.get_cmap("tab10").colors
   figure, (over, share) = plt.subplots(
     1, 2, figsize=(13, 5), layout="constrained"
   )
-  over.stackplot(steps, list(seconds.values()), colors=colours)
+  over.stackplot(steps, list(seconds.values()), colors=colors)
   over.set(title="seconds per step", xlabel="step", ylabel="seconds")
   later = np.sum(list(seconds.values()), axis=0)[1:]
   if len(later):  # The first step compiles; it may leave the picture.
     over.set_ylim(0, 1.3 * later.max())
-  bars = share.barh(list(seconds), medians, color=colours)
+  bars = share.barh(list(seconds), medians, color=colors)
   share.bar_label(
     bars, [f"{m:.2f} s, {m / sum(medians):.0%}" for m in medians], padding=3,
     fontsize=8,

@@ -14,7 +14,7 @@ class RunState:
 
   Attributes:
     step: training steps done.
-    learner: models, optimisers, controllers and the frozen reference.
+    learner: models, optimizers, controllers and the frozen reference.
     asked: questions asked so far, the place in the question stream.
     baseline: metrics of the evaluation before the first step; None before it.
     best: {"step", "em"} of the best evaluation; None before the first.

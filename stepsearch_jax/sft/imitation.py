@@ -21,7 +21,7 @@ from stepsearch_jax.ppo import batching, forward, losses, records
 
 @dataclasses.dataclass
 class Progress:
-  """What an imitation has learned so far: optimiser steps done, and state."""
+  """What an imitation has learned so far: optimizer steps done, and state."""
 
   step: int
   params: types.Tree
@@ -39,7 +39,7 @@ class Keeper(Protocol):
 
 
 def _step(params, opt, micro, *, config, tx):
-  """One optimiser step on the masked tokens of packed rows."""
+  """One optimizer step on the masked tokens of packed rows."""
 
   def loss(params):
     logp = forward.policy(params, micro, config, 1.0).logp

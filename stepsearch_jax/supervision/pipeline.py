@@ -226,7 +226,7 @@ def pseudo_label(
     return list(questions)
   asked = sorted({hop for q in lacking for hop in resolved(q)})
   answers = _search_all(retrievers, asked, k)
-  labelled = {}
+  labeled = {}
   for question in lacking:
     support, hops = [], []
     for text, hop in zip(
@@ -238,11 +238,11 @@ def pseudo_label(
         hop = dataclasses.replace(hop, support=len(support))
         support.append(dataclasses.replace(best, score=0.0))
       hops.append(hop)
-    labelled[question.id] = dataclasses.replace(
+    labeled[question.id] = dataclasses.replace(
       question, support=tuple(support), decomposition=tuple(hops),
       extra={**question.extra, "pseudo_support": True},
     )
-  return [q if q.support else labelled.get(q.id, q) for q in questions]
+  return [q if q.support else labeled.get(q.id, q) for q in questions]
 
 
 def _holds(text: str, answer: str) -> bool:
@@ -311,7 +311,7 @@ def filter_queries(
         kept += [query] if good else []
         groups = [f"hop {hop + 1}", "all", *(f"by {w}" for w in writers)]
         if question.extra.get("pseudo_support"):
-          groups.append("pseudo-labelled")
+          groups.append("pseudo-labeled")
         for group in groups:
           counts[group]["written"] += 1
           counts[group]["kept"] += good

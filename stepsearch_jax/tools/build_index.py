@@ -52,10 +52,10 @@ _MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "Tokens kept of a text; default the encoder's own.", 1
 )
 _RECALL = flags.DEFINE_float(
-  "recall", 0.98, "Share of the exact neighbours that the search must find.",
+  "recall", 0.98, "Share of the exact neighbors that the search must find.",
   0.0, 1.0,
 )
-_K = flags.DEFINE_integer("k", 3, "Neighbours that recall counts.", 1)
+_K = flags.DEFINE_integer("k", 3, "Neighbors that recall counts.", 1)
 _SOAR = flags.DEFINE_bool(
   "soar", False, "Let tree partitions spill: more memory, better recall."
 )

@@ -29,7 +29,7 @@ def test_fair_shares_equal_water_filling_by_hand():
   assert fair_shares([5], -3) == [0]
 
 
-def test_fair_shares_use_all_room_and_favour_nobody():
+def test_fair_shares_use_all_room_and_favor_nobody():
   rng = np.random.default_rng(0)
   for _ in range(100):
     sizes = rng.integers(0, 30, rng.integers(1, 6)).tolist()

@@ -34,7 +34,7 @@ def test_top_k_and_top_p_keep_the_hand_worked_sets():
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature_sharpens_and_flattens_the_distribution(temperature):
-  """p ** (1 / temperature), normalised; its log is what is recorded."""
+  """p ** (1 / temperature), normalized; its log is what is recorded."""
   p = np.array([0.5, 0.3, 0.2])
   want = p ** (1 / temperature)
   want /= want.sum()

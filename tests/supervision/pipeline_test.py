@@ -187,7 +187,7 @@ def test_pseudo_labels_are_passages_with_the_sub_answers():
   tables = {"one": Table({"x": [SECOND], "y": [SECOND]})}
   (out,), report = supervision.filter_queries([done], written, tables, 1)
   assert out.search_keys == ((), ("y",)) and len(resolved) == 2
-  assert report["pseudo-labelled"] == {"written": 2, "kept": 1, "one": 1}
+  assert report["pseudo-labeled"] == {"written": 2, "kept": 1, "one": 1}
   row = supervision.released_row(out)
   assert row["pseudo_support"] is True
   assert supervision.released_row(QUESTION)["pseudo_support"] is False

@@ -59,7 +59,7 @@ def test_resident_bytes_of_the_3b_config_by_hand():
   assert weights == 3_085_938_688  # Qwen2.5-3B's published count.
   # Norms are whole on every chip, hence a little more than a sixteenth.
   np.testing.assert_allclose(parts["policy"], 4 * weights / 16, rtol=2e-3)
-  assert parts["policy optimiser"] == 2 * parts["policy"]
+  assert parts["policy optimizer"] == 2 * parts["policy"]
   np.testing.assert_allclose(
     parts["decode weights"], 2 * weights / 2, rtol=2e-3
   )

@@ -102,7 +102,7 @@ def test_any_question_and_answer_become_flagged_training_rows(
              for keys in row["sub_searchs"])
   # By hand: "umbrellas" was written for each of three hops, never kept.
   assert report["all"]["written"] - report["all"]["kept"] >= 3
-  assert {"hop 1", "hop 2", "by rules", "by model", "pseudo-labelled"} <= set(
+  assert {"hop 1", "hop 2", "by rules", "by model", "pseudo-labeled"} <= set(
     report
   )
   assert all(name in table for name in ("hashed_tfidf:512", "bm25", "hop 2"))

@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation (arXiv 2402.03300)."""
+"""Group-relative policy optimization (arXiv 2402.03300)."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ class IndexSpec:
   """How the search is chosen.
 
   Attributes:
-    recall: share of the exact neighbours that the search must find.
-    k: neighbours that recall counts.
-    topk: most neighbours that will ever be asked for.
+    recall: share of the exact neighbors that the search must find.
+    k: neighbors that recall counts.
+    topk: most neighbors that will ever be asked for.
     soar: let tree partitions spill (more memory, better recall).
   """
 
@@ -112,7 +112,7 @@ def build_index(
 
 
 def _prepare(partial, passages, encoder, vectors) -> dict:
-  """Writes the passages, or recognises those of an earlier attempt."""
+  """Writes the passages, or recognizes those of an earlier attempt."""
   fresh = partial.with_name(partial.name + ".passages")
   if fresh.exists():
     fresh.rmtree()

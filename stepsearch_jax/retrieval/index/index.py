@@ -90,7 +90,7 @@ class Index:
 
     Args:
       vectors: [N, dim] float32.
-      k: neighbours, cut to the number of passages.
+      k: neighbors, cut to the number of passages.
 
     Returns:
       (rows [N, k] int64, inner products [N, k] float32), best first; NaN

@@ -71,7 +71,7 @@ def build(
     leaves = leaf_count(count)
     builder = builder.tree(
       leaves, max(leaves // 20, 1),
-      # More would not move the centres, but would be copied twice.
+      # More would not move the centers, but would be copied twice.
       training_sample_size=min(count, max(100_000, 40 * leaves)),
       soar_lambda=1.5 if soar else None,
     )
@@ -96,7 +96,7 @@ def weight(kind: str, count: int, dim: int, soar: bool) -> int:
   """Bytes of a search's assets: on disk, and not exceeded in memory.
 
   All kinds keep the float32 rows, to score with or to score again; a row's
-  codes take a byte a block (half of it in memory), a leaf two float32 centres;
+  codes take a byte a block (half of it in memory), a leaf two float32 centers;
   spilling stores a row's codes and leaf twice.
   """
   total = 4 * count * dim
@@ -203,9 +203,9 @@ def tune(
   Args:
     scann: the module.
     vectors: [n, d] unit rows, possibly memory-mapped.
-    k: neighbours that recall counts.
+    k: neighbors that recall counts.
     recall: the target.
-    topk: most neighbours that will ever be asked for.
+    topk: most neighbors that will ever be asked for.
     soar: let trees spill (arXiv 2404.00774).
 
   Returns:

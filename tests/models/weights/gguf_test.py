@@ -203,7 +203,7 @@ class TestTokenizer:
     # No merge leads to "hello": only ignore_merges finds it.
     assert pieces == (["hello"] if pre == "llama-bpe" else ["hell", "o"])
 
-  def test_qwen2_normalises_to_nfc(self, tmp_path):
+  def test_qwen2_normalizes_to_nfc(self, tmp_path):
     tokenizer = tokenizer_lib.load(write(tmp_path / "m.gguf", pre="qwen2"))
     state = tokenizers.Tokenizer.from_str(
       tokenizer.hf.backend_tokenizer.to_str()

@@ -1,4 +1,4 @@
-"""Indexes on disk: right neighbours, wrong encoders and corpora refused."""
+"""Indexes on disk: right neighbors, wrong encoders and corpora refused."""
 
 import json
 
@@ -93,11 +93,11 @@ def test_scann_equals_exact_search_on_wiki_passages(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_tree_search_reaches_the_exact_neighbours(tmp_path):
+def test_tree_search_reaches_the_exact_neighbors(tmp_path):
   pytest.importorskip("scann")
   rng = np.random.default_rng(0)
-  centres = rng.normal(size=(400, 32))
-  table = centres[rng.integers(0, 400, 21_000)] + 0.3 * rng.normal(
+  centers = rng.normal(size=(400, 32))
+  table = centers[rng.integers(0, 400, 21_000)] + 0.3 * rng.normal(
     size=(21_000, 32)
   )
   table = (table / np.linalg.norm(table, axis=1, keepdims=True)).astype(
