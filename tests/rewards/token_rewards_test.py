@@ -16,8 +16,8 @@ def trajectory(*turns, answer=None):
   count = 3 + 2 * len(turns)
   who = np.full(count, types.Provenance.POLICY, np.int8)
   who[:3] = types.Provenance.PROMPT
-  index = np.repeat(np.arange(-1, len(turns)), 2)[-count:].astype(np.int16)
-  index[:3] = -1
+  index = np.full(count, -1, np.int16)
+  index[3:] = np.repeat(np.arange(len(turns)), 2)
   return types.Trajectory(
     types.Question("q", "?", ("Ada Brandt",)), 0, np.zeros(count, np.int32),
     who, index, np.zeros(count, np.float32),
