@@ -8,6 +8,7 @@ there once, in front of them.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -254,11 +255,6 @@ class _Rows:
   def add(self, b: int) -> None:
     """Puts a trajectory into a row where it fits, or into a new one."""
     size = int(self._lengths[b])
-    if size > self._row_length:
-      raise types.UserError(
-        f"a trajectory of {size} tokens does not fit a packed "
-        f"row of {self._row_length}"
-      )
     best, saved = len(self.rows), -1
     found = _Row((b,), self._heads.shape[1], size, self._step)
     for r, joined in enumerate(self._joined(b, size)):
@@ -285,6 +281,32 @@ class _Rows:
     return len(self.rows), sum(row.used for row in self.rows)
 
 
+def _first_fit(
+  order: Sequence[int], lengths: np.ndarray, row_length: int
+) -> list[_Row]:
+  """Rows without prefixes: each trajectory into the first where it fits.
+
+  Rows wait in heaps by the room they have left, so that tens of thousands of
+  demonstrations are packed in a second.
+  """
+  inside: list[list[int]] = []
+  by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+  for b in order:
+    size = int(lengths[b])
+    rooms = [room for room in range(size, row_length + 1) if by_room[room]]
+    if rooms:
+      room = min(rooms, key=lambda room: by_room[room][0])
+      r = heapq.heappop(by_room[room])
+    else:
+      room, r = row_length, len(inside)
+      inside.append([])
+    inside[r].append(b)
+    heapq.heappush(by_room[room - size], r)
+  return [
+    _Row(tuple(row), 0, int(lengths[list(row)].sum()), 1) for row in inside
+  ]
+
+
 def pack(
   rows: Sequence[int],
   lengths: np.ndarray,
@@ -309,9 +331,15 @@ def pack(
   Raises:
     UserError: a trajectory does not fit a row.
   """
-  if heads is None:
-    heads = np.zeros((len(lengths), 0), np.int32)
   order = sorted(rows, key=lambda b: (-int(lengths[b]), b))
+  if order and lengths[order[0]] > row_length:
+    raise types.UserError(
+      f"a trajectory of {lengths[order[0]]} tokens does not fit a packed row "
+      f"of {row_length}"
+    )
+  if heads is None:
+    filled = _first_fit(order, lengths, row_length)
+    return _lay_out(filled, lengths, width, row_length)
   ways = []
   for closest in (False, True):
     ways.append(_Rows(lengths, heads, row_length, closest))

@@ -188,3 +188,32 @@ def test_sizes_hold_all_rows_and_never_an_empty_micro_batch():
 def test_the_small_size_divides_over_the_data_shards(micro_rows, shards, want):
   spec = parts.learner_spec(batch__micro_rows=micro_rows).batch
   assert spec.tail_rows(shards) == want
+
+
+def first_fit(lengths, row_length):
+  """First-fit-decreasing as everybody writes it."""
+  rows = []
+  for b in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
+    fitting = [row for row in rows
+               if sum(lengths[i] for i in row) + lengths[b] <= row_length]
+    if fitting:
+      fitting[0].append(b)
+    else:
+      rows.append([b])
+  return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_prefixes_a_trajectory_goes_where_it_first_fits(seed):
+  lengths = np.random.default_rng(seed).integers(1, 30, 60)
+  packing = batching.pack(range(60), lengths, 30, 32)
+  found = [[int(row[i] // 30) for i in np.nonzero(
+              (packing.positions[r] == 0) & (row >= 0))[0]]
+           for r, row in enumerate(packing.source)]
+  assert found == first_fit(lengths.tolist(), 32)
+
+
+def test_many_demonstrations_are_packed_fast_enough_to_wait_for():
+  lengths = np.random.default_rng(0).integers(40, 128, 16_000)
+  packing = batching.pack(range(16_000), lengths, 128, 160)
+  assert (packing.source >= 0).sum() == lengths.sum()
