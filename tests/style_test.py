@@ -12,6 +12,7 @@ MODULES = sorted(itertools.chain.from_iterable(
   (ROOT / folder).glob("**/*.py") for folder in FOLDERS
 ))
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 7
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -52,7 +53,7 @@ def unhinted(tree):
       yield f"{function.name}: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS, *TESTS], ids=name_of)
 def test_no_file_is_too_long(path):
   assert len(path.read_text().splitlines()) <= FILE_LINES
 

@@ -171,5 +171,7 @@ def test_a_run_from_a_record_needs_no_index_and_ends_with_the_same_bits(
   workdir, replayed = run("replayed", replay=path)
   assert replayed == recorded and len(recorded) == 3
   assert not (workdir / "index").exists()
-  card = json.loads((workdir / "evaluations/step_000002/card.json").read_text())["settings"]
+  card = json.loads(
+    (workdir / "evaluations/step_000002/card.json").read_text()
+  )["settings"]
   assert card["replayed"] == path and card["corpus_hash"]

@@ -1,11 +1,7 @@
 """/retrieve over a real server and the real client, good days and bad."""
 
-import base64
 import contextlib
-import dataclasses
-import gzip
 import json
-import logging
 import os
 import signal
 import socket
@@ -13,50 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 
 import fakes
 import httpx2
 import pytest
-import uvicorn
 from etils import epath
-from starlette import applications, responses, routing
+from retrieval.servers import serving
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions
-from stepsearch_jax.retrieval import remote, service
+from stepsearch_jax.retrieval import service
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import encoder
 from stepsearch_jax.tools import serve_retrieval
-
-
-@contextlib.contextmanager
-def serving(app):
-  """Runs an ASGI app on a free port of this machine."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  server = uvicorn.Server(
-    uvicorn.Config(app, "127.0.0.1", port, log_level="error")
-  )
-  thread = threading.Thread(target=server.run)
-  thread.start()
-  while not server.started:
-    time.sleep(0.01)
-  try:
-    yield f"http://127.0.0.1:{port}"
-  finally:
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module")
-def url():
-  limits = service.ServiceLimits(
-    body_bytes=2000, queries=4, query_chars=100, topk=5
-  )
-  with serving(service.make_app(fakes.FakeRetriever(), limits)) as url:
-    yield url
 
 
 def released_observations(url, predictions, active, topk):
@@ -155,95 +120,6 @@ def test_without_scores_documents_are_bare(url):
   }
 
 
-@pytest.mark.parametrize("body, status, reason", [
-  (b"{", 400, "no JSON"),
-  (b"[1]", 400, "must be a JSON object"),
-  (b"{}", 400, "queries must be a list of strings"),
-  (b'{"queries": "a"}', 400, "queries must be a list of strings"),
-  (b'{"queries": [1]}', 400, "queries must be a list of strings"),
-  (b'{"queries": ["a","a","a","a","a"]}', 400, "up to 4 strings, got 5"),
-  (b'{"queries": null}', 400, "queries must be a list of strings"),
-  (json.dumps({"queries": ["x" * 101]}).encode(), 400, "101 characters"),
-  (b'{"queries": ["a"], "topk": 6}', 400, "topk must be an integer from 1"),
-  (b'{"queries": ["a"], "topk": -1}', 400, "topk must be an integer from 1"),
-  (b'{"queries": ["a"], "topk": 0}', 400, "topk must be an integer from 1"),
-  (b'{"queries": ["a"], "topk": "2.5"}', 400, "topk must be an integer"),
-  (b'{"queries": ["a"], "topk": "many"}', 400, "topk must be an integer"),
-  (b'{"queries": ["a"], "topk": [1]}', 400, "topk must be an integer"),
-  (b'{"queries": ["a"], "return_scores": 2}', 400, "must be a boolean"),
-  (b'{"queries": ["a"], "return_scores": "maybe"}', 400, "must be a boolean"),
-  (b'{"queries": ["a"], "topk": 2.5}', 400, "topk must be an integer"),
-  (b'{"queries": ["a"], "topk": 1e400}', 400, "topk must be an integer"),
-  (b'{"topk": ' + b"9" * 1900 + b', "queries": ["a"]}', 400, "topk must be"),
-  (b"x" * 2001, 413, "more than 2000 bytes"),
-  (b"[" * 1999, 400, "no JSON"),
-  (b"\xff\xfe{", 400, "no JSON"),
-])
-def test_bad_requests_get_a_reason(url, body, status, reason):
-  response = httpx2.post(f"{url}/retrieve", content=body)
-  assert response.status_code == status
-  assert reason in response.json()["error"]
-
-
-@pytest.mark.parametrize("fields, count, scored", [
-  ({"topk": "1", "return_scores": "true"}, 1, True),
-  ({"topk": 2.0, "return_scores": None}, 2, False),
-  ({"topk": " 2 ", "return_scores": 1}, 2, True),
-  ({"topk": True, "return_scores": "Off"}, 1, False),
-  ({"topk": None, "return_scores": 0}, 3, False),
-])
-def test_fields_are_read_as_typed_servers_read_them(
-  url, fields, count, scored
-):
-  response = httpx2.post(f"{url}/retrieve", json={"queries": ["a"], **fields})
-  (found,) = response.json()["result"]
-  assert len(found) == count and ("score" in found[0]) == scored
-
-
-def test_what_typed_servers_read_is_what_pydantic_reads():
-  pydantic = pytest.importorskip("pydantic")
-  values = ["1", "1.0", " 7 ", "", "x", "2.5", 3, 3.0, 2.5, True, False, [], {},
-            "true", "TRUE", "no", "off", "t", "n", 0, 1, 2, 1.0, "0", "yes"]
-
-  def theirs(kind, value):
-    try:
-      return pydantic.TypeAdapter(kind).validate_json(json.dumps(value))
-    except pydantic.ValidationError:
-      return None
-
-  for value in values:
-    assert service._integer(value) == theirs(int, value), value
-    assert service._boolean(value) == theirs(bool, value), value
-
-
-def test_gzipped_bodies_are_read_within_the_limit(url):
-  def send(body, coding="gzip"):
-    response = httpx2.post(
-      f"{url}/retrieve", content=body, headers={"content-encoding": coding}
-    )
-    return response.status_code, response.json()
-
-  plain = json.dumps({"queries": ["a"], "topk": 1}).encode()
-  status, answer = send(gzip.compress(plain))
-  assert status == 200
-  assert answer["result"][0][0]["contents"] == "T\nfound a here"
-  assert send(plain, "identity")[0] == 200
-  assert send(plain)[0] == 400
-  assert send(gzip.compress(plain)[:-9])[0] == 400
-  assert send(gzip.compress(b" " * 10_000))[0] == 413
-  assert send(plain, "br")[0] == 415
-
-
-def test_a_gzip_bomb_is_not_unpacked():
-  bomb = gzip.compress(bytes(50_000_000))
-  tracemalloc.start()
-  with pytest.raises(service.BadRequestError, match="more than 2000 bytes"):
-    service._unzipped(bomb, 2000)
-  _, peak = tracemalloc.get_traced_memory()
-  tracemalloc.stop()
-  assert peak < 1_000_000
-
-
 def test_a_score_without_json_is_an_error_that_is_counted():
   class Lost(fakes.FakeRetriever):
     def search(self, queries, k):
@@ -259,12 +135,6 @@ def test_a_score_without_json_is_an_error_that_is_counted():
   assert 'retrieve_requests_total{status="500"} 2.0' in text
   assert 'status="200"' not in text
   assert "retrieve_queries_total 0.0" in text
-
-
-def test_half_a_surrogate_pair_is_searched_as_a_replacement_character(url):
-  body = b'{"queries": ["a\\ud800"], "topk": 1}'
-  response = httpx2.post(f"{url}/retrieve", content=body)
-  assert response.json()["result"][0][0]["contents"] == "T\nfound a\ufffd here"
 
 
 def test_wrong_methods_and_paths_are_refused(url):
@@ -441,149 +311,3 @@ def test_a_search_that_takes_too_long_is_given_up():
   with serving(app) as url:
     response = httpx2.post(f"{url}/retrieve", json={"queries": ["a"]})
   assert response.status_code == 503
-
-
-def test_the_client_returns_what_the_server_found(url):
-  client = remote.RemoteRetriever(url, remote.PATIENCE)
-  found = client.search(["a", "b"], 2)
-  assert [[p.text for p in row] for row in found] == [
-    ["found a here"] * 2, ["found b here"] * 2
-  ]
-  assert found[0][0].id == "a/0" and found[0][0].title == "T"
-
-
-def test_the_client_retries_then_opens_its_circuit():
-  pauses, now = [], [0.0]
-  spec = remote.RemoteSpec(
-    timeout_seconds=0.2, retries=2, backoff_seconds=1.0, open_after=2,
-    open_seconds=10,
-  )
-  client = remote.RemoteRetriever(
-    "http://127.0.0.1:9", spec, sleep=pauses.append, clock=lambda: now[0]
-  )
-  for _ in range(2):
-    with pytest.raises(types.SearchError, match="ConnectError"):
-      client.search(["a"], 1)
-  assert len(pauses) == 4 and 1 <= pauses[0] <= 2 <= pauses[1] <= 4
-  with pytest.raises(types.SearchError, match="2 times in a row"):
-    client.search(["a"], 1)
-  assert len(pauses) == 4  # The open circuit asked nobody.
-  now[0] = 11.0
-  with pytest.raises(types.SearchError, match="ConnectError"):
-    client.search(["a"], 1)
-
-
-def test_the_client_does_not_repeat_a_refused_request(url):
-  client = remote.RemoteRetriever(
-    url, remote.PATIENCE, sleep=lambda seconds: pytest.fail()
-  )
-  with pytest.raises(types.SearchError, match="status 400: .*topk"):
-    client.search(["a"], 99)
-
-
-def test_a_refused_query_fails_alone_and_opens_no_circuit(url):
-  """The server's limits: 4 queries of up to 100 characters per request."""
-  spec = dataclasses.replace(remote.PATIENCE, open_after=1)
-  client = remote.RemoteRetriever(
-    url, spec, sleep=lambda seconds: pytest.fail()
-  )
-  long = "x" * 101
-  for _ in range(3):
-    found = client.search(["a", long, "b", "c", "d", "e"], 1)
-    assert [row and row[0].text for row in found] == [
-      "found a here", None, "found b here", "found c here", "found d here",
-      "found e here",
-    ]
-    with pytest.raises(types.SearchError, match="status 400: .*101 char"):
-      client.search([long, long], 1)
-    with pytest.raises(types.SearchError, match="status 400"):
-      client.search([str(i) for i in range(200)], 99)
-
-
-@contextlib.contextmanager
-def counting(answer):
-  """A server that answers by a function of the queries; lists what it got."""
-  asked = []
-
-  async def retrieve(request):
-    asked.append((await request.json())["queries"])
-    status, content = answer(asked[-1])
-    return responses.JSONResponse(content, status)
-
-  app = applications.Starlette(routes=[
-    routing.Route("/retrieve", retrieve, methods=["POST"])
-  ])
-  with serving(app) as url:
-    yield url, asked
-
-
-def test_requests_that_no_query_can_mend_are_not_repeated():
-  with counting(lambda queries: (404, {})) as (url, asked):
-    client = remote.RemoteRetriever(url, remote.PATIENCE)
-    with pytest.raises(types.SearchError, match="status 404"):
-      client.search([str(i) for i in range(200)], 1)
-    assert len(asked) == 1
-  with counting(lambda queries: (400, {})) as (url, asked):
-    client = remote.RemoteRetriever(url, remote.PATIENCE)
-    with pytest.raises(types.SearchError, match="status 400"):
-      client.search([str(i) for i in range(256)], 1)
-    assert len(asked) < 60  # It is not the queries' fault.
-
-
-def test_a_query_that_breaks_the_server_is_found_by_halves():
-  def answer(queries):
-    if "bad" in queries:
-      return 500, {}
-    return 200, {"result": [None if q == "none" else [
-      {"document": {"id": q, "contents": f"T\n{q}"}, "score": 1.0}
-    ] for q in queries]}
-
-  pauses = []
-  spec = dataclasses.replace(remote.PATIENCE, retries=2, open_after=2)
-  with counting(answer) as (url, asked):
-    client = remote.RemoteRetriever(url, spec, sleep=pauses.append)
-    names = [str(i) for i in range(30)] + ["bad", "none"]
-    for _ in range(3):  # The server is well: the circuit stays closed.
-      found = client.search(names, 1)
-      assert [row and row[0].id for row in found] == [
-        *names[:30], None, []  # null stands for no hits.
-      ]
-  assert len(pauses) == 2 * 3  # The halves are asked once each.
-
-
-@pytest.mark.parametrize("answer", [
-  [], {"result": "x"}, {"result": [["x"]]}, {"result": None},
-  {"result": [[{"document": "x"}]]}, {"result": [[{"document": {}}]]},
-  {"result": [[], []]}, {"result": [[{"text": 5}]]}, {}, None,
-])
-def test_answers_of_any_other_shape_are_failed_searches(answer):
-  app = applications.Starlette(routes=[routing.Route(
-    "/retrieve", lambda request: responses.JSONResponse(answer),
-    methods=["POST"],
-  )])
-  spec = dataclasses.replace(remote.PATIENCE, retries=0)
-  with serving(app) as url:
-    client = remote.RemoteRetriever(url, spec)
-    with pytest.raises(types.SearchError, match="/retrieve: .*Error"):
-      client.search(["a"], 1)
-
-
-def test_a_password_in_the_address_is_used_but_never_shown(caplog):
-  caplog.set_level(logging.DEBUG)
-  seen = []
-
-  def answer(request):
-    seen.append(request.headers["authorization"])
-    return responses.JSONResponse({}, 403)
-
-  app = applications.Starlette(routes=[
-    routing.Route("/retrieve", answer, methods=["POST"])
-  ])
-  with serving(app) as url:
-    secret = url.replace("http://", "http://me:pass-word@")
-    client = remote.RemoteRetriever(secret, remote.PATIENCE)
-    with pytest.raises(types.SearchError, match="status 403") as error:
-      client.search(["a"], 1)
-  assert seen == ["Basic " + base64.b64encode(b"me:pass-word").decode()]
-  shown = f"{error.value} {client.describe()} {caplog.text}"
-  assert "pass-word" not in shown and f"{url}/retrieve" in shown
