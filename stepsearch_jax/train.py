@@ -248,7 +248,7 @@ class Job:
         batch = batching.trajectories_to_batch(
           trajectories, [reward.tokens for reward in rewards],
           settings.sampler.context, tokenizer.pad_id, settings.batch.rollouts,
-          tokenizer.eos_ids if settings.reward.eos == "dropped" else (),
+          settings.reward.untrained(tokenizer.eos_ids),
         )
       with watch.time("adv"):
         experience, seen = self.learner.prepare(state.learner, batch)

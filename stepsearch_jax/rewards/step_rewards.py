@@ -141,6 +141,10 @@ class RewardSpec:
       eos="dropped",
     )
 
+  def untrained(self, eos_ids: Sequence[int]) -> Sequence[int]:
+    """Returns the sampled tokens that the policy mask leaves out."""
+    return eos_ids if self.eos == "dropped" else ()
+
 
 PRESETS = {"paper": RewardSpec.paper, "released": RewardSpec.released}
 

@@ -115,8 +115,9 @@ def imitate(
   Returns:
     (parameters, losses of the steps that this call made).
   """
+  warmup = min(max(spec.steps // 20, 1), spec.steps - 1)
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, spec.lr, max(spec.steps // 20, 1), spec.steps, 0.05 * spec.lr
+    0.0, spec.lr, warmup, spec.steps, 0.05 * spec.lr
   )
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),

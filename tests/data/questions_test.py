@@ -152,3 +152,19 @@ def test_numbers_of_no_hop_stay_as_they_are_in_sub_questions():
           types.SubQuestion("Where is #1, not #2 or #9?", "Rome")]
   assert types.resolved(hops) == [
     "Who is #0?", "Where is Ada, not Rome or #9?"]
+
+
+def test_a_hop_points_past_paragraphs_without_text():
+  parsed = questions.parse_question("f:1", {
+    "question": "q?", "answer": "c",
+    "support": [
+      {"title": "A", "text": "a"}, {"title": "B", "text": " "},
+      {"title": "C", "text": "c"},
+    ],
+    "decomposition": [
+      {"question": name, "answer": name, "support": place}
+      for place, name in enumerate("abc")
+    ],
+  })
+  assert [p.title for p in parsed.support] == ["A", "C"]
+  assert [hop.support for hop in parsed.decomposition] == [0, -1, 1]

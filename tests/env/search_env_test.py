@@ -143,3 +143,8 @@ def test_documents_joined_are_the_body_of_the_observation(template):
     lines[-1] = lines[-1].rstrip()
     assert [doc.text for doc in shown] == lines
     assert [doc.body.strip() for doc in shown] == [x.strip() for x in texts]
+
+
+def test_of_two_complete_blocks_the_first_counts():
+  found = actions.parse("<search> a </search> <answer> b </answer>")
+  assert (found.action, found.content) == ("search", "a")

@@ -80,3 +80,12 @@ def test_runs_on_other_questions_are_refused(tmp_path):
 def test_the_curves_are_drawn(arms, tmp_path):
   study.plot(arms, epath.Path(tmp_path) / "study.png")
   assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_the_area_weighs_an_evaluation_by_the_steps_around_it():
+  curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([0.0])}
+  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0)
+  assert arm.area == pytest.approx((10 * 0.5 + 30 * 0.5) / 40)
+  curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([1.0])}
+  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0)
+  assert arm.area == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)

@@ -84,6 +84,19 @@ def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
   assert len(launcher.ready(plan, workdir, plan.arms)) == 1
 
 
+def test_an_arm_without_rates_waits_for_the_start_of_its_seed(
+  launcher, tmp_path
+):
+  config = write(tmp_path, "  add('ppo', seeds=2, method='ppo')\n")
+  plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
+  finish(workdir / "start" / "seed_1")
+  runs = launcher.ready(plan, workdir, plan.arms)
+  assert [flag(c, "config.warm_start.policy") for c in runs] == [
+    [], [], [str(workdir / "start/seed_1")]
+  ]
+  assert [flag(c, "config.seed") for c in runs] == [["0"], ["99"], ["1"]]
+
+
 def test_arms_with_other_rollouts_or_fields_are_refused(launcher, tmp_path):
   two = "  add('ppo', seeds=1, method='ppo')\n"
   more = "  add('big', seeds=1, batch=dict(questions=16))\n"

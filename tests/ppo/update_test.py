@@ -59,7 +59,7 @@ def make_batch():
   )
 
 
-def forward(params, batch):
+def forward(params, batch, temperature=1.0):
   """(log-probabilities, entropies) [B, T] from all logits at once."""
   steps = jnp.arange(WIDTH, dtype=jnp.int32)
   hidden, _ = decoder.Decoder(MODEL).apply(
@@ -67,7 +67,7 @@ def forward(params, batch):
     jnp.broadcast_to(steps, batch.tokens.shape),
   )
   hidden = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-  table = jax.nn.log_softmax(heads.logits(params, hidden))
+  table = jax.nn.log_softmax(heads.logits(params, hidden) / temperature)
   tokens = jnp.asarray(batch.tokens)[..., None]
   picked = jnp.take_along_axis(table, tokens, -1)[..., 0]
   return picked, -(jnp.exp(table) * table).sum(-1)

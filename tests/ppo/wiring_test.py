@@ -13,6 +13,7 @@ from stepsearch_jax.ppo import (
   advantages,
   batch_metrics,
   model_losses,
+  optimizer,
   records,
   specs,
 )
@@ -227,3 +228,48 @@ def test_an_update_says_what_it_pads_and_that_llds_needs_a_second_step(caplog):
 def test_the_kl_that_has_no_gradient_is_no_loss():
   with pytest.raises(specs.types.UserError, match="ppo.kl_loss_estimator"):
     parts.learner_spec(kl__loss_estimator="kl")
+
+
+def moved(after):
+  return jax.tree.map(
+    lambda new, old: np.asarray(new) - np.asarray(old), after.policy.params,
+    update_test.policy(),
+  )
+
+
+def test_each_epoch_takes_its_optimizer_steps(monkeypatch):
+  ours = update_test.make_learner()
+  exp = update_test.experience(update_test.make_batch())
+  once, _ = ours.update(fresh(ours), exp)
+  assert int(optimizer.steps_taken(once.policy.opt)) == 1
+  batch = dataclasses.replace(ours.spec.batch, epochs=3)
+  monkeypatch.setattr(
+    ours, "spec", dataclasses.replace(ours.spec, batch=batch)
+  )
+  often, _ = ours.update(fresh(ours), exp)
+  assert int(optimizer.steps_taken(often.policy.opt)) == 3
+  assert int(often.step) == int(once.step) == 1
+
+
+def test_a_rollback_scales_the_whole_move():
+  ours = update_test.make_learner()
+  exp = update_test.experience(update_test.make_batch())
+  whole, metrics = ours.update(fresh(ours), exp)
+  part, fewer = ours.update(fresh(ours), exp, lr_scale=0.25)
+  assert fewer["actor/lr"] == pytest.approx(0.25 * metrics["actor/lr"])
+  for a, b in zip(jax.tree.leaves(moved(part)), jax.tree.leaves(moved(whole)),
+                  strict=True):
+    assert np.abs(b).max() > 1e-4
+    np.testing.assert_allclose(a, 0.25 * b, atol=1e-6)
+
+
+def test_log_probabilities_are_those_of_the_sampling_temperature():
+  ours = update_test.make_learner(temperature=0.5)
+  batch = update_test.make_batch()
+  found, _ = ours.prepare(fresh(ours), batch)
+  on = batch.policy_mask > 0
+  for temperature, agrees in ((0.5, True), (1.0, False)):
+    want = np.asarray(
+      update_test.forward(update_test.policy(), batch, temperature)[0]
+    )
+    assert np.allclose(found.logp[on], want[on], atol=1e-4) == agrees

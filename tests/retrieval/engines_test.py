@@ -233,3 +233,22 @@ def test_a_corpus_without_words_is_searched_in_vain():
   pytest.importorskip("bm25s")
   ours = bm25.Bm25Retriever([types.Passage("1", "The", "of the and")])
   assert ours.search(["the", "Ada"], 3) == [[], []]
+
+
+def test_the_reranker_keeps_the_best_with_its_own_scores():
+  likes = {p.id: score for p, score in
+           zip(PASSAGES, (0.5, -2.0, 3.0), strict=False)}
+
+  class All:
+    def search(self, queries, k):
+      return [None if q == "refused" else PASSAGES[:k] for q in queries]
+
+  ours = rerank.RerankingRetriever.__new__(rerank.RerankingRetriever)
+  ours._inner, ours._candidates = All(), 3
+  by_text = {f"{p.title}\n{p.text}": likes[p.id] for p in PASSAGES[:3]}
+  ours._scores = lambda pairs: np.array([by_text[text] for _, text in pairs])
+  first, refused = ours.search(["a", "refused"], 2)
+  assert refused is None
+  assert [(p.id, p.score) for p in first] == [
+    (PASSAGES[2].id, 3.0), (PASSAGES[0].id, 0.5)
+  ]

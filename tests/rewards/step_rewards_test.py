@@ -270,3 +270,8 @@ def make_trajectory(texts):
     answer=None,
     stop_reason="answer",
   )
+
+
+def test_only_the_released_preset_leaves_end_of_text_untrained():
+  assert list(step_rewards.RewardSpec.released().untrained((2, 7))) == [2, 7]
+  assert list(step_rewards.RewardSpec.paper().untrained((2, 7))) == []

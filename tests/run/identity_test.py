@@ -91,3 +91,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pass
   with identity.locked(folder):
     pass
+
+
+def test_a_field_is_free_by_its_whole_name():
+  assert identity.is_free("log") and identity.is_free("log.profile")
+  assert not identity.is_free("logic") and not identity.is_free("logic.x")

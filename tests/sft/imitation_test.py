@@ -87,3 +87,25 @@ def test_progress_is_kept_from_time_to_time(tmp_path, monkeypatch):
   imitate(keeper)
   keeper.close()
   assert [p.name for p in (tmp_path / "warm_start").iterdir()] == ["7"]
+
+
+def test_the_loss_is_the_mean_over_policy_tokens_only():
+  batch = learner_test.make_batch(0, lengths=[30, 41])
+  params = learner_test.models()[0]
+  _, losses = imitation.imitate(
+    params, batch, learner_test.MODEL, sharding.make_mesh(),
+    imitation.ImitationSpec(1, 2, 48, 1e-2, 0),
+  )
+  on = batch.policy_mask > 0
+  logp, _ = learner_test.logps(params, batch)
+  assert losses[0] == pytest.approx(-np.asarray(logp)[on].mean(), rel=1e-4)
+  assert 0 < on.sum() < batch.lengths.sum()
+
+
+def test_the_seed_fixes_the_order_of_the_rows():
+  def order(seed):
+    micros = imitation._micros(learner_test.make_batch(0), 4, 1, 48, seed)
+    return np.stack([micro.tokens for micro in micros])
+
+  np.testing.assert_array_equal(order(1), order(1))
+  assert (order(1) != order(2)).any()

@@ -58,6 +58,7 @@ def endpoint(monkeypatch):
       if seen["status"] != 200:  # Some servers repeat the key.
         self.wfile.write(f"bad {self.headers['Authorization']}".encode())
         return
+      seen["temperature"] = body["temperature"]
       text = f"{body['model']}: {body['messages'][0]['content']}"
       choice = {"message": {"role": "assistant", "content": text}}
       self.wfile.write(json.dumps({"choices": [choice]}).encode())
@@ -79,7 +80,9 @@ def test_endpoint_writer_keeps_the_order_and_its_key(endpoint):
     f"big: {i}" for i in range(20)
   ]
   assert seen["keys"] == {"Bearer secret-key"}
-  assert "secret-key" not in writer.name
+  assert "secret-key" not in writer.name and seen["temperature"] == 0
+  writers.EndpointWriter(url, "big", temperature=0.75).write(["x"])
+  assert seen["temperature"] == 0.75
   seen["status"] = 401
   patient = dataclasses.replace(remote.PATIENCE, retries=0)
   shown = r"status 401: bad Bearer \[secret\]$"

@@ -72,6 +72,14 @@ def test_the_page_holds_settings_curves_and_rollouts(tmp_path):
   assert row["values"][2] == [] and row["values"][3][1] == -2
 
 
+def test_a_failed_search_is_no_search(tmp_path):
+  failed = rollout(0)
+  failed["turns"].insert(0, failed["turns"][0] | {"failed": True})
+  run = write_run(tmp_path / "a", [failed])
+  (found,) = collect.collect([run], limit=1)["runs"]
+  assert found["rollouts"][0]["searches"] == 1
+
+
 def test_a_folder_without_a_run_is_one_line(tmp_path):
   with pytest.raises(types.UserError, match="no run .expected metrics.jsonl"):
     collect.collect([epath.Path(tmp_path)], 10)
