@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from stepsearch_jax import types
 from stepsearch_jax.models import attention, decoder, heads
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import logprobs
 from stepsearch_jax.ppo.records import MicroBatch
 
@@ -60,6 +61,7 @@ def policy(
     micro.tokens.reshape(-1),
     mask.reshape(-1),
     temperature,
+    parts=sharding.shards("batch", len(mask)),
   )
   return PolicyOutput(logp.reshape(mask.shape), entropy.reshape(mask.shape))
 

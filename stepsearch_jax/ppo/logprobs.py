@@ -22,7 +22,7 @@ def chunk_size(vocab: int) -> int:
 
 def token_logprobs(
   hidden: jax.Array, weight: jax.Array, targets: jax.Array, mask: jax.Array,
-  temperature: float = 1.0,
+  temperature: float = 1.0, parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of targets and entropy of the distribution.
 
@@ -36,6 +36,8 @@ def token_logprobs(
     targets: [N] int32.
     mask: [N], non-zero where the result is wanted.
     temperature: static.
+    parts: static; equal parts of N that are gathered into chunks apart from
+      each other. One part per shard of N keeps every token on its device.
 
   Returns:
     (logp [N] float32, entropy [N] float32), 0 where mask is 0; differentiable
@@ -43,32 +45,52 @@ def token_logprobs(
   """
   assert hidden.ndim == 2 and weight.ndim == 2, (hidden.shape, weight.shape)
   assert targets.shape == mask.shape == hidden.shape[:1]
-  chunk = chunk_size(weight.shape[0])
-  return _logprobs(
-    hidden, weight, targets, mask.astype(bool), float(temperature), chunk
+  hidden, targets, mask = (
+    x.reshape(parts, -1, *x.shape[1:])
+    for x in (hidden, targets, mask.astype(bool))
   )
+  chunk = min(chunk_size(weight.shape[0]), mask.shape[1])
+  logp, entropy = _logprobs(
+    hidden, weight, targets, mask, float(temperature), chunk
+  )
+  return logp.reshape(-1), entropy.reshape(-1)
 
 
 def _compact(mask, chunk):
-  """(wanted rows first, padded to whole chunks; number of chunks to do)."""
-  order = jnp.argsort(~mask, stable=True).astype(jnp.int32)
-  pad = -order.shape[0] % chunk
-  order = jnp.pad(order, (0, pad), constant_values=mask.shape[0])
-  wanted = mask.sum(dtype=jnp.int32)
-  return order, wanted, (wanted + chunk - 1) // chunk
+  """Wanted rows of each part first, padded to whole chunks.
+
+  Returns:
+    (row numbers [P, N'], wanted rows [P], number of chunks to do).
+  """
+  order = jnp.argsort(~mask, axis=1, stable=True).astype(jnp.int32)
+  size = mask.shape[1]
+  pad = -size % chunk
+  order = jnp.pad(order, ((0, 0), (0, pad)), constant_values=size)
+  wanted = mask.sum(axis=1, dtype=jnp.int32)
+  return order, wanted, (wanted.max() + chunk - 1) // chunk
 
 
 def _rows(order, wanted, i, chunk):
-  """Row numbers of chunk i; rows past the wanted ones are out of range."""
-  rows = jax.lax.dynamic_slice(order, (i * chunk,), (chunk,))
+  """Row numbers [P, C] of chunk i; those past the wanted are out of range."""
+  rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk, axis=1)
   places = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-  return jnp.where(places < wanted, rows, jnp.int32(1 << 30))
+  return jnp.where(places < wanted[:, None], rows, jnp.int32(1 << 30))
+
+
+@jax.vmap
+def _take(x, rows):
+  return x.at[rows].get(mode="fill", fill_value=0)
+
+
+@jax.vmap
+def _put(x, rows, new):
+  return x.at[rows].set(new, mode="drop")
 
 
 def _logits(hidden, weight, rows, temperature):
-  states = hidden.at[rows].get(mode="fill", fill_value=0)
+  states = _take(hidden, rows)
   out = jnp.einsum(
-    "nd,vd->nv", states, weight.astype(hidden.dtype),
+    "pnd,vd->pnv", states, weight.astype(hidden.dtype),
     preferred_element_type=jnp.float32,
   )
   return states, out / jnp.float32(temperature)
@@ -87,15 +109,14 @@ def _forward(hidden, weight, targets, mask, temperature, chunk):
     rows = _rows(order, wanted, i, chunk)
     _, logits = _logits(hidden, weight, rows, temperature)
     norm = jax.nn.logsumexp(logits, axis=-1)
-    target = targets.at[rows].get(mode="fill", fill_value=0)
-    chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    target = _take(targets, rows)[..., None]
+    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     # Summed over log-probabilities: norm minus a mean of logits would cancel.
-    logp = logits - norm[:, None]
+    logp = logits - norm[..., None]
     entropy = -(jnp.exp(logp) * logp).sum(-1)
     return (
-      logps.at[rows].set(chosen - norm, mode="drop"),
-      entropies.at[rows].set(entropy, mode="drop"),
-      norms.at[rows].set(norm, mode="drop"),
+      _put(logps, rows, chosen - norm), _put(entropies, rows, entropy),
+      _put(norms, rows, norm),
     )
 
   zeros = jnp.zeros(mask.shape, jnp.float32)
@@ -110,30 +131,34 @@ def _backward(temperature, chunk, saved, cotangents):
   hidden, weight, targets, mask, norms, entropies = saved
   d_logp, d_entropy = cotangents
   order, wanted, count = _compact(mask, chunk)
+  vocab = jnp.arange(weight.shape[0], dtype=jnp.int32)
 
   def step(i, carry):
     d_hidden, d_weight = carry
     rows = _rows(order, wanted, i, chunk)
-    take = functools.partial(jnp.take, indices=rows, mode="fill", fill_value=0)
     states, logits = _logits(hidden, weight, rows, temperature)
-    norm, entropy = take(norms)[:, None], take(entropies)[:, None]
+    norm, entropy, g_logp, g_entropy = (
+      _take(x, rows)[..., None] for x in (norms, entropies, d_logp, d_entropy)
+    )
     p = jnp.exp(logits - norm)
-    g_logp, g_entropy = take(d_logp)[:, None], take(d_entropy)[:, None]
     # dH/dlogits = -p (logits - sum p logits), and sum p logits = norm - H.
     d = -p * (g_logp + g_entropy * (logits - norm + entropy))
-    d = d.at[jnp.arange(chunk), take(targets)].add(g_logp[:, 0])
+    d += jnp.where(_take(targets, rows)[..., None] == vocab, g_logp, 0)
     d = (d / jnp.float32(temperature)).astype(hidden.dtype)
     d_states = d @ weight.astype(hidden.dtype)
     d_weight = d_weight + jnp.einsum(
-      "nv,nd->vd", d, states, preferred_element_type=jnp.float32
+      "pnv,pnd->pvd", d, states, preferred_element_type=jnp.float32
     )
-    return d_hidden.at[rows].set(d_states, mode="drop"), d_weight
+    return _put(d_hidden, rows, d_states), d_weight
 
   d_hidden, d_weight = jax.lax.fori_loop(
-    0, count, step,
-    (jnp.zeros_like(hidden), jnp.zeros(weight.shape, jnp.float32)),
+    0, count, step, (
+      jnp.zeros_like(hidden),
+      # Summed over the parts at the end: once over the devices, not per chunk.
+      jnp.zeros((len(mask), *weight.shape), jnp.float32),
+    ),
   )
-  return d_hidden, d_weight.astype(weight.dtype), None, None
+  return d_hidden, d_weight.sum(0).astype(weight.dtype), None, None
 
 
 _logprobs.defvjp(_forward, _backward)
