@@ -331,7 +331,11 @@ class Job:
     primary = distributed.is_primary()
     if self.rollbacks.pending is None:
       self.rollbacks.begin(self.sentinel.trouble_since, primary)
-    self.state = self.saver.rewind(self.state, self.rollbacks.pending)
+    like = RunState(0, dataclasses.replace(
+      self.learner.abstract_state(), reference=self.state.learner.reference
+    ))
+    del self.state  # The memory that the older one needs.
+    self.state = self.saver.rewind(like, self.rollbacks.pending)
     self.rollbacks.finish(primary)
     self.sentinel = monitor.Sentinel(
       self.experiment.settings.monitor.limits, self.state.monitor

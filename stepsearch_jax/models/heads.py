@@ -45,11 +45,8 @@ def init_policy(config: decoder.DecoderConfig, key: jax.Array) -> types.Tree:
 
 
 def value_from_policy(policy: types.Tree, key: jax.Array) -> types.Tree:
-  """A value model on a copy of the policy's trunk, with a small new head."""
-  return {
-    "trunk": jax.tree.map(jnp.copy, policy["trunk"]),
-    "value_head": value_head(policy, key),
-  }
+  """A value model on the policy's own trunk, with a small new head."""
+  return {"trunk": policy["trunk"], "value_head": value_head(policy, key)}
 
 
 def value_head(policy: types.Tree, key: jax.Array) -> types.Tree:

@@ -154,15 +154,19 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
   )
   placed = layout.cache_shardings(mesh, cache)
   # Only while a rollout runs.
+  if adapters["policy"] is not None:
+    parts["merged policy"] = parts["reference"]
   return parts | {
     "decode weights": decoding, "slot cache": _bytes(cache, placed)
   }
 
 
-_ROLLOUT_PARTS = ("decode weights", "slot cache")
+_ROLLOUT_PARTS = ("merged policy", "decode weights", "slot cache")
 
 
-def _temporary(config) -> dict[str, float]:
+def _temporary(
+  config: ml_collections.ConfigDict, parts: Mapping[str, float]
+) -> dict[str, float]:
   """Estimated temporaries of each program, in bytes per chip.
 
   Update: the hidden state of every layer (rematerialized), one layer's own
@@ -182,7 +186,6 @@ def _temporary(config) -> dict[str, float]:
   vocab = model.vocab_size / mesh.tensor
   chunk = 4 * 4 * logprobs.chunk_size(model.vocab_size) * vocab
   gathered = 2 * 4 * layer + width * vocab * model.hidden_size
-  parts = resident(config)
   forward = 2 * hidden + inside + chunk + gathered
   # Full: a layer's input; dots: what its matrices give; none: everything.
   wide = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
@@ -194,7 +197,9 @@ def _temporary(config) -> dict[str, float]:
     decoder.Remat.FULL: hidden, decoder.Remat.DOTS: hidden + dots,
     decoder.Remat.NONE: hidden + inside,
   }[model.remat]
-  update = kept + 2 * inside + chunk + 2 * gathered
+  # The head's gradient is summed over the chips at the end, not per chunk.
+  head = 4 * vocab * model.hidden_size
+  update = kept + 2 * inside + chunk + 2 * gathered + head
 
   shards = mesh.data * mesh.fsdp
   rollout = config.rollout
@@ -221,7 +226,7 @@ def program_peaks(
   """Bytes per chip while each program runs: resident parts and its own."""
   parts = resident(config)
   always = sum(v for k, v in parts.items() if k not in _ROLLOUT_PARTS)
-  rolling = sum(parts[k] for k in _ROLLOUT_PARTS)
+  rolling = sum(parts.get(k, 0) for k in _ROLLOUT_PARTS)
   if programs:
     own: dict[str, float] = {
       name: max(p["outputs"] - p["aliased"], 0) + p["temporary"]
@@ -231,7 +236,7 @@ def program_peaks(
       if name.endswith(("_update", "_apply")):
         own[name] += parts[name.split("_")[0]]  # The gradients.
   else:
-    own = _temporary(config)
+    own = _temporary(config, parts)
   in_rollout = ("extend", "decode_block")
   return {
     name: always + size + (rolling if name in in_rollout else 0.0)

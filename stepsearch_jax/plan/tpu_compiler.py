@@ -50,7 +50,10 @@ def compile_programs(
     config, machine, topology_devices(machine)
   )
   lowered = learner.lowered()
-  policy = learner.abstract_state().policy.params
+  state = learner.abstract_state()
+  # With adapters, rollouts run on the merged policy: shaped like the reference.
+  adapter = learner.spec.policy.adapter
+  policy = state.policy.params if adapter is None else state.reference
   lowered = rollout.lowered(*chunk, policy) | lowered
   found = {}
   bar = tqdm.tqdm(lowered.items(), desc="compile", unit="program")

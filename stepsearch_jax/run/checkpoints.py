@@ -95,8 +95,7 @@ class Checkpointer:
     be saved again.
 
     Args:
-      like: a state of the same run; its arrays give shapes and places, its
-        reference is kept.
+      like: shapes and places of the run's state; its reference is kept.
 
     Returns:
       The state, or None when there is no checkpoint.

@@ -31,22 +31,17 @@ def start(
   Raises:
     PreemptedError: the warm start was asked to stop.
   """
-  key = jax.random.key(experiment.settings.seed)
-  policy = experiment.initial_policy()
-  fresh = RunState(0, learner.start(policy, None, key))
-  found = saver.restore(fresh)
+  # Only shapes and places: a resumed run never builds a second state, and
+  # needs no weights from elsewhere.
+  found = saver.restore(RunState(0, learner.abstract_state()))
   if found is None:
-    spec = experiment.settings.warm_start
-    if spec.policy:
-      policy = policy_of(experiment, spec.policy)
-    if spec.steps:
-      policy = warm_start(experiment, policy, interrupts)
-    if spec.policy or spec.steps:
-      fresh.learner = learner.start(policy, None, key)
+    policy = first_policy(experiment, interrupts)
     checkpoints.save_reference(
       experiment.workdir, policy, experiment.model.dtype
     )
-    found = fresh
+    key = jax.random.key(experiment.settings.seed)
+    found = RunState(0, learner.start(policy, None, key))
+    del policy
   else:
     logging.info("resumed at step %d", found.step)
   reference = checkpoints.load_reference(
@@ -54,6 +49,22 @@ def start(
   )
   found.learner = dataclasses.replace(found.learner, reference=reference)
   return found
+
+
+def first_policy(
+  experiment: Experiment, interrupts: interrupts_lib.Interrupts
+) -> types.Tree:
+  """Returns the parameters that a fresh run trains from.
+
+  Raises:
+    PreemptedError: the warm start was asked to stop.
+  """
+  spec = experiment.settings.warm_start
+  if spec.policy:
+    policy = policy_of(experiment, spec.policy)
+  else:
+    policy = experiment.initial_policy()
+  return warm_start(experiment, policy, interrupts) if spec.steps else policy
 
 
 def policy_of(experiment: Experiment, workdir: str) -> types.Tree:

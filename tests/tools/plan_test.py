@@ -239,9 +239,29 @@ def test_update_memory_grows_with_the_micro_batch_not_the_batch(
   assert large > 1.2 * small
 
 
+def test_adapters_are_merged_into_a_policy_that_only_rollouts_hold():
+  config = stepsearch_qwen2_5_3b.get_config()
+  config.policy.kind = "lora"
+  planning.resolve_mesh(config, 16)
+  parts = planning.resident(config)
+  assert parts["merged policy"] == parts["reference"]
+  rolling = sum(
+    parts[name] for name in ("merged policy", "decode weights", "slot cache")
+  )
+  none = {"outputs": 0, "aliased": 0, "temporary": 0}
+  peaks = planning.program_peaks(
+    config, {"extend": none, "reference_forward": none}
+  )
+  np.testing.assert_allclose(
+    peaks["extend"] - peaks["reference_forward"], rolling
+  )
+
+
 @pytest.mark.slow
-def test_the_plan_command_compiles_the_whole_quickstart(tmp_path, tpu):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_plan_command_compiles_the_whole_quickstart(tmp_path, tpu, kind):
   config = quickstart.get_config()
+  config.policy.kind = kind
   machine = machines.parse_topology("v5e:2x4")
   config.model.dtype = "bfloat16"
   planning.resolve_mesh(config, machine.chips)
