@@ -153,8 +153,12 @@ def any_process(flag: bool) -> bool:
 
 
 def share(total: Sequence[_T]) -> Sequence[_T]:
-  """This process's part of a sequence."""
-  return total[jax.process_index() :: jax.process_count()]
+  """This process's part of a sequence; the parts in order are the whole.
+
+  So a tie between two processes goes to the earlier item, as it would in one.
+  """
+  count, index = jax.process_count(), jax.process_index()
+  return total[len(total) * index // count : len(total) * (index + 1) // count]
 
 
 Found = list[list[types.Passage] | None]

@@ -1,5 +1,6 @@
 """Searches that several processes end together, without the processes."""
 
+import dataclasses
 import json
 
 import jax
@@ -42,6 +43,25 @@ C = types.Passage("c", "C", "z", 0.5)
 def test_merged_results_are_the_best_of_all_shards(other):
   other[:] = [[C, A]]
   assert distributed.search_together(lambda: [[A, B]], 1, 2) == [[A, C]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_shares_in_order_are_the_whole(count, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+  whole = []
+  for index in range(count):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    part = distributed.share("abcdef")
+    assert abs(len(part) - 6 / count) < 1
+    whole += part
+  assert "".join(whole) == "abcdef"
+
+
+def test_a_tie_goes_to_the_earlier_share_as_in_one_index(other):
+  # One index names the lower row first, and the first share holds it.
+  tied = dataclasses.replace(B, score=A.score)
+  other[:] = [[A]]
+  assert distributed.search_together(lambda: [[tied]], 1, 1) == [[tied]]
 
 
 def test_a_query_that_failed_in_any_process_failed_and_no_other(other):
