@@ -87,12 +87,16 @@ def _compare(two, one):
 def test_a_dead_process_ends_the_others_with_an_error(tmp_path):
   handles = start(tmp_path, 2, 1, "--config.total_steps=1000",
                   "--config.mesh.fsdp=1")
-  records = tmp_path / "metrics.jsonl"
-  deadline = time.time() + 300
-  while not (records.exists() and records.read_text().count("\n") > 1):
-    assert time.time() < deadline and handles[0].poll() is None
-    time.sleep(0.5)
-  handles[1].send_signal(signal.SIGKILL)
-  (error, _), (code, _) = finish(handles, 60)
+  try:
+    records = tmp_path / "metrics.jsonl"
+    deadline = time.time() + 600
+    while not (records.exists() and records.read_text().count("\n") > 1):
+      assert time.time() < deadline and handles[0].poll() is None
+      time.sleep(0.5)
+    handles[1].send_signal(signal.SIGKILL)
+    (error, _), (code, _) = finish(handles, 60)
+  finally:
+    for handle in handles:
+      handle.kill()  # A failed test leaves no run behind.
   assert code not in (0, 1)  # 1 would say that starting again cannot help.
   assert "another process" in error or "distributed service" in error, error
