@@ -156,8 +156,6 @@ def _evaluate_model() -> None:
   if _TEMPERATURE.value:
     folder = folder.with_name(
       f"{folder.name}_t{_TEMPERATURE.value:g}_k{_ATTEMPTS.value}")
-    about["decoding"] = (f"sampled at temperature {_TEMPERATURE.value:g}, "
-                         f"{_ATTEMPTS.value} attempts (EM and F1 are avg@k)")
   card = reporting.evaluate(
     experiment, policy, name, folder, questions=asked, about=about,
     suite=bool(suite), skip_overlong=_SKIP_OVERLONG.value,

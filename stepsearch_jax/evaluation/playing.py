@@ -19,7 +19,7 @@ from etils import epath
 from stepsearch_jax import files, types
 from stepsearch_jax.data import coverage, questions
 from stepsearch_jax.evaluation import card, suites
-from stepsearch_jax.parallel import distributed
+from stepsearch_jax.parallel import distributed, fingerprint
 from stepsearch_jax.rewards import text_match
 
 _SHOWN_IDS = 20
@@ -110,7 +110,7 @@ def evaluate(
   if refused:
     logging.warning("%d overlong questions count as unanswered", len(refused))
   log = files.RowLog(job.folder / "predictions.partial.jsonl")
-  done = _begun(log, job)
+  done = _begun(log, _identity(job, params))
   places = [
     (attempt, i) for attempt in range(job.attempts)
     for i in range(len(job.questions))
@@ -146,15 +146,17 @@ def evaluate(
   return _finish(job, [done[place] for place in places], log)
 
 
-def _begun(log: files.RowLog, job: Evaluation) -> dict[tuple[int, int], dict]:
+def _begun(
+  log: files.RowLog, identity: str
+) -> dict[tuple[int, int], dict]:
   """Returns the rows of an interrupted evaluation, or opens a new log."""
-  done = _resumed(log, _identity(job))
+  done = _resumed(log, identity)
   distributed.wait("partial predictions read")
   if done:
     logging.info("going on behind %d finished rollouts", len(done))
   elif distributed.is_primary():
     log.keep(lambda row: False)
-    log.append({"evaluation": _identity(job)})
+    log.append({"evaluation": identity})
   return done
 
 
@@ -177,10 +179,11 @@ def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
   return made
 
 
-def _identity(job: Evaluation) -> str:
+def _identity(job: Evaluation, params: types.Tree) -> str:
   """Returns a hash of all that decides what the rollouts are."""
   what = [
-    job.settings, job.attempts, job.temperature, sorted(job.absent or ()),
+    fingerprint.fingerprint(params), job.settings, job.attempts,
+    job.temperature, sorted(job.absent or ()),
     [questions.to_row(question) for question in job.questions],
   ]
   packed = json.dumps(what, sort_keys=True, default=str).encode()

@@ -111,17 +111,31 @@ def evaluate(
     name: of the policy, for the card.
     folder: receives card.md, card.json and predictions.jsonl.
     **changes: other fields of `playing.Evaluation`, for instance questions,
-      attempts and temperature.
+      attempts and temperature; `about` changes what the card says.
   """
   settings = experiment.settings
   questions = changes.pop("questions", None) or experiment.eval_questions
   about = card_settings(settings, experiment.retriever, name)
+  about["decoding"] = _decoding(
+    settings, changes.get("temperature", 0.0), changes.get("attempts", 1)
+  )
   about |= changes.pop("about", {})
   job = playing.Evaluation(
     questions, about, folder, absent=_absent_gold(experiment, questions),
     chunk=max(256, 8 * settings.sampler.slots), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
+
+
+def _decoding(settings: Settings, temperature: float, attempts: int) -> str:
+  """How tokens are chosen, for the card."""
+  if not temperature:
+    return "greedy"
+  kept = settings.sampler
+  limits = f"top_k {kept.top_k}, " if kept.top_k else ""
+  limits += f"top_p {kept.top_p:g}, " if kept.top_p < 1 else ""
+  return (f"sampled at temperature {temperature:g}, {limits}{attempts} "
+          "attempts (EM and F1 are avg@k)")
 
 
 def _absent_gold(
@@ -166,7 +180,6 @@ def card_settings(
     "context": settings.sampler.context,
     "max_turn": settings.rollout.max_turn,
     "max_observation": settings.rollout.max_observation,
-    "decoding": "greedy",
     "reward_preset": settings.config["reward"]["preset"],
     "seed": settings.seed,
     "commit": evaluation.commit(),

@@ -119,6 +119,16 @@ def test_nothing_is_taken_over_from_another_evaluation(tmp_path, changes):
   assert len(engine.asked) == 6
 
 
+def test_nothing_is_taken_over_from_other_weights(tmp_path):
+  policy = {"kernel": np.arange(6, dtype=np.float32)}
+  with pytest.raises(KeyboardInterrupt):
+    playing.evaluate(Engine(dies_at="5"), policy, Tokenizer(), job(tmp_path))
+  policy["kernel"][3] = np.nextafter(np.float32(3), np.float32(4))
+  engine = Engine()
+  playing.evaluate(engine, policy, Tokenizer(), job(tmp_path))
+  assert len(engine.asked) == 6
+
+
 def test_all_overlong_questions_are_named_before_anything_is_played(tmp_path):
   engine = Engine(too_long=("1", "4"))
   with pytest.raises(types.UserError, match=r"2 of 6 .*too long \(1, 4\)"):

@@ -1,5 +1,7 @@
 """Two rollouts by hand to every metric of a batch, and the summary."""
 
+import types as builtin
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,35 @@ def test_the_summary_has_the_first_and_the_last_evaluation():
   )
   assert {name: got[name] for name in want} == pytest.approx(want)
   assert "ppo" in got.values()
+
+
+@pytest.mark.parametrize("changes, want", [
+  ({}, "greedy"),
+  ({"temperature": 0.7}, "sampled at temperature 0.7, 1 attempts"),
+  ({"temperature": 1.0, "attempts": 4, "top_k": 20, "top_p": 0.9},
+   "sampled at temperature 1, top_k 20, top_p 0.9, 4 attempts"),
+])
+def test_the_card_says_how_tokens_were_chosen(
+  monkeypatch, tmp_path, changes, want
+):
+  class Retriever:
+    def describe(self):
+      return {}
+
+  config = quickstart.get_config("runlocal")
+  config.ppo.old_logp = "recompute"
+  for field in ("top_k", "top_p"):
+    if field in changes:
+      config.rollout[field] = changes.pop(field)
+  parts = builtin.SimpleNamespace(
+    settings=Settings.from_config(config, devices=1), retriever=Retriever(),
+    corpus=(), engine=None, tokenizer=None,
+  )
+  jobs = []
+  monkeypatch.setattr(
+    reporting.playing, "evaluate", lambda *given: jobs.append(given[-1])
+  )
+  reporting.evaluate(
+    parts, None, "m", tmp_path, questions=[ROLLOUTS[0].question], **changes
+  )
+  assert jobs[0].settings["decoding"].startswith(want)
