@@ -33,7 +33,7 @@ from stepsearch_jax.evaluation import (
   predictions,
   suites,
 )
-from stepsearch_jax.run import reporting
+from stepsearch_jax.run import reporting, saved
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -135,6 +135,7 @@ def _evaluate_model() -> None:
     config.model.reference = _MODEL.value
   elif not (workdir / "checkpoints").exists():
     raise types.UserError(f"--workdir={workdir} has no checkpoints to evaluate")
+  saved.search_own_index(config, workdir)
   experiment = Experiment(Settings.from_config(config), workdir)
   asked = suite or experiment.eval_questions
   if not _SKIP_OVERLONG.value:

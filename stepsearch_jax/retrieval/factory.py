@@ -116,6 +116,12 @@ class RetrievalSpec:
     return not self.replay or self.replay_miss == ReplayMiss.SEARCH
 
   @property
+  def searches_passages(self) -> bool:
+    """Whether searches go over the run's own passages, on this machine."""
+    own = not self.remote and self.engine != SearchEngine.ONLINE
+    return self.searches and own
+
+  @property
   def uses_index(self) -> bool:
     """Whether searches read an index on this machine."""
     return not self.remote and self.engine == SearchEngine.INDEX
@@ -149,7 +155,7 @@ def load_retriever(
   Args:
     spec: how to search.
     workdir: of the run; an index that has to be built goes there.
-    passages: the corpus.
+    passages: the corpus; not looked at unless `spec.searches_passages`.
     corpus_path: file of the corpus where `passages` are those of a ready
       index, to which the file is then compared.
 

@@ -18,6 +18,7 @@ from etils import epath
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
 from stepsearch_jax.rollout import recorder, text_side
+from stepsearch_jax.run import saved
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -108,6 +109,7 @@ class Agent:
       step: checkpoint, None for the newest.
     """
     config = copy.deepcopy(config)
+    saved.search_own_index(config, workdir)
     shards = Settings.from_config(config).mesh.data_shards(
       jax.device_count()
     )

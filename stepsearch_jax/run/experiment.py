@@ -22,8 +22,8 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import buckets, types
+from stepsearch_jax.data import coverage, world
 from stepsearch_jax.data import questions as questions_lib
-from stepsearch_jax.data import world
 from stepsearch_jax.env import prompts, search_env
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
@@ -38,6 +38,8 @@ from stepsearch_jax.run import checkpoints, identity, methods
 from stepsearch_jax.run.settings import Settings
 
 STOP_TAGS = ("</search>", "</answer>")
+# Reading more passages only to see which gold is among them takes too long.
+_LOOKED_UP = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,24 @@ class Experiment:
     )
 
   @functools.cached_property
+  def absent_gold(self) -> set[str] | None:
+    """Ids of gold passages of the evaluation that the corpus lacks.
+
+    None where that is not known.
+    """
+    return self.lacking(self.eval_questions)
+
+  def lacking(self, questions: Sequence[types.Question]) -> set[str] | None:
+    """Returns `absent_gold` of other questions."""
+    given = self.settings.retrieval
+    if given.remote or given.engine == factory.SearchEngine.ONLINE:
+      return None
+    if len(self.corpus) > _LOOKED_UP:
+      return None
+    _, missing = coverage.audit(questions, self.corpus)
+    return {passage.id for passage in missing}
+
+  @functools.cached_property
   def env(self) -> search_env.SearchEnv:
     """The search environment with the configured protocol."""
     protocol = self.settings.protocol
@@ -189,9 +209,14 @@ class Experiment:
   def retriever(self) -> types.Retriever:
     """The configured retriever; see `factory.load_retriever`."""
     return factory.load_retriever(
-      self.settings.retrieval, self.workdir, self.corpus,
+      self.settings.retrieval, self.workdir, self._searched,
       self._paths["corpus"] if self._corpus_is_indexed else "",
     )
+
+  @property
+  def _searched(self) -> Sequence[types.Passage]:
+    """The corpus if this run searches it, else nothing, which is not read."""
+    return self.corpus if self.settings.retrieval.searches_passages else ()
 
   @functools.cached_property
   def mesh(self) -> sharding.DeviceMesh:
@@ -273,8 +298,8 @@ class Experiment:
     logging.info("%d x %s, mesh %s, jax %s", len(devices),
                  devices[0].device_kind, mesh, jax.__version__)
     logging.info(
-      "%d training questions, %d held out, %d passages",
-      len(self.train_questions), len(self.eval_questions), len(self.corpus),
+      "%d training questions, %d held out, %d passages to search here",
+      len(self.train_questions), len(self.eval_questions), len(self._searched),
     )
     spec = settings.learner(steps)
     placed = trainable.abstract_reference(self.model, self.mesh)

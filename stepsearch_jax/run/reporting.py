@@ -95,10 +95,6 @@ def summary(settings: Settings, state: RunState) -> dict:
   }
 
 
-# Reading more passages only to see which gold is among them takes too long.
-_LOOKED_UP = 200_000
-
-
 def evaluate(
   experiment: Experiment, policy: types.Tree, name: str, folder: epath.Path,
   **changes: Any,
@@ -114,14 +110,18 @@ def evaluate(
       attempts and temperature; `about` changes what the card says.
   """
   settings = experiment.settings
-  questions = changes.pop("questions", None) or experiment.eval_questions
+  questions = changes.pop("questions", None)
+  if questions is None:
+    questions, absent = experiment.eval_questions, experiment.absent_gold
+  else:
+    absent = experiment.lacking(questions)
   about = card_settings(settings, experiment.retriever, name)
   about["decoding"] = _decoding(
     settings, changes.get("temperature", 0.0), changes.get("attempts", 1)
   )
   about |= changes.pop("about", {})
   job = playing.Evaluation(
-    questions, about, folder, absent=_absent_gold(experiment, questions),
+    questions, about, folder, absent=absent,
     chunk=max(256, 8 * settings.sampler.slots), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
@@ -136,19 +136,6 @@ def _decoding(settings: Settings, temperature: float, attempts: int) -> str:
   limits += f"top_p {kept.top_p:g}, " if kept.top_p < 1 else ""
   return (f"sampled at temperature {temperature:g}, {limits}{attempts} "
           "attempts (EM and F1 are avg@k)")
-
-
-def _absent_gold(
-  experiment: Experiment, questions: Sequence[types.Question]
-) -> set[str] | None:
-  """Returns ids of gold passages that the corpus lacks, None if not known."""
-  given = experiment.settings.retrieval
-  if given.remote or given.engine == "online":
-    return None
-  if len(experiment.corpus) > _LOOKED_UP:
-    return None
-  _, missing = coverage.audit(questions, experiment.corpus)
-  return {passage.id for passage in missing}
 
 
 def _corpus_name(settings: Settings) -> str:

@@ -122,7 +122,7 @@ def test_the_card_says_how_tokens_were_chosen(
       config.rollout[field] = changes.pop(field)
   parts = builtin.SimpleNamespace(
     settings=Settings.from_config(config, devices=1), retriever=Retriever(),
-    corpus=(), engine=None, tokenizer=None,
+    lacking=lambda questions: None, engine=None, tokenizer=None,
   )
   jobs = []
   monkeypatch.setattr(

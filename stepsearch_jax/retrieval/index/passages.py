@@ -18,7 +18,7 @@ from etils import epath
 from stepsearch_jax import types
 from stepsearch_jax.retrieval.index import corpus
 
-_TEXTS = "passages.jsonl"
+TEXTS = "passages.jsonl"
 _OFFSETS = "offsets.npy"
 
 
@@ -35,7 +35,7 @@ def write_passages(
     (number of passages, corpus hash as in `corpus.corpus_hash`).
   """
   digest, offsets, at = corpus.CorpusDigest(), array.array("q"), 0
-  with (folder / _TEXTS).open("wb") as file:
+  with (folder / TEXTS).open("wb") as file:
     for p in passages:
       row = {"id": p.id, "title": p.title, "text": p.text}
       line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -56,7 +56,7 @@ class PassageStore(Sequence):
     with (folder / _OFFSETS).open("rb") as file:
       self._offsets = np.load(file, allow_pickle=False)
     if len(self._offsets) > 1:
-      with open(folder / _TEXTS, "rb") as file:
+      with open(folder / TEXTS, "rb") as file:
         self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def __len__(self) -> int:
