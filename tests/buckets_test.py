@@ -13,10 +13,17 @@ import urllib.request
 import pytest
 from etils import epath
 
-from stepsearch_jax import buckets, files
+from stepsearch_jax import buckets, files, types
 from stepsearch_jax.models.weights import hf as hf_weights
+from stepsearch_jax.retrieval import factory, local
+from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.tools import supervise
 
 ROOT = pathlib.Path(__file__).parents[1]
+PASSAGES = [
+  types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
+  types.Passage("2", "Lintel", "Lintel lies on the Mossing."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,25 +131,35 @@ def test_an_index_is_built_for_a_bucket_and_opened_from_it(
 ):
   from retrieval import factory_test
 
-  from stepsearch_jax import types
-  from stepsearch_jax.retrieval import factory
-
-  passages = [types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),
-              types.Passage("2", "Lintel", "Lintel lies on the Mossing.")]
-  first = factory.load_retriever(factory_test.spec(), folder, passages)
+  first = factory.load_retriever(factory_test.spec(), folder, PASSAGES)
   assert (folder / "index/manifest.json").exists()
   # On another machine, which has nothing of it yet.
   monkeypatch.setattr(buckets, "_CACHE", os.fspath(tmp_path / "other"))
   monkeypatch.setattr(
     factory.index_build, "build_index", lambda *unused, **also: pytest.fail()
   )
-  again = factory.load_retriever(factory_test.spec(), folder, passages)
+  again = factory.load_retriever(factory_test.spec(), folder, PASSAGES)
   ready = factory.load_retriever(
-    factory_test.spec(index=os.fspath(folder / "index")), folder, passages
+    factory_test.spec(index=os.fspath(folder / "index")), folder, PASSAGES
   )
-  for retriever in (first, again, ready):
+  # What serves an index opens it without a run.
+  served = local.open_retriever(folder / "index", encoder.HashedTfidfEncoder())
+  for retriever in (first, again, ready, served):
     ((found,),) = retriever.search(["Mossing"], 1)
     assert found.id == "2"
+
+
+def test_supervision_keeps_its_indexes_in_a_bucket(
+  folder, tmp_path, monkeypatch
+):
+  for machine in ("one", "two"):
+    monkeypatch.setattr(buckets, "_CACHE", os.fspath(tmp_path / machine))
+    opened = supervise.open_retrievers(["hashed_tfidf"], PASSAGES, folder)
+    ((found,),) = opened["hashed_tfidf"].search(["Mossing"], 1)
+    assert found.id == "2"
+    monkeypatch.setattr(
+      supervise.index_build, "build_index", lambda *unused: pytest.fail()
+    )
 
 
 def test_a_published_scratch_folder_is_not_fetched_again(folder, monkeypatch):

@@ -141,7 +141,7 @@ def open_passages(spec: RetrievalSpec) -> passages_lib.PassageStore:
   Raises:
     UserError: `retrieval.index` names no index.
   """
-  return passages_lib.PassageStore(_ready_index(spec))
+  return passages_lib.PassageStore(buckets.local_copy(_ready_index(spec)))
 
 
 def load_retriever(
@@ -206,7 +206,7 @@ def _ready_index(spec: RetrievalSpec) -> epath.Path:
       f"retrieval.index = {spec.index!r} does not exist: build it with "
       "python -m stepsearch_jax.tools.build_index"
     )
-  return buckets.local_copy(folder)
+  return folder
 
 
 def _open_ready(spec, encoder, passages, corpus_path):
@@ -237,8 +237,7 @@ def _open_built(spec, encoder, workdir, passages):
     if built != folder:
       buckets.publish(built, folder, last="manifest.json")
   return local.open_retriever(
-    buckets.local_copy(folder), encoder, corpus_lib.corpus_hash(passages),
-    spec.cache,
+    folder, encoder, corpus_lib.corpus_hash(passages), spec.cache
   )
 
 

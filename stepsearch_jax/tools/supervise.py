@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import files, types
+from stepsearch_jax import buckets, files, types
 from stepsearch_jax.retrieval import bm25, remote
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import build as index_build
@@ -57,8 +57,11 @@ def open_retrievers(
     embed = encoder.load_encoder(name)
     safe = "".join(c if c.isalnum() else "_" for c in name)
     folder = cache / f"index_{safe}_{digest}"
-    if not folder.exists():
-      index_build.build_index(folder, passages, embed)
+    if not (folder / "manifest.json").exists():
+      built = buckets.new_scratch(folder)
+      index_build.build_index(built, passages, embed)
+      if built != folder:
+        buckets.publish(built, folder, last="manifest.json")
     opened[name] = retriever.open_retriever(folder, embed, digest)
   return opened
 

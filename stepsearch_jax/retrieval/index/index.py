@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
 from stepsearch_jax.retrieval.index import passages as passages_lib
 from stepsearch_jax.retrieval.index import tuning
@@ -130,7 +130,7 @@ def open_index(
   """Opens an index folder and restores the encoder's corpus statistics.
 
   Args:
-    folder: from `index_build.build_index`.
+    folder: from `build.build_index`; one in a bucket is copied.
     encoder: what queries will be encoded with.
     corpus_hash: of the corpus that the caller means; None accepts any.
 
@@ -158,5 +158,6 @@ def open_index(
       f"index {folder} was built over corpus {manifest['corpus']}, this run's "
       f"corpus is {corpus_hash}: build the index again or set data.corpus"
     )
+  folder = buckets.local_copy(folder)  # Files are mapped into memory.
   encoder.load(folder)
   return Index(folder, manifest, passages_lib.PassageStore(folder))
