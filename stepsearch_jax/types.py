@@ -90,6 +90,16 @@ class Retriever(Protocol):
     ...
 
 
+def close_retriever(retriever: Retriever | None) -> None:
+  """Closes the files and connections of a retriever that holds any.
+
+  Such a retriever has a method `close`.
+  """
+  close = getattr(retriever, "close", None)
+  if close is not None:
+    close()
+
+
 class TextCodec(Protocol):
   """Turns text into token ids and back; `models.tokenizer.Tokenizer` is one."""
 

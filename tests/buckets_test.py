@@ -10,12 +10,13 @@ import threading
 import time
 import urllib.request
 
+import fakes
 import pytest
 from etils import epath
 
 from stepsearch_jax import buckets, files, types
 from stepsearch_jax.models.weights import hf as hf_weights
-from stepsearch_jax.retrieval import factory, local
+from stepsearch_jax.retrieval import factory, local, recording
 from stepsearch_jax.retrieval.index import encoder
 from stepsearch_jax.tools import supervise
 
@@ -249,3 +250,18 @@ def test_a_run_in_a_bucket_is_killed_resumes_evaluates_and_exports(
                       f"--output={folder / 'ready'}")
   assert (folder / "ready/manifest.json").exists()
   assert not list(ROOT.glob("gs:*"))
+
+
+def test_a_record_in_a_bucket_is_whole_once_it_is_closed(folder):
+  class Described(fakes.FakeRetriever):
+    def describe(self):
+      return {"index": "fake"}
+
+  path = folder / "searches.jsonl"
+  recorder = recording.RecordingRetriever(Described(), path)
+  found = [recorder.search([query], 1) for query in "abc"]
+  # Rows of the last seconds are only on this machine.
+  assert len(path.read_text().splitlines()) < 4
+  recorder.close()
+  replay = recording.ReplayRetriever(path)
+  assert [replay.search([query], 1) for query in "abc"] == found

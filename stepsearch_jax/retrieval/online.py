@@ -93,6 +93,10 @@ class OnlineRetriever:
     return {"index": self._client.url, "encoder": "web search",
             "passages": "unknown", "corpus_hash": "unknown"}
 
+  def close(self) -> None:
+    """Closes the connections."""
+    self._client.close()
+
 
 def _parse(body: dict, k: int) -> list[types.Passage]:
   passages = []

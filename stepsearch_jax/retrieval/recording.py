@@ -4,8 +4,13 @@ One JSON object a line: first what was searched, then each distinct (query, k)
 with its documents and scores, or why it failed. A replay needs neither index
 nor encoder and returns what the recorded run saw: a query on record is never
 searched again, not even by the run that records, so engines whose answers
-change cannot make the two differ; what failed before it was found fails as
-often again.
+change cannot make the two differ.
+
+A query that failed n times before it was found, if it ever was, fails the first
+n times that a replay is asked for it: it has no documents (None), where the
+recorded search may have raised an error for all of its queries. Behind them it
+is found, or a miss like one that is not on record. A replay that is started
+again counts from 0 again, also if the record was continued.
 """
 
 from __future__ import annotations
@@ -35,18 +40,20 @@ class RecordingRetriever:
       UserError: the file is a record of another retrieval.
     """
     self._inner = inner
+    self._about = inner.describe()
     self._lock = threading.Lock()
     self._found: dict[tuple[str, int], list[types.Passage]] = {}
     self._log = files.RowLog(path)
-    if self._log.rows():
-      about, self._found, _ = _read(epath.Path(path))
-      if about != inner.describe():
+    rows = self._log.rows()
+    if rows:
+      about, self._found, _ = _parse(f"{path}:1", rows)
+      if about != self._about:
         raise types.UserError(
-          f"{path} records {about}, this run searches {inner.describe()}: "
-          "choose another retrieval.record"
+          f"{path} records {about}, this run searches {self._about}: choose "
+          "another retrieval.record"
         )
     else:
-      self._log.append({"searched": inner.describe()})
+      self._log.append({"searched": self._about})
 
   def search(
     self, queries: Sequence[str], k: int
@@ -79,7 +86,12 @@ class RecordingRetriever:
 
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
-    return self._inner.describe()
+    return self._about
+
+  def close(self) -> None:
+    """Writes what is outstanding, which in a bucket can be much."""
+    self._log.close()
+    types.close_retriever(self._inner)
 
 
 class ReplayRetriever:
@@ -99,7 +111,8 @@ class ReplayRetriever:
     """
     self._path = path
     self._inner = inner
-    self._about, self._found, self._failures = _read(epath.Path(path))
+    rows = [row for _, row in files.read_rows(path)]
+    self._about, self._found, self._failures = _parse(f"{path}:1", rows)
     self._lock = threading.Lock()
 
   def search(
@@ -137,19 +150,22 @@ class ReplayRetriever:
       about["misses_searched"] = self._inner.describe()
     return about
 
+  def close(self) -> None:
+    """Closes the retriever that is asked for what is not on record."""
+    types.close_retriever(self._inner)
 
-def _read(path: epath.Path) -> tuple[
+
+def _parse(where: str, rows: Sequence[dict]) -> tuple[
   dict, dict[tuple[str, int], list[types.Passage]], collections.Counter
 ]:
   """(what was searched, documents of each search, failures before them)."""
-  rows = files.read_rows(path)
-  where, first = next(rows, (str(path), {}))
+  first, *rest = rows or [{}]
   if "searched" not in first:
     raise files.DataError(
       f"{where}: no record of searches, the first line must hold searched"
     )
   found, failures = {}, collections.Counter()
-  for _, row in rows:
+  for row in rest:
     key = row["query"], row["k"]
     if "failed" in row:
       failures[key] += 1

@@ -96,6 +96,10 @@ class RerankingRetriever:
       out[group] = scores[: len(group)]
     return out
 
+  def close(self) -> None:
+    """Closes the retriever of the candidates."""
+    types.close_retriever(self._inner)
+
   def describe(self) -> dict:
     """What evaluation cards say about the retrieval."""
     return {**self._inner.describe(), "reranker": self._reference,

@@ -74,8 +74,9 @@ class Engine:
     )
 
   def close(self) -> None:
-    """Ends the search threads."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    """Waits for searches that have begun, then closes the retriever."""
+    self._pool.shutdown(wait=True, cancel_futures=True)
+    types.close_retriever(self._retriever)
 
   def compile_ahead(self) -> None:
     """Compiles all that a rollout can need; else each is when first needed."""

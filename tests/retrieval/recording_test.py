@@ -1,6 +1,7 @@
 """A recorded run can be played again without its index."""
 
 import json
+import threading
 
 import fakes
 import jax
@@ -13,8 +14,9 @@ from stepsearch_jax import files, train, types
 from stepsearch_jax.env.actions import ParsedTurn
 from stepsearch_jax.evaluation import card as card_lib
 from stepsearch_jax.evaluation import playing
-from stepsearch_jax.retrieval import factory
+from stepsearch_jax.retrieval import factory, rerank
 from stepsearch_jax.retrieval import recording as record
+from stepsearch_jax.rollout import engine as engine_lib
 
 
 class Described(fakes.FakeRetriever):
@@ -78,6 +80,59 @@ def test_records_are_not_mixed_up(tmp_path):
   bad.write_text('{"query": "a"}\n')
   with pytest.raises(files.DataError, match="bad.jsonl:1: no record"):
     record.ReplayRetriever(bad)
+
+
+class Closing(Described):
+  closed = described = 0
+
+  def close(self):
+    self.closed += 1
+
+  def describe(self):
+    self.described += 1
+    return super().describe()
+
+
+def test_an_engine_waits_for_its_searches_then_closes_what_records(tmp_path):
+  path = tmp_path / "searches.jsonl"
+  inner = Closing(delay=0.3)
+  reranker = rerank.RerankingRetriever.__new__(rerank.RerankingRetriever)
+  reranker._inner = record.RecordingRetriever(inner, path)
+  engine = engine_lib.Engine(None, None, reranker, fakes.engine_spec(), 0)
+  running = threading.Event()
+  engine._pool.submit(
+    lambda: running.set() or reranker._inner.search(["a"], 1)
+  )
+  assert running.wait(10)
+  engine.close()
+  assert inner.closed == 1 and inner.described == 1
+  assert record.ReplayRetriever(path).search(["a"], 1)[0][0].id == "a/0"
+  replay = record.ReplayRetriever(path, inner)
+  replay.close()
+  assert inner.closed == 2
+
+
+def test_a_record_that_goes_on_is_parsed_once(tmp_path, monkeypatch):
+  path = tmp_path / "searches.jsonl"
+  record.RecordingRetriever(Described(), path).search(["a"], 1)
+  parsed = []
+  monkeypatch.setattr(
+    files, "_row", lambda *given, inner=files._row: (
+      parsed.append(given) or inner(*given))
+  )
+  record.RecordingRetriever(Described(), path)
+  assert len(parsed) == 2
+
+
+def test_failures_are_used_up_and_come_back_with_a_new_start(tmp_path):
+  path = tmp_path / "searches.jsonl"
+  rows = [{"searched": {}}, *[{"query": "a", "k": 1, "failed": "down"}] * 2]
+  path.write_text(files.to_jsonl(rows))
+  for _ in range(2):
+    replay = record.ReplayRetriever(path)
+    assert [replay.search(["a"], 1) for _ in range(2)] == [[None], [None]]
+    with pytest.raises(types.UserError, match="not on record"):
+      replay.search(["a"], 1)
 
 
 class Flaky(Described):
