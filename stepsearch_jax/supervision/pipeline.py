@@ -24,6 +24,7 @@ import tqdm
 from etils import epath
 
 from stepsearch_jax import files, types
+from stepsearch_jax.data import coverage
 from stepsearch_jax.rewards import text_match
 
 _QUERY_PROMPT = (
@@ -90,11 +91,13 @@ class CachedWriter:
       bar.update(len(part))
 
     at_once = getattr(self._inner, "at_once", 1)
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-      # A failure cancels what has not begun; what has is stored.
-      collections.deque(pool.map(ask, range(0, len(missing), size)), 0)
-    bar.close()
-    self._log.close()
+    try:
+      with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        # A failure cancels what has not begun; what has is stored.
+        collections.deque(pool.map(ask, range(0, len(missing), size)), 0)
+    finally:
+      bar.close()
+      self._log.close()
     return [self._known[prompt] for prompt in prompts]
 
 
@@ -202,8 +205,9 @@ def gold_of_hop(
   return list(question.support), False
 
 
-def _same(a: types.Passage, b: types.Passage) -> bool:
-  return a.id == b.id or a.text.strip() == b.text.strip()
+def _finds(shown: types.Passage, gold: types.Passage) -> bool:
+  """Returns whether a found passage is gold, in whatever wording."""
+  return shown.id == gold.id or coverage.contains(shown, gold)
 
 
 def pseudo_label(
@@ -305,7 +309,7 @@ def filter_queries(
       for query, writers in queries.items():
         hits = [
           name for name in retrievers
-          if any(_same(p, g) for p in answers[name][query] for g in gold)
+          if any(_finds(p, g) for p in answers[name][query] for g in gold)
         ]
         good = len(hits) >= needed
         kept += [query] if good else []

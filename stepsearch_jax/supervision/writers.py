@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -24,8 +23,6 @@ from stepsearch_jax.rollout import (
   records,
   text_side,
 )
-
-_AT_ONCE = 8
 
 
 class _OneTurn:
@@ -87,7 +84,7 @@ class LocalWriter:
     self._params = jax.device_put(self._params)
 
   def write(self, prompts: Sequence[str]) -> list[str]:
-    """See `supervision.Writer.write`."""
+    """See `pipeline.Writer.write`."""
     asked = [types.Question(str(i), p, ("-",)) for i, p in enumerate(prompts)]
     played = self._engine.run(
       self._params, asked, range(len(asked)), self._temperature
@@ -102,7 +99,7 @@ class EndpointWriter:
   """
 
   batch = 1  # So that every paid answer is stored at once.
-  at_once = _AT_ONCE
+  at_once = 8
 
   def __init__(
     self, url: str, model: str, max_tokens: int = 128, temperature: float = 0.0,
@@ -131,13 +128,12 @@ class EndpointWriter:
     }
 
   def write(self, prompts: Sequence[str]) -> list[str]:
-    """See `supervision.Writer.write`; several requests at a time.
+    """See `pipeline.Writer.write`; one request per prompt.
 
     Raises:
       SearchError: the endpoint failed for good.
     """
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-      return list(pool.map(self._ask, prompts))
+    return [self._ask(prompt) for prompt in prompts]
 
   def _ask(self, prompt: str) -> str:
     return self._client.post(

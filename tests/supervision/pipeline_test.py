@@ -100,6 +100,27 @@ def test_a_hop_counts_its_own_passage_not_the_other_hops():
   assert out.search_keys == ((), ("b",))
 
 
+def test_a_passage_in_another_wording_is_found():
+  # As corpora cut from another dump have it: neither id nor text are the same.
+  reworded = types.Passage("w", "ada rook", "ada rook was born in LINTEL")
+  piece = types.Passage("p", "Ada Rook", "was born in")
+  retrievers = {"r": Table({"a": [reworded], "b": [piece]})}
+  (out,), _ = supervision.filter_queries(
+    [QUESTION], [[{"a": ["w"], "b": ["w"]}, {}]], retrievers, 1
+  )
+  assert out.search_keys == (("a", "b"), ())
+
+
+def test_a_failing_writer_leaves_its_log_closed(tmp_path, monkeypatch):
+  closed = []
+  monkeypatch.setattr(
+    files.RowLog, "close", lambda log: closed.append(log.path)
+  )
+  with pytest.raises(OSError):
+    supervision.CachedWriter(Scripted(dies_after=0), tmp_path).write(["p"])
+  assert len(closed) == 1
+
+
 def test_a_killed_writer_goes_on_where_it_stopped(tmp_path, monkeypatch):
   monkeypatch.setattr(supervision, "_BATCH", 2)
   prompts = [f"prompt {i}" for i in range(6)]
