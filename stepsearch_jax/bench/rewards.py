@@ -18,7 +18,10 @@ from stepsearch_jax.rewards import (
 def _world_trajectories(count: int = 64) -> list[tuple[list, list]]:
   """(documents per turn, gold paragraphs) in the shape of real rollouts."""
   rng = np.random.default_rng(0)
-  made = world.make_world(world.WorldSpec(0, count, 0, 0))
+  made = world.make_world(world.WorldSpec(
+    seed=0, train=count, validation=0, heldout=0, entities=2400,
+    alias_share=0.1, rare_wording=0.25,
+  ))
   out = []
   for number, row in enumerate(made.train):
     question = questions.parse_question(f"world:{number}", row)

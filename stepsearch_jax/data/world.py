@@ -19,12 +19,11 @@ like real data and go through the same loaders, index and rewards.
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import files, types
 from stepsearch_jax.data import world_text as text
 
 SPLITS = ("train", "validation", "heldout")
@@ -52,9 +51,9 @@ class WorldSpec:
   train: int
   validation: int
   heldout: int
-  entities: int = 2400
-  alias_share: float = 0.1
-  rare_wording: float = 0.25
+  entities: int
+  alias_share: float
+  rare_wording: float
 
   def __post_init__(self):
     for name in SPLITS:
@@ -344,16 +343,9 @@ def _question(graph: Graph, chain: Chain, name: str, rng) -> dict:
 
 
 def write_world(folder: epath.PathLike, spec: WorldSpec) -> None:
-  """Writes each split and corpus.jsonl, all or nothing."""
-  folder = epath.Path(folder)
-  world = make_world(spec)
-  temporary = folder.with_name(folder.name + ".partial")
-  if temporary.exists():
-    temporary.rmtree()
-  temporary.mkdir(parents=True)
-  for name in (*SPLITS, "passages"):
-    rows = getattr(world, name)
-    lines = (json.dumps(row) + "\n" for row in rows)
-    name = "corpus" if name == "passages" else name
-    (temporary / f"{name}.jsonl").write_text("".join(lines))
-  temporary.rename(folder)
+  """Writes a file per split, and corpus.jsonl last."""
+  folder, world = epath.Path(folder), make_world(spec)
+  for name in SPLITS:
+    rows = files.to_jsonl(getattr(world, name))
+    files.write_text(folder / f"{name}.jsonl", rows)
+  files.write_text(folder / "corpus.jsonl", files.to_jsonl(world.passages))

@@ -221,15 +221,15 @@ def _open_ready(spec, encoder, passages, corpus_path):
 def _open_built(spec, encoder, workdir, passages):
   """The index in the work directory: whole, or a shard per process."""
   folder = workdir / "index"
-  if not _is_whole(folder):
-    encoder.fit(passages)  # On all of it, so that shards' scores compare.
-    if jax.process_count() > 1:
-      passages = distributed.share(passages)
-      folder = workdir / (
-        f"index_{jax.process_index()}_of_{jax.process_count()}"
-      )
+  everything = passages
+  if jax.process_count() > 1 and not _is_whole(folder):
+    passages = distributed.share(passages)
+    folder = workdir / (
+      f"index_{jax.process_index()}_of_{jax.process_count()}"
+    )
   if not _is_whole(folder):
     logging.info("building an index of %d passages", len(passages))
+    encoder.fit(everything)  # Not on its shard, so that all scores compare.
     built = buckets.scratch(folder)
     if built != folder and built.exists():
       built.rmtree()  # Of a bucket that has been emptied since.

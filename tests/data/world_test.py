@@ -1,6 +1,8 @@
 """The embedded world: what it promises to those who train on it."""
 
 import collections
+import dataclasses
+import json
 import re
 
 import pytest
@@ -10,7 +12,10 @@ from stepsearch_jax import types
 from stepsearch_jax.data import questions, world, world_text
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
 
-SPEC = world.WorldSpec(seed=0, train=600, validation=100, heldout=200)
+SPEC = world.WorldSpec(
+  seed=0, train=600, validation=100, heldout=200, entities=2400,
+  alias_share=0.1, rare_wording=0.25,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,19 @@ def gold(rows):
 
 def test_the_same_spec_gives_the_same_world(made):
   assert world.make_world(SPEC) == made
-  other = world.WorldSpec(seed=1, train=600, validation=100, heldout=200)
+  other = dataclasses.replace(SPEC, seed=1)
   assert world.make_world(other).heldout != made.heldout
+
+
+def test_the_files_hold_the_splits_and_the_passages(made, files):
+  want = {name: getattr(made, name) for name in world.SPLITS}
+  want["corpus"] = made.passages
+  assert {path.name for path in files.iterdir()} == {
+    f"{name}.jsonl" for name in want
+  }
+  for name, rows in want.items():
+    lines = (files / f"{name}.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
 
 
 def test_each_split_has_as_many_questions_as_asked_for(made):
@@ -204,8 +220,8 @@ def test_an_answer_is_accepted_under_each_of_its_names(made, heldout):
 
 
 def test_a_world_too_small_for_its_questions_says_so():
-  spec = world.WorldSpec(
-    seed=0, train=0, validation=0, heldout=5000, entities=200
+  spec = dataclasses.replace(
+    SPEC, train=0, validation=0, heldout=5000, entities=200
   )
   with pytest.raises(types.UserError, match="data.world.heldout = 5000"):
     world.make_world(spec)
@@ -216,6 +232,5 @@ def test_a_world_too_small_for_its_questions_says_so():
   ("rare_wording", 1.5),
 ])
 def test_a_bad_size_is_refused_by_field(field, value):
-  sizes = dict(seed=0, train=1, validation=1, heldout=1) | {field: value}
   with pytest.raises(types.UserError, match=f"data.world.{field}"):
-    world.WorldSpec(**sizes)
+    dataclasses.replace(SPEC, **{field: value})

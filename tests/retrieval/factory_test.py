@@ -10,7 +10,7 @@ from etils import epath
 from configs import common
 from stepsearch_jax import types
 from stepsearch_jax.retrieval import factory, local, online, recording, remote
-from stepsearch_jax.retrieval.index import encoding
+from stepsearch_jax.retrieval.index import encoder, encoding
 from stepsearch_jax.retrieval.index import index as index_lib
 
 PASSAGES = [
@@ -86,6 +86,25 @@ def test_an_index_is_built_once_in_the_work_directory(tmp_path, monkeypatch):
     assert (found.id, found.text) == ("2", PASSAGES[1].text)
   with pytest.raises(index_lib.IndexMismatchError, match="corpus"):
     factory.load_retriever(spec(), workdir, PASSAGES[:2])
+
+
+def test_a_shard_that_is_ready_is_opened_without_counting_words_again(
+  tmp_path, monkeypatch
+):
+  workdir = epath.Path(tmp_path)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  counted = []
+  fit = encoder.HashedTfidfEncoder.fit
+  monkeypatch.setattr(
+    encoder.HashedTfidfEncoder, "fit", lambda self, passages: (
+      counted.append(len(passages)) or fit(self, passages))
+  )
+  for _ in range(2):
+    found = factory.load_retriever(spec(), workdir, PASSAGES)
+    # The word counts of all passages, the passages of this process.
+    assert counted == [3] and found.describe()["passages"] == 2
+    ((best,),) = found.search(["umbrellas"], 1)
+    assert best.id == "3"
 
 
 def test_only_one_process_asks_what_all_could_ask(tmp_path, monkeypatch):
