@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import buckets, types
 
 _BUFFER = 1 << 20  # Bytes read from a bucket at a time.
 _UPLOAD_SECONDS = 5.0
@@ -98,7 +98,7 @@ class RowLog:
     if whole != data:
       with writing(self.path) as file:
         file.write(whole)
-    if "://" in str(self.path):
+    if buckets.is_bucket(self.path):
       self._lines = whole.decode().splitlines(keepends=True)
 
   def rows(self) -> list[dict]:
@@ -197,7 +197,7 @@ def try_rows(path: epath.PathLike) -> Iterator[tuple[str, dict | DataError]]:
     )
   try:
     with path.open("rb") as raw:
-      if "://" in str(path):  # Which finds the ends of lines byte by byte.
+      if buckets.is_bucket(path):  # Which finds the ends of lines byte by byte.
         raw = io.BufferedReader(raw, _BUFFER)
       file: Any = gzip.open(raw) if path.name.endswith(".gz") else raw
       if name.endswith(".parquet"):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "stepsearch_jax"
 MAY_IMPORT = {
   "__main__": set(),
   "types": set(),
-  "files": {"types"},
+  "files": {"buckets", "types"},
   "data": {"files", "types"},
   "env": {"types"},
   "rewards": {"types", "user_functions"},

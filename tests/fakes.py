@@ -100,8 +100,8 @@ def make_env(template="plain", **changes):
   )
 
 
-def text_side(env, tokenizer, max_turn=12):
-  return text_side_lib.TextSide(env, tokenizer, max_turn)
+def text_side(env, tokenizer):
+  return text_side_lib.TextSide(env, tokenizer)
 
 
 def make_programs(tokenizer, model, slots=4, block=4, context=256,
@@ -124,7 +124,7 @@ def make_engine(tokenizer, model, retriever, seed=0, spec=None, env=None,
   env = make_env(**(env or {}))
   return engine.Engine(
     compiled or make_programs(tokenizer, model, **shape),
-    text_side(env, tokenizer, spec.max_turn), retriever, spec, seed,
+    text_side(env, tokenizer), retriever, spec, seed,
   )
 
 

@@ -84,6 +84,8 @@ def test_a_bucket_log_is_written_anew_and_not_appended(tmp_path, monkeypatch):
     def __str__(self):
       return "gs://bucket/log.jsonl"
 
+    __fspath__ = __str__
+
     def exists(self):
       return "data" in written
 

@@ -76,8 +76,9 @@ class _ReplayedTexts:
     )
     return [*template.tolist(), *rest.tolist()]
 
-  def turn_budget(self, record: recorder.Recorder) -> int:
+  def turn_budget(self, record: recorder.Recorder, limit: int) -> int:
     """Returns the recorded length of the turn, which ends it there."""
+    del limit
     return self._turn(record)[0]
 
   def judge(self, record: recorder.Recorder) -> search_env.Step:

@@ -1,9 +1,10 @@
 """The released reward, which reads everything back out of decoded text.
 
-Used by the `released` preset and by `tools/score` only. Queries, documents and
-positions are found by regular expressions over the whole string, so warnings
-and prompt examples count as queries, documents keep the next one's label and
-step positions drift (quirks A3-A5, A14-A17, A21, B1-B8). Source:
+Used by the `released` preset, by `tools/score`, and by `evaluation/predictions`
+for scores like those of the released script. Queries, documents and positions
+are found by regular expressions over the whole string, so warnings and prompt
+examples count as queries, documents keep the next one's label and step
+positions drift (quirks A3-A5, A14-A17, A21, B1-B8). Source:
 verl/utils/reward_score/qa_step.py and verl/trainer/main_ppo.py of the release.
 """
 

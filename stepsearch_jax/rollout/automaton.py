@@ -30,15 +30,6 @@ class StopAutomaton:
   table: np.ndarray
   first_stop: int
 
-  @property
-  def end_of_text(self) -> int:
-    """State reached by an end-of-text token."""
-    return self.table.shape[0] - 1
-
-  def stop_index(self, state: int) -> int | None:
-    """Which tag `state` completed (len(tags) for end of text), or None."""
-    return state - self.first_stop if state >= self.first_stop else None
-
 
 def _byte_transitions(tags: Sequence[bytes]) -> tuple[np.ndarray, int]:
   """Returns ([states, 256] transitions over bytes, first absorbing state)."""

@@ -223,7 +223,8 @@ class _Schedule:
     record.turn_start = len(record.tokens)
     slot.phase = Phase.WRITING
     slot.budget = min(
-      self._texts.turn_budget(record), self._context - len(record.tokens)
+      self._texts.turn_budget(record, self._spec.max_turn),
+      self._context - len(record.tokens),
     )
 
   def _read_searches(self) -> None:

@@ -20,19 +20,11 @@ class TextSide:
   """A protocol and a tokenizer as one."""
 
   def __init__(
-    self, env: search_env.SearchEnv, tokenizer: tokenizer_lib.Tokenizer,
-    max_turn: int,
+    self, env: search_env.SearchEnv, tokenizer: tokenizer_lib.Tokenizer
   ):
-    """Keeps the parts.
-
-    Args:
-      env: texts and rules of the protocol.
-      tokenizer: of the policy.
-      max_turn: tokens that the policy may write in one turn.
-    """
+    """Keeps the texts and rules of the protocol and the policy's tokenizer."""
     self._env = env
     self._tokenizer = tokenizer
-    self._max_turn = max_turn
 
   @property
   def topk(self) -> int:
@@ -43,10 +35,10 @@ class TextSide:
     """Returns the tokens of a question's prompt."""
     return self._tokenizer.encode_prompt(self._env.prompt(question))
 
-  def turn_budget(self, record: recorder.Recorder) -> int:
-    """Returns how many tokens the policy may write in the next turn."""
+  def turn_budget(self, record: recorder.Recorder, limit: int) -> int:
+    """Returns how many tokens, at most `limit`, the next turn may have."""
     del record
-    return self._max_turn
+    return limit
 
   def judge(self, record: recorder.Recorder) -> search_env.Step:
     """Returns what the turn that the policy has just ended asks for."""

@@ -118,9 +118,7 @@ class Agent:
     settings = Settings.from_config(config)
     self._experiment = Experiment(settings, workdir)
     parts = self._experiment
-    self._texts = _TellingTexts(
-      parts.env, parts.tokenizer, settings.rollout.max_turn
-    )
+    self._texts = _TellingTexts(parts.env, parts.tokenizer)
     self._engine = parts.make_engine(self._texts)
     if (workdir / "checkpoints").exists():
       number, self._policy = parts.trained_policy(step)

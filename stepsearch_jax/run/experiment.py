@@ -244,9 +244,7 @@ class Experiment:
   @functools.cached_property
   def engine(self) -> engine_lib.Engine:
     """The rollout engine of the configured protocol."""
-    return self.make_engine(text_side.TextSide(
-      self.env, self.tokenizer, self.settings.rollout.max_turn
-    ))
+    return self.make_engine(text_side.TextSide(self.env, self.tokenizer))
 
   def make_engine(self, texts: text_side.TextSide) -> engine_lib.Engine:
     """Returns a rollout engine over a freshly built stop automaton."""

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from stepsearch_jax import files, types
+from stepsearch_jax import buckets, files, types
 from stepsearch_jax.parallel import distributed
 
 # Fields, or whole sections, that change how fast a run is, what it logs or
@@ -165,7 +165,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
   Raises:
     UserError: a living process uses the folder.
   """
-  if "://" in os.fspath(workdir) or not distributed.is_primary():
+  if buckets.is_bucket(workdir) or not distributed.is_primary():
     yield
     return
   with open(os.fspath(workdir / "run.lock"), "a+") as file:

@@ -78,8 +78,7 @@ class LocalWriter:
     )
     env = cast(search_env.SearchEnv, _OneTurn())
     self._engine = engine.Engine(
-      compiled, text_side.TextSide(env, tokenizer, max_tokens), None, limits,
-      seed=0,
+      compiled, text_side.TextSide(env, tokenizer), None, limits, seed=0
     )
     self._params = jax.device_put(self._params)
 

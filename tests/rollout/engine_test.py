@@ -97,7 +97,9 @@ def test_finished_slots_idle_little_while_questions_wait(parts):
       *parts[:2], fakes.FakeRetriever(), compiled=compiled,
       env=dict(max_turns=0),
     )
-    engine._texts.turn_budget = lambda record: 3 + record.episode * 7 % 10
+    engine._texts.turn_budget = (
+      lambda record, limit: 3 + record.episode * 7 % 10
+    )
     decode = type(compiled).decode_block.__get__(compiled)
     if leave is not None:
       compiled.decode_block = lambda *args: decode(*args[:-1], leave)

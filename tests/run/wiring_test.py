@@ -139,7 +139,7 @@ def test_the_environment_and_the_engine_take_their_settings(
   assert got["shape"] is made.settings.sampler
   assert got["limits"] is made.settings.rollout
   assert isinstance(got["texts"], text_side.TextSide)
-  assert got["texts"].turn_budget(None) == 13
+  assert got["limits"].max_turn == 13
 
 
 def test_the_card_says_what_the_settings_say():

@@ -167,7 +167,6 @@ class BertEncoder:
 
     from stepsearch_jax.models import bert
     from stepsearch_jax.models.weights import hf as hf_weights
-    from stepsearch_jax.parallel import sharding
 
     path = hf_weights.resolve(reference)
     chosen = encoding.resolve(reference, path, spec)

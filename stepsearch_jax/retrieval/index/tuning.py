@@ -2,7 +2,7 @@
 
 The rule, by rows n and dimensions d:
 
-  n < 5,000           exact: anything else costs more than it saves
+  n < 10,000          exact: anything else costs more than it saves
   n < 200,000         exact, hashed (asymmetric hashing, no tree) and tree are
                       built and the fastest that reaches the recall is kept
   n >= 200,000        tree
