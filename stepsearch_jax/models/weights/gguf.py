@@ -5,6 +5,9 @@ Tensors come out under their Hugging Face names and in Hugging Face layout.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,18 +29,32 @@ def fields(path: str) -> dict[str, Any]:
   Raises:
     UserError: it is no GGUF file.
   """
-  return _metadata(_open(path))
+  return dict(_open(path).metadata)
 
 
-def _open(path: str) -> gguf.GGUFReader:
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """What a GGUF file says; the data of its tensors stays on disk."""
+
+  metadata: dict[str, Any]
+  tensors: list[gguf.ReaderTensor]
+
+
+def _open(path: str) -> _File:
+  stat = os.stat(path)
+  return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2)  # A start reads a file five times.
+def _parse(path: str, changed: int, size: int) -> _File:
+  """Reads a file, once unless it changes."""
+  del changed, size
   try:
-    return gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(path)
   except (ValueError, IndexError) as error:
     raise types.UserError(f"{path}: not a GGUF file ({error})") from error
-
-
-def _metadata(reader) -> dict[str, Any]:
-  return {name: value.contents() for name, value in reader.fields.items()}
+  metadata = {name: value.contents() for name, value in reader.fields.items()}
+  return _File(metadata, reader.tensors)
 
 
 class _Settings:
@@ -75,10 +92,10 @@ def load_config(path: str) -> decoder.DecoderConfig:
   Raises:
     UserError: a key is missing or asks for what the decoder does not compute.
   """
-  reader = _open(path)
-  metadata = _metadata(reader)
+  file = _open(path)
+  metadata = file.metadata
   given = _Settings(path, metadata)
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  tensors = {tensor.name: tensor for tensor in file.tensors}
   if "tokenizer.ggml.tokens" not in metadata:
     raise types.UserError(f"{path}: tokenizer.ggml.tokens is missing")
   heads, width = given.number("attention.head_count"), given.number(

@@ -146,6 +146,30 @@ def test_weights_biases_and_rotary_scaling_are_read(
     assert np.abs(logits(unscaled, policy) - logits(config, policy)).max() > .01
 
 
+def test_a_file_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
+  config, policy = make()
+  path = write(tmp_path / "m.gguf", config, policy)
+  opened = []
+  reader = gguf.GGUFReader
+  monkeypatch.setattr(
+    gguf_weights.gguf, "GGUFReader", lambda path: (
+      opened.append(path) or reader(path))
+  )
+  tokenizer_lib.load(path)
+  assert gguf_weights.load_config(path).max_positions == 4096
+  first = {
+    name: np.array(value) for name, value in gguf_weights.read(path, config)
+  }
+  assert len(gguf_weights.names(path)) == len(first) and opened == [path]
+  gguf_weights.fields(path).clear()  # What is handed out is the caller's.
+  assert gguf_weights.fields(path)["general.architecture"] == "llama"
+  write(path, config, jax.tree.map(lambda x: x + 1, policy))
+  second = dict(gguf_weights.read(path, config))
+  assert opened == [path] * 2
+  for name, value in first.items():
+    np.testing.assert_allclose(second[name], value + 1, rtol=1e-6)
+
+
 def test_llama_3s_table_becomes_its_formula(tmp_path):
   scaling = rope.RopeScaling("llama3", 8.0, 256, 1.0, 4.0)
   table = {"rope_freqs.weight": divisors(scaling)}
