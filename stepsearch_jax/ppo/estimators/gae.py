@@ -58,10 +58,36 @@ def gae(
   return advantages.T
 
 
+def credited(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+  """Adds rewards of masked-out tokens to the last masked-in token before.
+
+  An outcome can lie on an end-of-text token that is not trained.
+
+  Args:
+    rewards: [B, T] float32.
+    mask: [B, T] float32.
+
+  Returns:
+    [B, T] float32, 0 where masked.
+  """
+
+  def step(pending, inputs):
+    reward, here = inputs
+    pending = pending + reward
+    return jnp.where(here, 0.0, pending), jnp.where(here, pending, 0.0)
+
+  zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+  _, found = jax.lax.scan(
+    step, zeros, (rewards.T, (mask > 0).T), reverse=True
+  )
+  return found.T
+
+
 def returns_to_go(
   rewards: jax.Array, mask: jax.Array, gamma: float
 ) -> jax.Array:
   """Discounted sums of later rewards, [B, T]: GAE with lambda 1 and V = 0."""
+  rewards = credited(rewards, mask)
   return gae(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)
 
 
@@ -71,6 +97,7 @@ def estimate(
 ) -> interface.Estimates:
   """StePPO and PPO: whitened GAE, returns = raw advantages + values."""
   masks = inputs.masks
-  raw = gae(inputs.rewards, inputs.values, masks.value, spec.gamma, spec.lam)
+  rewards = credited(inputs.rewards, masks.value)
+  raw = gae(rewards, inputs.values, masks.value, spec.gamma, spec.lam)
   returns = jnp.where(masks.value > 0, raw + inputs.values, 0.0)
   return interface.Estimates(masked.whiten(raw, masks.advantage), returns)

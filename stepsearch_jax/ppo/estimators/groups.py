@@ -33,8 +33,8 @@ class Statistics:
 
 
 def row_totals(inputs: interface.Inputs) -> jax.Array:
-  """Sum of the rewards of each row's policy tokens, [B]."""
-  return jnp.where(inputs.masks.policy > 0, inputs.rewards, 0.0).sum(-1)
+  """Sum of the rewards of each row, untrained tokens included, [B]."""
+  return inputs.rewards.sum(-1)
 
 
 def per_row(scores: jax.Array, inputs: interface.Inputs) -> interface.Estimates:

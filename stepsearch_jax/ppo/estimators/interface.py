@@ -23,8 +23,10 @@ class Inputs:
   """A scored batch, as estimators see it.
 
   Attributes:
-    rewards: [B, T] float32, reward of each token, the KL already subtracted
-      where it is part of the reward; non-zero on policy tokens only.
+    rewards: [B, T] float32, reward of each token, the KL of policy tokens
+      already subtracted where it is part of the reward. Other tokens have 0,
+      except sampled ones that are not trained (reward.eos = dropped): theirs
+      belongs to the last policy token before (`gae.credited`).
     values: [B, T] float32, value of the state in which token t was chosen;
       zeros without a value model.
     logp: [B, T] float32, log-probabilities of the sampled tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.ppo.estimators import interface
+from stepsearch_jax.ppo.estimators import gae, interface
 
 
 def first_tokens(turn: jax.Array) -> jax.Array:
@@ -50,7 +50,8 @@ def spread(per_turn: jax.Array, turn: jax.Array) -> jax.Array:
 
 def rewards(inputs: interface.Inputs) -> jax.Array:
   """Sum of the token rewards of each turn, [B, U]."""
-  return sums(inputs.rewards, inputs.turn, inputs.anchor.shape[1])
+  rewards = gae.credited(inputs.rewards, inputs.masks.policy)
+  return sums(rewards, inputs.turn, inputs.anchor.shape[1])
 
 
 def returns_to_go(per_turn: jax.Array, gamma: float) -> jax.Array:

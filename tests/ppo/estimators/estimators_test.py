@@ -230,12 +230,39 @@ def test_stratified_compares_rows_of_as_many_searches():
 def test_what_lies_outside_the_mask_never_matters(name):
   batch, values = make_batch()
   hole = np.where(batch.policy_mask > 0, 0, np.nan).astype(np.float32)
-  ours = run(name, make_inputs(batch, batch.token_rewards + hole,
-                               values + hole))
+  ours = run(name, make_inputs(batch, values=values + hole))
   want = run(name, make_inputs(batch, values=values))
   for field in ("advantages", "returns"):
     np.testing.assert_array_equal(getattr(ours, field), getattr(want, field))
     assert (getattr(ours, field)[batch.policy_mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(estimators.REGISTRY))
+def test_an_outcome_on_an_untrained_end_of_text_counts(name):
+  """As if the policy's token before it had earned it (reward.eos=dropped)."""
+  mask = np.array([[1, 1, 0, 1, 1, 0, 0, 0]] * 4)
+  outcome = np.array([1.0, 0.0, 0.0, 3.0])
+  step = np.zeros(mask.shape)
+  step[:, 1] = [0.5, 0.25, 0.5, 0.0]
+  before, behind = step.copy(), step.copy()
+  before[:, 4], behind[:, 5] = outcome, outcome
+  batch = parts.rollout_batch(mask, step)
+  batch.group[:] = [0, 0, 1, 1]
+  found, want, without = (
+    run(name, make_inputs(batch, rewards)) for rewards in (behind, before, step)
+  )
+  for field in ("advantages", "returns"):
+    close(getattr(found, field), getattr(want, field))
+  assert np.abs(found.advantages - without.advantages).max() > 0.1
+
+
+def test_an_outcome_without_its_token_by_hand():
+  batch = parts.rollout_batch([[1, 0]] * 2, np.zeros((2, 2)))
+  batch.group[:] = 0
+  inputs = make_inputs(batch, [[0, 1], [0, 0]])
+  half = np.sqrt(0.5)  # Of two scores 0 and 1: mean 1/2, deviation sqrt(1/2).
+  for name, first in (("grpo", half), ("rloo", 1.0), ("reinforce", 0.5)):
+    close(run(name, inputs).advantages, [[first, 0], [-first, 0]])
 
 
 def test_first_and_last_tokens_of_turns():
