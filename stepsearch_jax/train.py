@@ -322,9 +322,14 @@ class Job:
   def has_collapsed(self, values: dict[str, float]) -> bool:
     """Reports alarms of a step; returns whether the run has to go back."""
     alarms = self.sentinel.observe(self.state.step, values)
-    return monitor.must_roll_back(
-      self.experiment.settings.monitor, alarms, len(self.rollbacks)
-    )
+    try:
+      return monitor.must_roll_back(
+        self.experiment.settings.monitor, alarms, len(self.rollbacks)
+      )
+    except monitor.CollapseError:
+      self.writer.write(self.state.step, values)  # It shows what happened.
+      self.close()
+      raise
 
   def roll_back(self) -> None:
     """Returns to the newest checkpoint before the trouble began."""

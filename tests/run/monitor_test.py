@@ -1,5 +1,7 @@
 """Collapse alarms, NaN location, and what a run does about them."""
 
+import types as builtin
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from stepsearch_jax import cli, train
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.run import checkpoints, metrics
 from stepsearch_jax.run import monitor as sentinel
+from stepsearch_jax.run.settings import Settings
 
 LIMITS = sentinel.Limits(
   invalid_share=0.9, unanswered_share=0.9, entropy=0.01, kl=1.0, grad_norm=10.0,
@@ -151,7 +154,9 @@ def test_a_kill_inside_a_rollback_changes_nothing(
 
 
 @pytest.mark.slow
-def test_halt_stops_with_the_reason(tmp_path, monkeypatch):
+def test_halt_stops_with_the_reason_and_the_step_that_shows_it(
+  tmp_path, monkeypatch
+):
   config = train_test.tiny()
   config.sentinel.update(action="halt", **LOOSE)
   monkeypatch.setattr(learner_lib.Learner, "update", spike_at([], {1}, []))
@@ -159,6 +164,35 @@ def test_halt_stops_with_the_reason(tmp_path, monkeypatch):
     with pytest.raises(sentinel.CollapseError, match="actor/grad_norm = 1e"):
       train.train(config, epath.Path(tmp_path))
   assert sentinel.CollapseError in cli._USER_ERRORS
+  last = train_test.records(epath.Path(tmp_path))[-1]
+  assert (last["step"], last["actor/grad_norm"]) == (1, 1e6)
+
+
+def test_a_halted_job_writes_its_step_and_closes_its_files(monkeypatch):
+  config = train_test.tiny()
+  config.sentinel.update(action="halt", **LOOSE)
+  happened = []
+
+  class Part:
+    def write(self, step, values):
+      happened.append((step, values))
+
+    def close(self):
+      happened.append("closed")
+
+  part = Part()
+  settings = Settings.from_config(config)
+  job = train.Job.__new__(train.Job)
+  job.__dict__.update(
+    experiment=builtin.SimpleNamespace(settings=settings, engine=part),
+    profiler=part, writer=part, saver=part, rollbacks=(),
+    sentinel=sentinel.Sentinel(settings.monitor.limits),
+    state=builtin.SimpleNamespace(step=7),
+  )
+  with pytest.raises(sentinel.CollapseError):
+    job.has_collapsed(HEALTHY | {"actor/grad_norm": 1e6})
+  assert happened[0] == (7, HEALTHY | {"actor/grad_norm": 1e6})
+  assert happened[1:] == ["closed"] * 4
 
 
 @pytest.mark.slow
