@@ -254,8 +254,11 @@ def decode_shardings(
 
 
 def batch(mesh: DeviceMesh) -> NamedSharding:
-  """Returns the sharding of rows that are split over data and fsdp."""
-  return NamedSharding(mesh.mesh, PartitionSpec(("data", "fsdp")))
+  """Returns the sharding of rows, split as the rule of "batch" says."""
+  axes = dict(mesh.rules)["batch"]
+  return NamedSharding(mesh.mesh, PartitionSpec(axes) if axes else (
+    PartitionSpec()
+  ))
 
 
 def replicated(mesh: DeviceMesh) -> NamedSharding:

@@ -110,9 +110,8 @@ class Agent:
     """
     config = copy.deepcopy(config)
     saved.search_own_index(config, workdir)
-    shards = Settings.from_config(config).mesh.data_shards(
-      jax.device_count()
-    )
+    mesh = Settings.from_config(config).mesh
+    shards = mesh.shards("slots", jax.device_count())
     config.rollout.slots = shards
     config.rollout.extend_rows = (shards,)
     settings = Settings.from_config(config)

@@ -297,13 +297,16 @@ def _check_together(settings: Settings, devices: int) -> None:
     "recompute, because with rollout.top_k or rollout.top_p tokens are sampled "
     "from another distribution than the trained one", ppo["old_logp"],
   )
-  shards = settings.mesh.data_shards(devices)
-  for field, value in (("rollout.slots", settings.sampler.slots),
-                       ("ppo.micro_rows", ppo["micro_rows"])):
+  for field, value, axis in (
+    ("rollout.slots", settings.sampler.slots, "slots"),
+    ("ppo.micro_rows", ppo["micro_rows"], "batch"),
+  ):
+    shards = settings.mesh.shards(axis, devices)
+    split = " * ".join(f"mesh.{name}" for name in settings.mesh.axes(axis))
     expect(
       value % shards == 0, field,
-      f"a multiple of the mesh's {shards} data shards (mesh.data * mesh.fsdp)",
-      value,
+      f"a multiple of the {shards} parts into which the mesh splits it "
+      f"({split})", value,
     )
   expect(settings.protocol.template in prompts.TEMPLATES, "rollout.template",
          f"one of {sorted(prompts.TEMPLATES)}", settings.protocol.template)

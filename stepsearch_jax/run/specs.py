@@ -255,11 +255,18 @@ class MeshSpec:
     expect(self.tensor > 0, "mesh.tensor", "more than 0", self.tensor)
     sharding.parse_rules(self.rules)
 
-  def data_shards(self, devices: int) -> int:
-    """Parts into which rows of a batch are split over `devices`."""
-    if self.data != -1 and self.fsdp != -1:
-      return self.data * self.fsdp
-    return max(devices // self.tensor, 1)
+  def axes(self, name: str) -> tuple[str, ...]:
+    """Mesh axes that split the logical axis `name`."""
+    return dict(sharding.parse_rules(self.rules))[name]
+
+  def shards(self, name: str, devices: int) -> int:
+    """Parts into which the logical axis `name` is split over `devices`."""
+    sizes = {axis: getattr(self, axis) for axis in sharding.AXES}
+    for axis, size in sizes.items():
+      if size == -1:
+        others = math.prod(sizes[a] for a in sizes if sizes[a] != -1)
+        sizes[axis] = max(devices // others, 1)
+    return math.prod(sizes[axis] for axis in self.axes(name))
 
 
 @dataclasses.dataclass(frozen=True)

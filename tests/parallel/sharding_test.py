@@ -84,6 +84,14 @@ def test_rules_that_mean_nothing_are_refused(text, message):
     sharding.parse_rules(text)
 
 
+@pytest.mark.parametrize("rules, rows", [
+  ("", 4), ("batch=data", 12), ("batch=data+tensor", 3), ("batch=", 24),
+])
+def test_batches_are_split_by_their_rule(rules, rows):
+  found = sharding.batch(sharding.abstract_mesh(2, 3, 4, rules))
+  assert found.shard_shape((24, 5)) == (rows, 5)
+
+
 def test_changed_rules_hold_while_tracing():
   mesh = sharding.make_mesh(1, 1, 1, "heads=data", devices=jax.devices()[:1])
   with sharding.scope(mesh):

@@ -7,6 +7,7 @@ import pytest
 
 from configs import common, quickstart
 from stepsearch_jax import types
+from stepsearch_jax.run import specs
 from stepsearch_jax.run.settings import Settings
 
 
@@ -71,6 +72,19 @@ def test_a_wrong_setting_names_its_field(changes, field):
     Settings.from_config(config, devices=1)
   assert field in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given, devices, batch, slots", [
+  ((-1, 2, 2, ""), 8, 4, 4), ((2, -1, 2, ""), 8, 4, 4),
+  ((2, 4, 1, "batch=data"), 8, 2, 8), ((1, 2, 4, "batch=data+tensor"), 8, 4, 2),
+  ((2, 4, 1, "slots="), 8, 8, 1),
+])
+def test_rows_and_slots_divide_over_the_axes_of_their_rules(
+  given, devices, batch, slots
+):
+  mesh = specs.MeshSpec(*given)
+  assert mesh.shards("batch", devices) == batch
+  assert mesh.shards("slots", devices) == slots
 
 
 def test_a_missing_package_is_said_in_the_first_second(monkeypatch):
