@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder
@@ -40,6 +39,7 @@ from stepsearch_jax.ppo.records import (
   LearnerState,
   Masks,
   MicroBatch,
+  MiniBatch,
 )
 from stepsearch_jax.ppo.trained_model import TrainedModel
 
@@ -61,7 +61,9 @@ class Learner:
     """Prepares the programs; nothing is compiled yet."""
     self.spec = spec
     self._mesh = mesh
-    self._warned = False
+    self._warn_of_llds = functools.cache(  # Once, not in every step.
+      functools.partial(weighting.warn_of_llds, spec)
+    )
     self._replicated = sharding.replicated(mesh)
     devices = mesh.mesh.size
     shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
@@ -317,18 +319,21 @@ class Learner:
     step = int(jax.device_get(state.step))
     train_policy = step >= spec.critic_warmup
     history = []
-    rows = np.arange(len(experience.batch.tokens))
-    self._warn_of_llds(len(rows))
+    rows, size = len(experience.batch.tokens), spec.batch.mini_batch
+    self._warn_of_llds(rows)
+    minis: list[MiniBatch] = []
     with sharding.scope(self._mesh):
-      for _ in range(spec.batch.epochs):
-        for start in range(0, len(rows), spec.batch.mini_batch):
-          part = rows[start : start + spec.batch.mini_batch]
-          state, metrics = self._mini_batch(
-            state, experience, part, train_policy, lr_scale
+      for epoch in range(spec.batch.epochs):
+        for number, start in enumerate(range(0, rows, size)):
+          if not epoch:  # Later ones find it on the device.
+            part = np.arange(start, min(start + size, rows))
+            minis.append(self._mini_batch(experience, part))
+          state, metrics = self._optimizer_step(
+            state, minis[number], train_policy, lr_scale
           )
           history.append(metrics)
     coefficient = kl.next_coefficient(
-      spec.kl, float(jax.device_get(state.kl_coef)), experience.kl, len(rows)
+      spec.kl, float(jax.device_get(state.kl_coef)), experience.kl, rows
     )
     history = jax.device_get(history)
     metrics = {
@@ -345,17 +350,6 @@ class Learner:
     )
     return state, metrics
 
-  def _warn_of_llds(self, trajectories: int) -> None:
-    """Says once where LLDS cannot do anything."""
-    coef, steps = self.spec.loss.llds_coef, self.spec.batch.optimizer_steps
-    if coef and steps(trajectories) == 1 and not self._warned:
-      self._warned = True
-      logging.warning(
-        "ppo.llds_coef = %g does nothing: a batch of %d trajectories is one "
-        "optimizer step, before which no token has become less likely; lower "
-        "ppo.mini_batch or raise ppo.epochs", coef, trajectories,
-      )
-
   def _uses_recorded(self, state: LearnerState) -> bool:
     """Whether log-probabilities of the rollout stand for the policy's.
 
@@ -365,8 +359,8 @@ class Learner:
     recorded = self.spec.loss.old_logp == specs.OldLogp.ROLLOUT
     return recorded and step >= self.spec.critic_warmup
 
-  def _mini_batch(self, state, experience, rows, train_policy, lr_scale):
-    """One optimizer step over `rows`."""
+  def _mini_batch(self, experience: Experience, rows: np.ndarray) -> MiniBatch:
+    """Packs `rows` for an optimizer step."""
     batch, spec = experience.batch, self.spec
     weights = weighting.of_mini_batch(experience, rows, spec)
     # In a mean over micro-batches it matters who is in which: as released.
@@ -386,14 +380,20 @@ class Learner:
       "value": (experience.value_weights[rows] > 0).sum(),
     }
     turns = batching.count_turns(batch.turn[rows])
-    seen = {"update/padding_share": packing.padding_share}
+    return MiniBatch(micros, tokens, turns, packing.padding_share)
+
+  def _optimizer_step(self, state, mini: MiniBatch, train_policy, lr_scale):
+    """Updates the models on a mini-batch."""
+    seen = {"update/padding_share": mini.padding_share}
     # One model after the other: only one set of gradients exists at a time.
     for role, model in self.models.items():
       if role == "policy" and not train_policy:
         continue
-      share = Share(*map(np.float32, (tokens[role], turns, len(micros))))
+      share = Share(*map(
+        np.float32, (mini.tokens[role], mini.turns, len(mini.micros))
+      ))
       trained, metrics = model.update(
-        getattr(state, role), state.reference, micros, share, lr_scale
+        getattr(state, role), state.reference, mini.micros, share, lr_scale
       )
       state = dataclasses.replace(state, **{role: trained})
       seen |= metrics

@@ -6,6 +6,7 @@ Shapes use the axis letters of `stepsearch_jax.types`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -199,3 +200,20 @@ class MicroBatch:
       )
       for field in dataclasses.fields(cls)
     })
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniBatch:
+  """The trajectories of an optimizer step, packed and on the device.
+
+  Attributes:
+    micros: micro-batches of packed rows.
+    tokens: trained tokens, by role of the model.
+    turns: policy turns.
+    padding_share: of the places of all rows.
+  """
+
+  micros: Sequence[MicroBatch]
+  tokens: dict[str, float]
+  turns: int
+  padding_share: float

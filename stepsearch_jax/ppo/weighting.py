@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from absl import logging
 
 from stepsearch_jax.ppo import specs
 from stepsearch_jax.ppo.records import Experience
@@ -38,6 +39,17 @@ def of_mini_batch(
       loss.llds_answer_weight,
     )
   return Weights(policy, penalty)
+
+
+def warn_of_llds(spec: specs.LearnerSpec, trajectories: int) -> None:
+  """Warns where LLDS cannot do anything."""
+  coef = spec.loss.llds_coef
+  if coef and spec.batch.optimizer_steps(trajectories) == 1:
+    logging.warning(
+      "ppo.llds_coef = %g does nothing: a batch of %d trajectories is one "
+      "optimizer step, before which no token has become less likely; lower "
+      "ppo.mini_batch or raise ppo.epochs", coef, trajectories,
+    )
 
 
 def aggregation(mask: np.ndarray, kind: str, length: int) -> np.ndarray:

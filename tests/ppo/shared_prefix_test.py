@@ -235,5 +235,5 @@ def test_micro_batches_of_a_mean_over_them_hold_whom_they_held(monkeypatch):
       make_batch(), None, *[np.zeros((8, 40), np.float32)] * 6, 0.0
     )
     with pytest.raises(ZeroDivisionError):
-      ours._mini_batch(None, exp, np.arange(8), True, 1.0)
+      ours._mini_batch(exp, np.arange(8))
   assert shares == [True, False]

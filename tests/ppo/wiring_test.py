@@ -246,7 +246,13 @@ def test_each_epoch_takes_its_optimizer_steps(monkeypatch):
   monkeypatch.setattr(
     ours, "spec", dataclasses.replace(ours.spec, batch=batch)
   )
+  packed, pack = [], ours._packing
+  monkeypatch.setattr(
+    ours, "_packing", lambda *given, **also: (
+      packed.append(given) or pack(*given, **also))
+  )
   often, _ = ours.update(fresh(ours), exp)
+  assert len(packed) == 1  # Each epoch sees the same mini-batch.
   assert int(optimizer.steps_taken(often.policy.opt)) == 3
   assert int(often.step) == int(once.step) == 1
 
