@@ -164,7 +164,6 @@ def _loop(job: Job) -> None:
         f"stopped after step {job.state.step} and saved; the same command "
         "goes on"
       )
-
   bar.close()
 
 
@@ -261,8 +260,7 @@ class Job:
     state.asked += filled.asked
     self._keep(trajectories, rewards, experience)
     values = {
-      **seen,
-      **updated,
+      **seen, **updated,
       **reporting.reward_metrics(
         filled.played.trajectories,
         [reward.parts for reward in filled.played.rewards],
@@ -321,11 +319,10 @@ class Job:
 
   def has_collapsed(self, values: dict[str, float]) -> bool:
     """Reports alarms of a step; returns whether the run has to go back."""
+    spec = self.experiment.settings.monitor
     alarms = self.sentinel.observe(self.state.step, values)
     try:
-      return monitor.must_roll_back(
-        self.experiment.settings.monitor, alarms, len(self.rollbacks)
-      )
+      return monitor.must_roll_back(spec, alarms, len(self.rollbacks))
     except monitor.CollapseError:
       self.writer.write(self.state.step, values)  # It shows what happened.
       self.close()

@@ -102,9 +102,9 @@ def test_a_shard_that_is_ready_is_opened_without_counting_words_again(
   for _ in range(2):
     found = factory.load_retriever(spec(), workdir, PASSAGES)
     # The word counts of all passages, the passages of this process.
-    assert counted == [3] and found.describe()["passages"] == 2
-    ((best,),) = found.search(["umbrellas"], 1)
-    assert best.id == "3"
+    assert counted == [3] and found.describe()["passages"] < 3
+    ((best,),) = found.search(["Ada"], 1)
+    assert best.id == "1"
 
 
 def test_only_one_process_asks_what_all_could_ask(tmp_path, monkeypatch):
