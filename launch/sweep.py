@@ -16,7 +16,6 @@ prints one command per line instead.
 
 from __future__ import annotations
 
-import ast
 import collections
 import concurrent.futures
 import dataclasses
@@ -29,13 +28,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags
+from ml_collections import config_flags
+
+from stepsearch_jax import cli
+from stepsearch_jax.run import identity, methods
 
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Config file with a sweep(add), with :arguments or without."
+  "config", None, "Name or path of a config with a sweep(add), perhaps with "
+  ":arguments."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run folders.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time.",
@@ -65,7 +70,8 @@ class Run:
     name: of its folder.
     arm: what it compares: all that the sweep varies except the seed.
     arguments: flags of the trainer, without --workdir.
-    config: its settings, nested.
+    config: its settings, nested, with what its method chooses, as the
+      trainer will write them into config.json.
   """
 
   name: str
@@ -76,56 +82,54 @@ class Run:
   @property
   def built_from(self) -> str:
     """Equal for runs that can share what they build."""
-    values = flatten(self.config)
+    values = identity.flat(self.config)
     return json.dumps({
       field: value for field, value in sorted(values.items())
       if any(field == f or field.startswith(f + ".") for f in _BUILT_FROM)
     }, default=str)
 
 
-def flatten(overrides: Mapping, prefix: str = "") -> dict[str, object]:
-  """{"ppo": {"lr": 1}} to {"ppo.lr": 1}."""
-  flat = {}
-  for name, value in overrides.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat
+def _config(path: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
+  """Returns a config with overrides, as the trainer's own flags read them.
+
+  Args:
+    path: of the file, for messages.
+    arguments: --config=FILE and the overrides of its fields.
+
+  Raises:
+    SweepError: a field does not exist, or its value is of another type.
+  """
+  values = flags.FlagValues()
+  argv = [path, *arguments]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+  except flags.Error as error:
+    raise SweepError(f"{path}: {error}") from error
+  return values.config
 
 
-def _set(config, where: str, field: str, value: object) -> None:
-  """Sets a field of a config that must have it."""
-  *outer, last = field.split(".")
-  node = config
-  for key in [*outer, last]:
-    if key not in node:
+def _check_fields(config: ml_collections.ConfigDict, where: str,
+                  fields: Iterable[str]) -> None:
+  """Raises a SweepError that names the first field the config lacks."""
+  known = identity.flat(config.to_dict())
+  for field in fields:
+    if field not in known:
       raise SweepError(f"{where} sets {field}, which is no field")
-    parent, node = node, node[key]
-  if isinstance(value, str) and not isinstance(node, str | None):
-    try:
-      value = ast.literal_eval(value.capitalize() if isinstance(node, bool)
-                               else value)
-    except (ValueError, SyntaxError) as error:
-      raise SweepError(
-        f"{where}: {field} must be of type {type(node).__name__}, got {value!r}"
-      ) from error
-  with parent.ignore_type():
-    parent[last] = value
 
 
 def plan(given: str, overrides: Sequence[str]) -> list[Run]:
   """Returns the runs that a config's sweep adds.
 
   Args:
-    given: path of the config file, perhaps with :arguments.
+    given: path or name of the config, perhaps with :arguments.
     overrides: --config.FIELD=VALUE flags for every run.
 
   Raises:
     SweepError: the file has no sweep, a field does not exist, or both the
       sweep and an override set it.
   """
-  path, _, common = given.partition(":")
+  path, _, common = cli.find_config(given).partition(":")
   spec = importlib.util.spec_from_file_location("sweep_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -137,17 +141,17 @@ def plan(given: str, overrides: Sequence[str]) -> list[Run]:
   runs: list[Run] = []
 
   def add(arg: str = "", **varied):
-    flat = flatten(varied)
+    flat = identity.flat(varied)
     both = sorted(flat.keys() & fixed.keys())
     if both:
       raise SweepError(f"--config.{both[0]}: the sweep itself varies it")
     whole = ",".join(filter(None, (common, arg)))
-    config = module.get_config(whole or None)
-    for field, value in (fixed | flat).items():
-      _set(config, "the command" if field in fixed else f"{path}: sweep",
-           field, value)
+    base = module.get_config(whole or None)
+    _check_fields(base, "the command", fixed)
+    _check_fields(base, f"{path}: sweep", flat)
     arguments = [f"--config={path}{':' + whole if whole else ''}"]
     arguments += [f"--config.{k}={v}" for k, v in flat.items()]
+    config = methods.filled(_config(path, [*arguments, *overrides]))
     name = _name(arg, flat)
     if any(run.name.partition("_")[2] == name for run in runs):
       raise SweepError(f"{path}: sweep adds {name} twice")
@@ -263,7 +267,7 @@ def _is_finished(folder: pathlib.Path, run: Run) -> bool:
   """Whether the folder holds this run, to its end, with these settings."""
   if not (folder / "summary.json").exists():
     return False
-  planned = json.loads(json.dumps(run.config, default=str))
+  planned = json.loads(json.dumps(run.config))
   return _json(folder / "config.json")["config"] == planned
 
 

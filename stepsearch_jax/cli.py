@@ -114,11 +114,15 @@ def _config_folders() -> list[epath.Path]:
   ]
 
 
-def _with_config_path(argv: Sequence[str]) -> list[str]:
-  """Replaces --config=NAME[:argument] by the path of a shipped config."""
-  value = _value(argv, "config")
-  if value is None:
-    return list(argv)
+def find_config(value: str) -> str:
+  """Returns the path of a config that is given by name or by path.
+
+  Its neighbors can be imported as `configs` afterwards. Ends the program where
+  there is no such config.
+
+  Args:
+    value: NAME or a path, perhaps with :argument, which stays.
+  """
   name, colon, argument = value.partition(":")
   if not (name.endswith(".py") and epath.Path(name).exists()):
     stem = epath.Path(name).name.removesuffix(".py")
@@ -134,8 +138,15 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
         + (f"did you mean {near[0]}?" if near else f"there are {known}")
       )
     name = str(folders[0] / f"{stem}.py")
-  # A config imports its neighbors as `configs`.
   sys.path.insert(0, str(epath.Path(name).parent.resolve().parent))
+  return f"{name}{colon}{argument}"
+
+
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+  """Replaces --config=NAME[:argument] by the path of a shipped config."""
+  value = _value(argv, "config")
+  if value is None:
+    return list(argv)
   given = ("--config", "-config")
   rest = [
     a for i, a in enumerate(argv)
@@ -143,7 +154,7 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
     and not a.startswith(tuple(f"{flag}=" for flag in given))
   ]
   # In front, because overrides of fields are refused before it.
-  return [argv[0], f"--config={name}{colon}{argument}", *rest]
+  return [argv[0], f"--config={find_config(value)}", *rest]
 
 
 def _print_help(main: Callable) -> None:

@@ -50,7 +50,7 @@ def test_a_field_that_does_not_exist_stops_the_sweep(tmp_path):
   (["--config.ppo.learning=1"], "the command sets ppo.learning, which is no"),
   (["--config.seed=1"], "--config.seed: the sweep itself varies it"),
   (["--config.total_steps=many"],
-   "total_steps must be of type int, got 'many'"),
+   "flag --config.total_steps=many: invalid literal for int()"),
   (["--steps=3"], "--steps=3: expected --config.FIELD=VALUE"),
 ])
 def test_overrides_that_cannot_be_are_refused(tmp_path, arguments, message):
@@ -85,28 +85,40 @@ def test_arms_of_the_ablation_play_the_same_number_of_rollouts(monkeypatch):
   assert {"search_key_reward"} in switched
 
 
+# Settings are read and written as the trainer does; nothing is trained.
 TRAINER = """
 import json, pathlib, sys
-flags = dict(a[2:].split('=', 1) for a in sys.argv[1:])
-seed = int(flags['config.seed'])
-folder = pathlib.Path(flags['workdir'])
-folder.mkdir(parents=True, exist_ok=True)
-with (folder / 'started').open('a') as file: file.write('x')
-if not (folder / 'index').exists():
-  (folder / 'index').mkdir()
-  (folder / 'index/manifest.json').write_text(str(seed))
-if seed == 1 and len((folder / 'started').read_text()) < 2: sys.exit(75)
-records = [{'step': 1, 'critic/answer_correct/mean': 0.5, 'val/em': 0.2}]
-(folder / 'metrics.jsonl').write_text(json.dumps(records[0]) + '\\n')
-config = {'seed': seed, 'lr': float(flags.get('config.lr', 0.5))}
-if (folder / 'config.json').exists():
-  if json.loads((folder / 'config.json').read_text())['config'] != config:
-    sys.exit('error: other settings')
-(folder / 'config.json').write_text(json.dumps({'config': config}))
-names = ('em_before', 'em_after', 'f1_after', 'searches_per_question',
-         'train_seconds')
-(folder / 'summary.json').write_text(json.dumps(dict.fromkeys(names, seed)))
+from absl import app, flags
+from ml_collections import config_flags
+from stepsearch_jax.run import methods
+config_flags.DEFINE_config_file('config')
+flags.DEFINE_string('workdir', None, '')
+
+def main(argv):
+  config = json.loads(json.dumps(
+    methods.filled(flags.FLAGS.config).to_dict()))
+  seed = config['seed']
+  folder = pathlib.Path(flags.FLAGS.workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'started').open('a') as file: file.write('x')
+  if not (folder / 'index').exists():
+    (folder / 'index').mkdir()
+    (folder / 'index/manifest.json').write_text(str(seed))
+  if seed == 1 and len((folder / 'started').read_text()) < 2: sys.exit(75)
+  record = {'step': 1, 'critic/answer_correct/mean': 0.5, 'val/em': 0.2}
+  (folder / 'metrics.jsonl').write_text(json.dumps(record) + '\\n')
+  if (folder / 'config.json').exists():
+    if json.loads((folder / 'config.json').read_text())['config'] != config:
+      sys.exit('error: other settings')
+  (folder / 'config.json').write_text(json.dumps({'config': config}))
+  names = ('em_before', 'em_after', 'f1_after', 'searches_per_question',
+           'train_seconds')
+  (folder / 'summary.json').write_text(json.dumps(dict.fromkeys(names, seed)))
+
+app.run(main)
 """
+# Its modules but one are the project's own.
+PACKAGE = f"__path__.append({str(ROOT / 'stepsearch_jax')!r})\n"
 
 
 @pytest.fixture
@@ -114,13 +126,13 @@ def sweep(tmp_path):
   """Sweeps three seeds with a stand-in trainer: the launcher is tested."""
   package = tmp_path / "fake" / "stepsearch_jax"
   package.mkdir(parents=True)
-  (package / "__init__.py").write_text("")
+  (package / "__init__.py").write_text(PACKAGE)
   (package / "train.py").write_text(TRAINER)
   config = tmp_path / "seeds.py"
   config.write_text(
-    "import ml_collections\n"
+    "from configs import common\n"
     "def get_config(arg=None):\n"
-    "  return ml_collections.ConfigDict({'seed': 0, 'lr': 0.5})\n"
+    "  return common.base()\n"
     "def sweep(add):\n"
     "  for seed in range(3): add(seed=seed)\n"
   )
@@ -130,6 +142,7 @@ def sweep(tmp_path):
       [sys.executable, str(ROOT / "launch/sweep.py"), f"--config={config}",
        f"--workdir={tmp_path}/runs", "--parallel=2", *arguments],
       capture_output=True, text=True, cwd=tmp_path / "fake",
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
   return run
@@ -162,13 +175,30 @@ def test_runs_share_what_the_first_of_them_built(sweep, tmp_path):
   assert built[2].read_text() == "0"
 
 
-def test_a_finished_run_with_other_settings_is_not_skipped(sweep, tmp_path):
-  sweep()
-  sweep()
-  changed = sweep("--config.lr=0.25")
+@pytest.mark.slow
+def test_a_finished_run_is_skipped_with_the_same_settings_only(
+  sweep, tmp_path
+):
+  # The method decides the ratio, the scale is None at first, rows are a tuple.
+  same = ["--config.reward.step_scale=1", "--config.estimator=turn_gae",
+          "--config.rollout.extend_rows=2,4"]
+  sweep(*same)
+  folder = tmp_path / "runs/000_seed-0"
+  assert sweep(*same).returncode == 0
+  assert (folder / "started").read_text() == "x"
+  changed = sweep("--config.ppo.clip_ratio=0.3", *same)
   assert changed.returncode == 1
   assert "000_seed-0 (code 1)" in changed.stderr
-  log = (tmp_path / "runs/000_seed-0/log.txt").read_text()
-  assert log.endswith("error: other settings\n")
-  kept = json.loads((tmp_path / "runs/000_seed-0/config.json").read_text())
-  assert kept["config"]["lr"] == 0.5
+  assert (folder / "log.txt").read_text().endswith("error: other settings\n")
+  kept = json.loads((folder / "config.json").read_text())
+  assert kept["config"]["ppo"]["clip_ratio"] == 0.2
+
+
+def test_a_sweep_is_found_by_name(tmp_path):
+  by_name, by_path = (
+    plan(config, tmp_path) for config in ("quickstart", "configs/quickstart.py")
+  )
+  assert by_name.returncode == 0 and by_name.stdout == by_path.stdout
+  missing = plan("quikstart", tmp_path)
+  assert missing.returncode == 1
+  assert missing.stderr.endswith("did you mean quickstart?\n")
