@@ -19,8 +19,8 @@
 #   prefill    share of peak
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
-#   real       trains configs/musique_smollm2.py:gpu from --model=x.gguf, where
-#              that file is there (its packages must be too)
+#   real       trains configs/musique_smollm2.py in bfloat16 from --model=x.gguf,
+#              where that file is there (its packages must be too)
 # --limits=parity:120,replay:200 changes limits, --seconds=540 that of all.
 # Figures go to OUT/*.json, all output to OUT/log.txt, the table comes last.
 set -uo pipefail
@@ -119,7 +119,8 @@ figures replay accelerator replay
 if [ -n "$model" ] && [ -f "$model" ]; then
   run="$(mktemp -d)/musique"
   stage real "$python" -m stepsearch_jax.train --workdir="$run" \
-    --config=configs/musique_smollm2.py:gpu --config.model.reference="$model"
+    --config=configs/musique_smollm2.py --config.model.reference="$model" \
+    --config.model.dtype=bfloat16
   cp "$run/metrics.jsonl" "$out/real.jsonl" 2>/dev/null
 else
   say "real: not run, it needs --model=FILE.gguf"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on GPUs: on this machine, or as a SLURM job on several.
 #
-#   bash launch/run_gpu.sh --workdir=runs/3b --config=configs/x.py
+#   bash launch/run_gpu.sh --workdir=runs/3b --config=configs/stepsearch_qwen2_5_3b.py
 #   bash launch/run_gpu.sh --slurm --nodes=2 --gpus=8 -- --workdir=/shared/3b \
-#     --config=configs/x.py
+#     --config=configs/stepsearch_qwen2_5_3b.py
 #
 # --slurm submits a job that requeues itself when it is preempted (the trainer
 # saves on SIGTERM and exits with code 75); --time=24:00:00 limits it. --dry_run

@@ -1,10 +1,14 @@
 """What the documents say is true of the files beside them."""
 
+import importlib.util
 import pathlib
 import re
 
 import pytest
 from reference import worked_example
+
+from stepsearch_jax import cli
+from stepsearch_jax.run.settings import Settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTES = ROOT / "stepsearch_jax/README.md"
@@ -94,3 +98,34 @@ def test_worked_example_has_the_numbers_that_the_package_computes():
     NOTES.read_text(), re.DOTALL,
   )
   assert "\n\n".join(blocks) == "\n".join(worked_example.lines())
+
+
+def named_configs():
+  """Every config that a launcher or a README names, with its argument."""
+  texts = [
+    path.read_text() for path in sorted([
+      *ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.yaml"), *DOCUMENTS,
+      ROOT / "README.md", *ROOT.glob("stepsearch_jax/*/README.md"),
+    ])
+  ]
+  shape = r"(?:--config[= ]|\b(?=configs/))((?:configs/\w+\.py|\w+)"
+  shape += r"(?::[\w=,.]+\w)?)(?![\w/.])"
+  found = {name for text in texts for name in re.findall(shape, text)}
+  return sorted(found - {"and", "configs/common.py"})  # Words, no configs.
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_configs_that_launchers_and_documents_name_load(name, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  path, _, argument = cli.find_config(name).partition(":")
+  spec = importlib.util.spec_from_file_location("named", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  Settings.from_config(module.get_config(argument or None), devices=1)
+
+
+def test_the_names_of_configs_are_found():
+  found = named_configs()
+  assert "configs/quickstart.py:runlocal" in found
+  assert "configs/quickstart.py:method=ppo" in found
+  assert "stepsearch_qwen2_5_3b" in found and "x" not in found
