@@ -16,13 +16,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import pathlib
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import flags
@@ -30,10 +28,13 @@ from etils import epath
 
 from stepsearch_jax import cli, files, types
 from stepsearch_jax.evaluation import card, study
+from stepsearch_jax.plan import machines
+from stepsearch_jax.run import identity
 from stepsearch_jax.run.settings import Settings
 
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Config file with a study(add), with :arguments or without."
+  "config", None, "Name or path of a config with a study(add), perhaps with "
+  ":arguments."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
 _COMMANDS = flags.DEFINE_bool(
@@ -84,16 +85,48 @@ class Plan:
   tuning_seed: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """What a learning arm may spend; equal for all of them.
+
+  Attributes:
+    length: of a run, in steps or in passes over the questions.
+    rollouts: that a step plays at most, those of dynamic sampling included.
+    trajectories: that a step learns from.
+    mini_batch, epochs: how it learns from them.
+  """
+
+  length: str
+  rollouts: int
+  trajectories: int
+  mini_batch: int
+  epochs: int
+
+  @classmethod
+  def of(cls, settings: Settings) -> Effort:
+    """Returns what a run with these settings spends."""
+    schedule, batch = settings.schedule, settings.batch
+    length = f"{schedule.steps} steps"
+    if schedule.epochs:  # How many steps these are depends on the batch.
+      length = (f"{schedule.epochs:g} passes, {batch.questions} questions a "
+                "step")
+    ppo = settings.config["ppo"]
+    return cls(
+      length,
+      batch.trajectories * (batch.dynamic_limit if batch.dynamic else 1),
+      batch.trajectories, ppo["mini_batch"], ppo["epochs"],
+    )
+
+
 def load(config: str) -> Plan:
   """Returns the checked plan of a config file.
 
   Raises:
-    UserError: no study in it, an unknown field, or arms that differ in their
-      rollouts or optimizer steps.
+    UserError: no study in it, an unknown field, or learning arms that differ
+      in what they may spend.
   """
+  config = cli.find_config(config)
   path, _, argument = config.partition(":")
-  # A config imports its neighbors as `configs`.
-  sys.path.insert(0, str(pathlib.Path(path).resolve().parent.parent))
   spec = importlib.util.spec_from_file_location("study_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -103,27 +136,32 @@ def load(config: str) -> Plan:
 
   def add(name, seeds, from_start=True, rates=(), **overrides):
     arms.append(ArmPlan(
-      name, tuple(range(seeds)), _flat(overrides), from_start, tuple(rates)
+      name, tuple(range(seeds)), identity.flat(overrides), from_start,
+      tuple(rates),
     ))
 
   module.study(add)
-  effort = {}
+  efforts = {}
   for arm in arms:
     known = module.get_config(argument or None)
     for field, value in arm.overrides.items():
       _set(known, f"{path}: arm {arm.name}", field, value)
     checked = Settings.from_config(known)
-    if known.total_steps:
-      effort[arm.name] = (
-        known.total_steps, checked.batch.trajectories, known.ppo.mini_batch,
-        known.ppo.epochs,
-      )
-  if len(set(effort.values())) > 1:
-    raise types.UserError(
-      f"{path}: arms differ in (steps, trajectories, mini_batch, epochs): "
-      f"{effort}"
-    )
+    if checked.schedule.trains:
+      efforts[arm.name] = Effort.of(checked)
+  _check_equal(efforts, path)
   return Plan(config, tuple(arms), module.BASELINE, module.TUNING_SEED)
+
+
+def _check_equal(efforts: Mapping[str, Effort], path: str) -> None:
+  """Raises a UserError that names two arms of other efforts, if there are."""
+  for name, effort in efforts.items():
+    first, wanted = next(iter(efforts.items()))
+    for field, value in dataclasses.asdict(wanted).items():
+      types.expect(
+        getattr(effort, field) == value, f"{path}: arms differ in {field}",
+        f"{value!r} as in {first}", f"{getattr(effort, field)} in {name}",
+      )
 
 
 def _set(config, where: str, field: str, value: object) -> None:
@@ -139,21 +177,11 @@ def _set(config, where: str, field: str, value: object) -> None:
     raise types.UserError(f"{where}: {field}: {error}") from error
 
 
-def _flat(overrides: dict, prefix: str = "") -> dict[str, object]:
-  found = {}
-  for name, value in overrides.items():
-    if isinstance(value, dict):
-      found |= _flat(value, f"{prefix}{name}.")
-    else:
-      found[prefix + name] = value
-  return found
-
-
 def claim(workdir: epath.Path, config: str) -> None:
   """Writes down, or compares, what all runs of a study have in common."""
   here = {
     "config": config, "commit": card.commit(), "jax": jax.__version__,
-    "python": platform.python_version(), "machine": _processor(),
+    "python": platform.python_version(), "machine": machines.here(),
   }
   if here["commit"].endswith("-dirty") and not _ALLOW_DIRTY.value:
     raise types.UserError(
@@ -168,19 +196,6 @@ def claim(workdir: epath.Path, config: str) -> None:
   for name, value in here.items():
     types.expect(there.get(name) == value, f"{workdir}: {name}",
                  f"{there.get(name)!r}, with which the study began", value)
-
-
-def _processor() -> str:
-  device = jax.devices()[0]
-  if device.platform != "cpu":
-    return device.device_kind
-  info = pathlib.Path("/proc/cpuinfo")
-  names = [
-    line.partition(":")[2].strip()
-    for line in (info.read_text().splitlines() if info.exists() else ())
-    if line.startswith("model name")
-  ]
-  return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
 
 
 def run_folder(workdir: epath.Path, arm: ArmPlan, seed: int) -> epath.Path:

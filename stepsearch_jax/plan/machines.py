@@ -1,11 +1,15 @@
-"""Chips that a run can be planned for."""
+"""Chips that a run can be planned for, and the ones that are here."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import re
 
+import jax
 import numpy as np
+from etils import epath
 
 from stepsearch_jax import types
 
@@ -98,3 +102,26 @@ def parse_topology(text: str) -> Machine:
     text, chips, memory * GB, teraflops * 1e12, bandwidth * GB, platform,
     topology,
   )
+
+
+def here() -> str:
+  """Returns number and kind of the devices that this process has.
+
+  Processors go by name, family and model: names alone can be the same for
+  different ones.
+  """
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return f"{jax.local_device_count()} x {device.device_kind}"
+  info = epath.Path("/proc/cpuinfo")
+  name = processor(info.read_text() if info.exists() else "")
+  return f"{os.cpu_count()} x {name}"
+
+
+def processor(cpuinfo: str) -> str:
+  """Returns the kind of a processor from the text of /proc/cpuinfo."""
+  found = dict(re.findall(r"^([^\t:\n]+)\s*: (.*)$", cpuinfo, re.MULTILINE))
+  name = found.get("model name", platform.machine())
+  if "cpu family" in found:
+    name += f" {found['cpu family']}/{found['model']}"
+  return name

@@ -26,17 +26,15 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import re
 import sys
 import traceback
 
-import jax
 from absl import flags, logging
-from etils import epath
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.bench import duel, report
 from stepsearch_jax.evaluation import card as evaluation
+from stepsearch_jax.plan import machines
 
 # Suite: module of bench and its function. One suite's packages need not be
 # there for another.
@@ -77,23 +75,9 @@ _JSON = flags.DEFINE_string(
 )
 
 
-def _machine() -> str:
-  """The devices' number and kind; processors go by family and model."""
-  device = jax.local_devices()[0]
-  if device.platform != "cpu":
-    return f"{jax.local_device_count()} x {device.device_kind}"
-  info = epath.Path("/proc/cpuinfo")
-  text = info.read_text() if info.exists() else ""
-  found = dict(re.findall(r"^([^\t:\n]+)\s*: (.*)$", text, re.MULTILINE))
-  name = found.get("model name", platform.machine())
-  if "cpu family" in found:
-    name += f" {found['cpu family']}/{found['model']}"
-  return f"{os.cpu_count()} x {name}"
-
-
 def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
-           "machine": _machine(), "commit": evaluation.commit()}
+           "machine": machines.here(), "commit": evaluation.commit()}
   for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
                "transformers", "google-tunix"):
     try:

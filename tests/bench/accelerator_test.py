@@ -1,6 +1,8 @@
 """Counts of work against hand-worked numbers; the suite runs on any device."""
 
 import dataclasses
+import os
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,11 @@ def test_every_reading_of_the_suite_is_taken():
     "training: update", "training: scoring", "decode", "prefill", "replay"
   ]
   assert all(r["value"] > 0 and r["seconds"] > 0 for r in taken.values())
+
+
+def test_processors_of_one_name_are_told_apart():
+  text = ("processor\t: 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: "
+          "Xeon @ 2.1\nflags\t\t:\nmodel name\t: Xeon @ 2.1\n")
+  assert machines.processor(text) == "Xeon @ 2.1 6/143"
+  assert machines.processor("CPU part\t: 0xd0c\n") == platform.machine()
+  assert machines.here().startswith(f"{os.cpu_count()} x ")

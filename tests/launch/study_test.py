@@ -100,11 +100,48 @@ def test_an_arm_without_rates_waits_for_the_start_of_its_seed(
 def test_arms_with_other_rollouts_or_fields_are_refused(launcher, tmp_path):
   two = "  add('ppo', seeds=1, method='ppo')\n"
   more = "  add('big', seeds=1, batch=dict(questions=16))\n"
-  with pytest.raises(types.UserError, match="arms differ in"):
+  with pytest.raises(types.UserError, match="arms differ in rollouts: expected "
+                     "8 as in ppo, got '16 in big'"):
     launcher.load(write(tmp_path, two + more))
   wrong = "  add('x', seeds=1, ppo=dict(learning_rate=1.0))\n"
   with pytest.raises(types.UserError, match="ppo.learning_rate"):
     launcher.load(write(tmp_path, wrong))
+
+
+GROUPS = "batch=dict(questions=4, rollouts=2"
+PASSES = "total_steps=0, total_epochs=1.0"
+
+
+@pytest.mark.parametrize("arm, field", [
+  # Dynamic sampling may play three times as many rollouts ...
+  (f"method='dapo', {GROUPS})", "rollouts"),
+  (f"method='grpo', {GROUPS}, dynamic=True)", "rollouts"),
+  # ... unless its limit says otherwise.
+  (f"method='dapo', {GROUPS}, dynamic_limit=1)", None),
+  (f"method='grpo', {GROUPS})", None),
+  (PASSES, "length"),
+  ("ppo=dict(epochs=2)", "epochs"),
+  ("ppo=dict(mini_batch=4)", "mini_batch"),
+])
+def test_arms_with_other_effort_are_refused(launcher, tmp_path, arm, field):
+  config = write(tmp_path, "  add('ppo', seeds=1, method='ppo')\n"
+                 f"  add('other', seeds=1, {arm})\n")
+  if field is None:
+    launcher.load(config)
+    return
+  with pytest.raises(types.UserError, match=f"arms differ in {field}: expect"):
+    launcher.load(config)
+
+
+def test_arms_of_so_many_passes_are_compared_too(launcher, tmp_path):
+  arms = f"  add('ppo', seeds=1, {PASSES}, method='ppo')\n"
+  equal = f"  add('steppo', seeds=1, {PASSES})\n"
+  launcher.load(write(tmp_path, arms + equal))
+  # Half the questions in a step are twice the steps.
+  for other in ("total_steps=0, total_epochs=2.0",
+                f"{PASSES}, method='grpo', {GROUPS})"):
+    with pytest.raises(types.UserError, match="arms differ in length: expect"):
+      launcher.load(write(tmp_path, arms + f"  add('x', seeds=1, {other})\n"))
 
 
 def test_a_study_of_another_commit_is_refused(launcher, tmp_path, monkeypatch):
