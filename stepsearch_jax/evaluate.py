@@ -10,9 +10,9 @@ plays the held-out questions with the newest checkpoint of a run; its settings
 come from the folder. With `--model=` (and `--config=`) it plays any Hugging
 Face folder, hub id or GGUF file instead, with `--suite=` it asks the questions
 of several benchmarks. `--predictions=` only scores a file of predictions, and
-`--compare=` tells two evaluations of the same questions apart. A killed
-evaluation goes on where it stopped. Every evaluation leaves a card (JSON and
-Markdown) that says what exactly was measured.
+`--compare=` tells two evaluations of the same questions apart. The same
+command goes on with an evaluation that was stopped. Every evaluation leaves a
+card (JSON and Markdown) that says what exactly was measured.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from stepsearch_jax.evaluation import (
 )
 from stepsearch_jax.run import reporting, saved
 from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.interrupts import Interrupts
 from stepsearch_jax.run.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; the card is written to its eval/."
+  "workdir", None, "Folder of the run; the card goes into its evaluations/."
 )
 _MODEL = flags.DEFINE_string(
   "model", None,
@@ -124,6 +125,7 @@ def _compare(places: list[str]) -> None:
 
 
 def _evaluate_model() -> None:
+  Interrupts().install()
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
   if _ATTEMPTS.value > 1 and not _TEMPERATURE.value:
     raise types.UserError(

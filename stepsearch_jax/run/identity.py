@@ -86,7 +86,7 @@ def started(workdir: epath.Path) -> str:
   return read(workdir).get("started", _today())
 
 
-def _differences(
+def differences(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
   """Yields (field, old value, new value) where a result could change."""
@@ -131,7 +131,7 @@ def claim(
   }
   if path.exists():
     old = read(workdir)
-    changed = list(_differences(old["config"], config))
+    changed = list(differences(old["config"], config))
     if old["questions"] != questions:
       changed.append(("data", old["questions"], questions))
     refused = [row for row in changed if row[0] not in allowed]

@@ -75,4 +75,5 @@ class Interrupts:
       came += 1
       if came > 1 or not self._deferring:
         time.sleep(_GRACE_SECONDS)
+        os.write(2, b"stopped; the same command goes on\n")
         os._exit(EXIT_PREEMPTED)

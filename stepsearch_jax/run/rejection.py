@@ -7,6 +7,8 @@ answer is right, token for token as they were sampled, and imitates them.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 
 from absl import logging
 from etils import epath
@@ -14,6 +16,7 @@ from etils import epath
 from stepsearch_jax import files, types
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.rewards import text_match
+from stepsearch_jax.run import identity
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.sft import traces
 
@@ -37,6 +40,50 @@ class Sampling:
                  self.attempts)
     types.expect(self.temperature > 0, "--temperature", "more than 0, because "
                  "greedy attempts are all the same", self.temperature)
+
+
+def claim(
+  folder: epath.Path, experiment: Experiment, sampling: Sampling,
+  allowed: Sequence[str] = (),
+) -> None:
+  """Writes down how the rounds of a folder are made, or compares it.
+
+  Args:
+    folder: of the rounds.
+    experiment: that the rounds sample with, for its settings and questions.
+    sampling: of any of the rounds.
+    allowed: fields that may differ; the new value then stands in the note.
+
+  Raises:
+    ChangedSettingsError: earlier rounds were made in another way.
+  """
+  path = folder / "sampling.json"
+  about = {
+    "rejection": sampling.attempts, "temperature": sampling.temperature,
+    "config": experiment.settings.config,
+    "questions": identity.questions_hash(experiment.train_questions),
+  }
+  if path.exists():
+    old = json.loads(path.read_text())
+    changed = [
+      (field, was, now) for field, was, now in (
+        *identity.differences(
+          *({k: v for k, v in note.items() if k != "config"}
+            for note in (old, about))
+        ),
+        *identity.differences(old["config"], about["config"]),
+      ) if field not in allowed
+    ]
+    if changed:
+      differ = "; ".join(f"{field}: they have {was!r}, this start {now!r}"
+                         for field, was, now in changed)
+      names = ",".join(field for field, _, _ in changed)
+      raise identity.ChangedSettingsError(
+        f"{folder} holds rounds with other settings: {differ}; "
+        f"--allow_changes={names} goes on behind them with these; to start "
+        "over, remove that folder"
+      )
+  files.write_text(path, json.dumps(about, indent=2) + "\n")
 
 
 def right(rollouts: list[types.Trajectory]) -> list[types.Trajectory]:

@@ -3,9 +3,10 @@
   python -m stepsearch_jax.tools.build_index --corpus=wiki-18.jsonl.gz \\
     --encoder=intfloat/e5-base-v2 --output=wiki18_index
 
-The same command goes on after a kill. With --multihost (or --coordinator ...)
-several processes split the embedding. --vectors= takes embeddings that exist
-already: a .npy file, a bare .memmap of float32 or a FAISS flat index.
+The same command goes on after a signal or a kill. With --multihost (or
+--coordinator ...) several processes split the embedding. --vectors= takes
+embeddings that exist already: a .npy file, a bare .memmap of float32 or a FAISS
+flat index.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stepsearch_jax import buckets, cli, types
 from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus, encoder, encoding, vectors
+from stepsearch_jax.run.interrupts import Interrupts
 
 _CORPUS = flags.DEFINE_string(
   "corpus", None,
@@ -63,6 +65,7 @@ _SOAR = flags.DEFINE_bool(
 
 def main() -> None:
   """Entry; see the module docstring."""
+  Interrupts().install()
   spec = index_build.IndexSpec(
     recall=_RECALL.value, k=_K.value, topk=max(10, _K.value), soar=_SOAR.value
   )

@@ -12,26 +12,32 @@ checkpoint, evaluation, `--config.warm_start.policy=runs/sft` to go on from it.
 
 asks every training question of a run four times, imitates the right rollouts,
 starting from the run's policy, and does so twice. Round N is a run of its own,
-runs/quickstart/rejection/round_N. The same command goes on where it stopped.
+runs/quickstart/rejection/round_N. The same command goes on where it stopped,
+and with more --rounds behind the last one; other settings are refused unless
+--allow_changes names them. SIGTERM and Ctrl-C end it as they end a training.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 
 import ml_collections
 from absl import flags
 from etils import epath
 
 from stepsearch_jax import cli, train, types
-from stepsearch_jax.run import rejection
+from stepsearch_jax.parallel import distributed
+from stepsearch_jax.run import identity, rejection
 from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.interrupts import Interrupts
 from stepsearch_jax.run.settings import Settings
 
 # Those of training.
 flags.declare_key_flag("config")
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("allow_changes")
 _INPUT = flags.DEFINE_string("input", None, "File of traces to imitate.")
 _REJECTION = flags.DEFINE_integer(
   "rejection", None, "Rollouts per training question, of which the right ones "
@@ -63,36 +69,59 @@ def imitation_of(
 
 def reject(
   config: ml_collections.ConfigDict, workdir: epath.Path, attempts: int,
-  rounds: int, temperature: float,
+  rounds: int, temperature: float, interrupts: Interrupts | None = None,
+  allow_changes: Sequence[str] = (),
 ) -> dict:
   """Runs rounds of rejection sampling from the run in `workdir`.
+
+  What is finished stays as it is, sampled rollouts as well as rounds.
+
+  Args:
+    config: of the run.
+    workdir: of the run; rounds go to its folder rejection/.
+    attempts: rollouts per training question.
+    rounds: how many there are to be in the end.
+    temperature: of the sampling.
+    interrupts: requests to stop; None never stops early.
+    allow_changes: fields, or rejection and temperature, that may differ from
+      those of the rounds that are there.
 
   Returns:
     The summary of the last round.
 
   Raises:
-    UserError: the folder holds no checkpoint, or no rollout is right.
+    UserError: the folder holds no checkpoint, no rollout is right, or earlier
+      rounds were made with other settings.
+    PreemptedError: a request to stop came; the same call goes on.
   """
   if not (workdir / "checkpoints").exists():
     raise types.UserError(f"--workdir={workdir} has no checkpoints to sample "
                           "from")
-  before, summary = workdir, {}
-  for number in range(1, rounds + 1):
-    sampling = rejection.Sampling(attempts, temperature, number)
-    folder = workdir / "rejection" / f"round_{number}"
-    samples = folder.with_name(f"samples_{number}.jsonl")
-    current = imitation_of(config, str(samples))
-    current.warm_start.policy = str(before)
-    if not samples.exists():
-      samples.parent.mkdir(parents=True, exist_ok=True)
-      experiment = Experiment(Settings.from_config(config), before)
-      _, policy = experiment.trained_policy()
-      rejection.sample(experiment, policy, sampling, samples)
-      experiment.engine.close()
-    done = folder / "summary.json"
-    summary = (json.loads(done.read_text()) if done.exists()
-               else train.train(current, folder))
-    before = folder
+  settings, place = Settings.from_config(config), workdir / "rejection"
+  sampling = [rejection.Sampling(attempts, temperature, number)
+              for number in range(1, rounds + 1)]
+  place.mkdir(parents=True, exist_ok=True)
+  with identity.locked(place):
+    distributed.in_turn(lambda: rejection.claim(
+      place, Experiment(settings, workdir), sampling[0], allow_changes
+    ))
+    before, summary = workdir, {}
+    for current in sampling:
+      folder = place / f"round_{current.number}"
+      samples = place / f"samples_{current.number}.jsonl"
+      if not samples.exists():
+        experiment = Experiment(settings, before)
+        _, policy = experiment.trained_policy()
+        rejection.sample(experiment, policy, current, samples)
+        experiment.engine.close()
+      imitating = imitation_of(config, str(samples))
+      imitating.warm_start.policy = str(before)
+      done = folder / "summary.json"
+      summary = (
+        json.loads(done.read_text()) if done.exists()
+        else train.train(imitating, folder, interrupts, allow_changes)
+      )
+      before = folder
   return summary
 
 
@@ -105,11 +134,14 @@ def main() -> None:
     raise types.UserError(
       f"--workdir={workdir} holds no run; give a --config as well"
     )
+  interrupts, changes = Interrupts().install(), flags.FLAGS.allow_changes
   if _INPUT.value is not None:
-    summary = train.train(imitation_of(config, _INPUT.value), workdir)
+    summary = train.train(
+      imitation_of(config, _INPUT.value), workdir, interrupts, changes
+    )
   else:
     summary = reject(config, workdir, _REJECTION.value, _ROUNDS.value,
-                     _TEMPERATURE.value)
+                     _TEMPERATURE.value, interrupts, changes)
   for name, value in summary.items():
     shown = f"{value:.4f}" if isinstance(value, float) else value
     print(f"{name:>22}  {shown}")

@@ -51,7 +51,8 @@ finally:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_program_that_does_not_come_back_is_ended_soon(number):
   process = subprocess.Popen(
-    [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True,
+    [sys.executable, "-c", BUSY], stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
   assert process.stdout.readline() == "ready\n"
@@ -59,3 +60,4 @@ def test_a_program_that_does_not_come_back_is_ended_soon(number):
   began = time.monotonic()
   assert process.wait(timeout=60) == interrupts_lib.EXIT_PREEMPTED
   assert time.monotonic() - began < 30
+  assert process.stderr.read() == "stopped; the same command goes on\n"

@@ -12,6 +12,7 @@ from sft.scripted_test import watch
 from configs import quickstart
 from stepsearch_jax import train, types
 from stepsearch_jax.run import identity, rejection
+from stepsearch_jax.run.interrupts import Interrupts
 from stepsearch_jax.sft import scripted, traces
 from stepsearch_jax.tools import sft
 
@@ -112,13 +113,14 @@ def test_a_folder_without_checkpoints_is_one_line(tmp_path):
 def test_every_round_starts_from_the_one_before(tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path) / "run"
   (workdir / "checkpoints").mkdir(parents=True)
-  sampled, trained = [], []
+  sampled, trained, stopping = [], [], Interrupts()
 
   class Experiment:
     """Knows where it reads the policy from."""
 
     def __init__(self, settings, folder):
-      self.folder = folder
+      self.folder, self.settings = folder, settings
+      self.train_questions = [types.Question("0", "?", ("x",))]
       self.engine = python_types.SimpleNamespace(close=lambda: None)
 
     def trained_policy(self):
@@ -128,7 +130,8 @@ def test_every_round_starts_from_the_one_before(tmp_path, monkeypatch):
     sampled.append((policy, sampling, path))
     path.write_text("")
 
-  def fake_train(config, folder):
+  def fake_train(config, folder, interrupts, allow_changes):
+    assert interrupts is stopping
     trained.append((config.warm_start.policy, config.warm_start.traces,
                     config.total_steps, folder))
     folder.mkdir()
@@ -138,7 +141,12 @@ def test_every_round_starts_from_the_one_before(tmp_path, monkeypatch):
   monkeypatch.setattr(sft, "Experiment", Experiment)
   monkeypatch.setattr(rejection, "sample", sample)
   monkeypatch.setattr(train, "train", fake_train)
-  assert sft.reject(tiny(), workdir, 4, 2, 0.5) == {"round": 2}
+
+  def reject(attempts, rounds, temperature, config=None, allowed=()):
+    return sft.reject(config or tiny(), workdir, attempts, rounds, temperature,
+                      stopping, allowed)
+
+  assert reject(4, 2, 0.5) == {"round": 2}
   folder = workdir / "rejection"
   files = [folder / f"samples_{n}.jsonl" for n in (1, 2)]
   assert sampled == [
@@ -151,8 +159,23 @@ def test_every_round_starts_from_the_one_before(tmp_path, monkeypatch):
     (str(folder / "round_1"), str(files[1]), 0, folder / "round_2"),
   ]
   # Once more: nothing is played or trained again; a third round goes on.
-  assert sft.reject(tiny(), workdir, 4, 3, 0.5) == {"round": 3}
+  assert reject(4, 3, 0.5) == {"round": 3}
   assert len(sampled) == len(trained) == 3
+  # With other settings it is refused, also where nothing is left to do.
+  longer = tiny(warm_start=dict(steps=5, rows=2))
+  for arguments, message in (
+    ((8, 3, 0.5), r"rejection: they have 4, this start 8; --allow_changes=rej"),
+    ((4, 3, 0.9), r"temperature: they have 0.5, this start 0.9; --allow"),
+    ((4, 3, 0.5, longer), r"warm_start.steps: they have 2, this start 5; --al"),
+  ):
+    with pytest.raises(types.UserError, match=message) as caught:
+      reject(*arguments)
+    assert "\n" not in str(caught.value)
+  assert reject(8, 4, 0.5, allowed=["rejection"]) == {"round": 4}
+  assert [s.attempts for _, s, _ in sampled] == [4, 4, 4, 8]
+  assert reject(8, 4, 0.5) == {"round": 4}
+  # What cannot change a result is free.
+  assert reject(8, 4, 0.5, tiny(checkpoint=dict(keep=1))) == {"round": 4}
 
 
 @pytest.mark.slow
