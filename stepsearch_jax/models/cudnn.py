@@ -36,22 +36,33 @@ def kernel() -> types.ModuleType | None:
   """
   try:
     from jax._src.cudnn import fused_attention_stablehlo as module
+  except ImportError as error:
+    module, lacking = None, str(error)
+  else:
+    lacking = _lacking(module)
+  if lacking is None:
+    return module
+  logging.warning(
+    "attention of packed rows goes through a mask: cuDNN cannot take their "
+    "segments here (%s)", lacking,
+  )
+  return None
 
-    parameters = inspect.signature(module.dot_product_attention).parameters
-    missing = {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"} - set(
-      parameters
-    )
-    if missing:
-      raise NotImplementedError(f"its function takes no {sorted(missing)}")
-    if not module.check_compute_capability("9.0"):
-      raise NotImplementedError("it needs a GPU of compute capability 9.0")
-  except (ImportError, AttributeError, NotImplementedError) as error:
-    logging.warning(
-      "attention of packed rows goes through a mask: cuDNN cannot take their "
-      "segments here (%s)", error,
-    )
-    return None
-  return module
+
+def _lacking(module: types.ModuleType) -> str | None:
+  """Returns why a cuDNN module cannot take segments; None where it can."""
+  for name in ("dot_product_attention", "check_compute_capability"):
+    if not hasattr(module, name):
+      return f"JAX has no {name}"
+  parameters = inspect.signature(module.dot_product_attention).parameters
+  missing = {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"} - set(
+    parameters
+  )
+  if missing:
+    return f"its function takes no {sorted(missing)}"
+  if not module.check_compute_capability("9.0"):
+    return "it needs a GPU of compute capability 9.0"
+  return None
 
 
 def max_segments(length: int) -> int:

@@ -1,5 +1,9 @@
 """Packed attention: every way against a loop over segments."""
 
+import re
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +237,39 @@ def test_the_real_kernel_lowers_for_cuda_without_a_mask(monkeypatch):
     cudnn.kernel.cache_clear()
   assert "fmhaSoftmaxBackward" in text and "fmhaSoftmax" in text
   assert "2x1x2048x2048" not in text and "2048x2048xi1" not in text
+
+
+def jax_with(capability="9.0", offsets=True):
+  """JAX's cuDNN module, of another version or on another GPU."""
+
+  def whole(query, q_seqlen, kv_seqlen, q_offsets, kv_offsets): ...
+
+  def without(query, q_seqlen, kv_seqlen): ...
+
+  return types.SimpleNamespace(
+    dot_product_attention=whole if offsets else without,
+    check_compute_capability=lambda least: capability >= least,
+  )
+
+
+@pytest.mark.parametrize("module, reason", [
+  (jax_with(), None),
+  (jax_with(capability="8.0"), "a GPU of compute capability 9.0"),
+  (jax_with(offsets=False), r"takes no \['kv_offsets', 'q_offsets'\]"),
+  (types.SimpleNamespace(), "JAX has no dot_product_attention"),
+])
+def test_segments_go_through_a_mask_where_cudnn_lacks_something(
+  module, reason, monkeypatch, caplog
+):
+  import jax._src.cudnn as parent
+
+  monkeypatch.setattr(
+    parent, "fused_attention_stablehlo", module, raising=False
+  )
+  monkeypatch.setitem(
+    sys.modules, "jax._src.cudnn.fused_attention_stablehlo", module
+  )
+  with caplog.at_level("WARNING"):
+    found = cudnn.kernel.__wrapped__()
+  assert (found is module) == (reason is None)
+  assert re.search(reason or r"^\Z", caplog.text)
