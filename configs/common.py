@@ -136,7 +136,8 @@ def _retrieval():
 def _rollout():
   """The protocol and its limits, in tokens."""
   rollout = ml_collections.ConfigDict()
-  # stepsearch | stepsearch_think | search_r1 | plain; see env/prompts.py.
+  # stepsearch | stepsearch_think | search_r1 | plain | compact; see
+  # env/prompts.py.
   rollout.template = "stepsearch"
   rollout.max_turns = 5  # Searching turns; one forced answer turn follows.
   rollout.slots = 128  # Trajectories that are decoded side by side.
@@ -274,7 +275,7 @@ def _ppo():
 def _warm_start():
   """Where the policy starts: imitation, another run, or neither."""
   warm_start = ml_collections.ConfigDict()
-  # Work directory of a run whose first policy this run starts from too.
+  # Work directory of a run whose newest policy this run starts from.
   warm_start.policy = ""
   # Imitation of scripted demonstrations before step 0, in optimizer steps.
   warm_start.steps = 0

@@ -99,6 +99,12 @@ def test_imports_stay_inside_their_boundary(name):
   assert crossed == set()
 
 
+def test_tools_are_commands_and_nothing_else():
+  for path in PACKAGE.glob("tools/*.py"):
+    if path.name != "__init__.py":
+      assert 'if __name__ == "__main__":' in path.read_text(), path
+
+
 @pytest.mark.parametrize("name", DEVICE_SIDE)
 def test_the_device_side_of_the_rollout_knows_no_text(name):
   text_side = {"actions", "env", "observations", "retrieval", "tokenizer"}

@@ -1,7 +1,9 @@
-"""Plays questions greedily, and goes on where a killed evaluation stopped.
+"""Playing of held-out questions, and what an evaluation's folder holds.
 
-Finished rollouts are written down chunk by chunk; when all are there, the
-predictions and the card are written whole.
+Owns the rows of predictions and the order of work: finished rollouts, greedy or
+sampled, are written down chunk by chunk, so that a stopped evaluation goes on;
+when all are there, the predictions and the card are written whole. It knows
+neither models nor configs: an engine that plays is given to it.
 """
 
 from __future__ import annotations

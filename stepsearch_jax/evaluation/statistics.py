@@ -25,10 +25,6 @@ class Estimate:
   low: float
   high: float
 
-  def excludes_zero(self) -> bool:
-    """Returns whether 0 lies outside of the interval."""
-    return self.low > 0 or self.high < 0
-
 
 def bootstrap_mean(
   values: np.ndarray, seed: int = 0, samples: int = 1000

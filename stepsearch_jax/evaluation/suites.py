@@ -61,14 +61,13 @@ def parse_suite(text: str) -> dict[str, str]:
   return found
 
 
-def load_suite(text: str, limit: int | None = None) -> list[types.Question]:
+def load_suite(text: str) -> list[types.Question]:
   """Returns the questions of all files of a suite.
 
   The benchmark is the source of each question and part of its id.
 
   Args:
     text: see `parse_suite`.
-    limit: questions per file; None for all.
 
   Raises:
     UserError: the suite is malformed, or a file is missing, malformed or
@@ -77,7 +76,7 @@ def load_suite(text: str, limit: int | None = None) -> list[types.Question]:
   return [
     dataclasses.replace(question, source=name, id=f"{name}/{question.id}")
     for name, path in parse_suite(text).items()
-    for question in questions.load_questions(path, limit)
+    for question in questions.load_questions(path)
   ]
 
 

@@ -1,4 +1,4 @@
-"""The step-supervision pipeline of `tools/prepare_data`, put together."""
+"""Step supervision as a whole: from questions to a file and its report."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def audit(questions: list[types.Question]) -> None:
 def supervise(questions: list[types.Question]) -> None:
   """Runs the step-supervision pipeline."""
   from stepsearch_jax.retrieval.index import corpus
-  from stepsearch_jax.tools import supervise as pipeline
+  from stepsearch_jax.supervision import supervise as pipeline
 
   if not _OUTPUT.value or not _OUTPUT.value.endswith((".jsonl", ".parquet")):
     raise types.UserError(

@@ -11,7 +11,7 @@ from stepsearch_jax import types
 from stepsearch_jax.data import coverage, questions
 from stepsearch_jax.retrieval.index import corpus
 from stepsearch_jax.supervision import pipeline as supervision
-from stepsearch_jax.tools import supervise
+from stepsearch_jax.supervision import supervise
 
 PASSAGES = [
   types.Passage("1", "Ada Rook", "Ada Rook was born in Lintel."),

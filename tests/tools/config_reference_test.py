@@ -1,10 +1,12 @@
 """The reference of all config fields is what the config file says."""
 
 import pathlib
+import re
 
 import pytest
 
 from configs import common
+from stepsearch_jax.env import prompts
 from stepsearch_jax.tools import config_reference
 
 README = pathlib.Path(common.__file__).parent / "README.md"
@@ -44,6 +46,11 @@ def test_the_reference_holds_every_field_with_its_default():
 def test_every_field_says_what_it_means(field):
   said = meanings()
   assert said[field] or said.get(field.rpartition(".")[0])
+
+
+def test_every_template_is_named():
+  found = set(re.findall(r"\w+", meanings()["rollout.template"]))
+  assert set(prompts.TEMPLATES) <= found
 
 
 def test_comments_above_and_behind_a_field_are_its_meaning():
