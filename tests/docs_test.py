@@ -71,6 +71,20 @@ def test_modules_that_a_document_runs_exist(path):
     ).exists(), name
 
 
+def test_nobody_is_told_of_a_folder_of_one_machine():
+  for folder in ("stepsearch_jax", "configs", "launch"):
+    for path in (ROOT / folder).glob("**/*.*"):
+      if path.suffix in (".py", ".sh", ".md", ".yaml"):
+        assert "/tmp" not in path.read_text(), path
+
+
+def test_help_names_the_folder_that_cards_go_to():
+  text = (ROOT / "stepsearch_jax/evaluate.py").read_text()
+  (said,) = re.findall(r'"workdir", None, "(.*)"', text)
+  (used,) = set(re.findall(r'workdir / "(eval\w*)"', text))
+  assert f" {used}/" in said
+
+
 def test_every_launcher_is_explained():
   text = (ROOT / "launch/README.md").read_text()
   for path in (ROOT / "launch").iterdir():

@@ -3,7 +3,7 @@
   stepsearch ask --workdir=runs/quickstart "Who founded the port of Larn?"
   stepsearch ask --workdir=runs/quickstart            # a prompt that goes on
   stepsearch ask --workdir=runs/quickstart --json "Who ...?"
-  stepsearch ask --config=musique_smollm2 --workdir=/tmp/w \\
+  stepsearch ask --config=musique_smollm2 --workdir=runs/ask \\
     --config.model.reference=folder --config.retrieval.index=folder
 
 At the prompt: /docs 2 shows the second document in full, /why ANSWER what that
