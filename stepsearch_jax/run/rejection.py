@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -58,7 +59,7 @@ def claim(
     ChangedSettingsError: earlier rounds were made in another way.
   """
   path = folder / "sampling.json"
-  about = {
+  about: dict[str, Any] = {
     "rejection": sampling.attempts, "temperature": sampling.temperature,
     "config": experiment.settings.config,
     "questions": identity.questions_hash(experiment.train_questions),
