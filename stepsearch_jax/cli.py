@@ -218,7 +218,7 @@ def _guarded(
     # Leaving in order would wait for the process that is gone.
     logging.error(
       "a collective failed, so another process of this run is gone (%s); the "
-      "same command on all of them resumes", str(error).splitlines()[0][:200],
+      "same command on all of them resumes", types.first_line(error)[:200],
     )
     logging.flush()
     os._exit(interrupts.EXIT_PREEMPTED)

@@ -262,7 +262,7 @@ def _parquet(path: epath.Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
   except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise DataError(
       f"{path}: not a parquet file, or damaged behind row {number}: "
-      f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+      f"{types.first_line(error)}"
     ) from error
 
 

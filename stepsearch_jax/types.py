@@ -9,7 +9,8 @@ Axis letters used in shapes throughout the project:
   N  anything flattened    P  parallel slots of the rollout cache
   U  turns of a trajectory (padded)
 
-This module holds data only. It knows nothing of JAX, tokenizers or files.
+This module holds data, and the errors that users see. It knows nothing of JAX,
+tokenizers or files.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def expect(holds: bool, field: str, expected: str, given: Any) -> None:
   """
   if not holds:
     raise UserError(f"{field}: expected {expected}, got {given!r}")
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error's text; its type where it has none.
+
+  Of errors of other libraries and of users' code, which may be of any length.
+  """
+  return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class SearchError(RuntimeError):

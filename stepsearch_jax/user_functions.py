@@ -36,12 +36,7 @@ def load(field: str, reference: str) -> Any:
   except Exception as error:  # Whatever the user's module raises.
     raise types.UserError(
       f"{field}: expected a function that can be imported, got {reference!r} "
-      f"({type(error).__name__}: {first_line(error)})"
+      f"({type(error).__name__}: {types.first_line(error)})"
     ) from error
   types.expect(callable(found), field, "the name of a function", reference)
   return found
-
-
-def first_line(error: BaseException) -> str:
-  """Returns the first line of an error's text."""
-  return str(error).partition("\n")[0]

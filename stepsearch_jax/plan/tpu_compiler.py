@@ -33,7 +33,7 @@ def topology_devices(machine: machines.Machine) -> Sequence[jax.Device]:
   except Exception as error:  # The plugin raises whatever it likes.
     raise types.UserError(
       f"--topology={machine.topology}: the TPU compiler is not available "
-      f"({str(error).splitlines()[0][:120]}); pip install libtpu, or use "
+      f"({types.first_line(error)[:120]}); pip install libtpu, or use "
       "--nocompile"
     ) from error
 

@@ -51,7 +51,7 @@ def earned(reference: str, trajectory: types.Trajectory) -> Earned:
   except Exception as error:
     raise types.UserError(
       f"{FIELD} {reference!r} raised {type(error).__name__}: "
-      f"{user_functions.first_line(error)} ({of})"
+      f"{types.first_line(error)} ({of})"
     ) from error
   checked = _checked(found, len(trajectory.turns))
   if checked is None:

@@ -114,7 +114,7 @@ class Checkpointer:
         logging.error(
           "checkpoint %s/%d cannot be read (%s: %s); trying the one before",
           self._folder, step, type(error).__name__,
-          str(error).split("\n")[0][:200],
+          types.first_line(error)[:200],
         )
         self._set_aside(step)
     if steps:

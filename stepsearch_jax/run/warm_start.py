@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from stepsearch_jax import types
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.run import checkpoints
 from stepsearch_jax.run.interrupts import Interrupts, PreemptedError
@@ -65,7 +66,7 @@ class Keeper:
         raise ValueError("it has other settings")
     except Exception as error:  # Whatever a damaged file makes orbax raise.
       logging.warning("warm start from its beginning: what was kept of it does "
-                      "not count (%s)", str(error).split("\n")[0][:200])
+                      "not count (%s)", types.first_line(error)[:200])
       for step in self._manager.all_steps():
         self._manager.delete(step)
       return fresh

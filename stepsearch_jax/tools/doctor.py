@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from stepsearch_jax import cli
+from stepsearch_jax import cli, types
 
 _PORTS = flags.DEFINE_list(
   "ports", ["8000", "8899"], "Ports that serve and view --live would use."
@@ -71,7 +71,7 @@ def self_test(device: jax.Device) -> tuple[str, str]:
                     precision="highest")
     error = float(np.abs(np.asarray(found) - a @ b).max())
   except Exception as problem:  # Whatever a broken driver raises.
-    return "fail", f"{device}: {str(problem).splitlines()[0][:120]}"
+    return "fail", f"{device}: {types.first_line(problem)[:120]}"
   seconds = time.perf_counter() - began
   state = "ok" if error < 1e-2 else "fail"
   return state, (f"{device} ({device.device_kind}): product of matrices off by "

@@ -102,7 +102,7 @@ class Estimator:
         raise  # One of ours: a bug.
       raise types.UserError(
         f"estimator {self.name!r} raised {type(error).__name__}: "
-        f"{str(error).splitlines()[0] if str(error) else ''}"
+        f"{types.first_line(error)}"
       ) from error
     if not isinstance(found, Estimates):
       raise types.UserError(
