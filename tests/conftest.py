@@ -1,7 +1,10 @@
 """Shared fixtures: strict promotion, float32 matmuls, the shared data."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -9,6 +12,16 @@ from absl import flags
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A program that several tests, workers or commands compile is compiled once per
+# session: the first of them leaves it in a folder that goes with the session.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+if _CACHE not in os.environ:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="stepsearch_jax_xla_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Commands define flags of the same name (config, input, ...). Each is a process
 # of its own; only here do several share one, where the last definition counts.
