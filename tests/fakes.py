@@ -1,6 +1,7 @@
 """Small real parts for tests: a tokenizer, a model, a scripted retriever."""
 
 import dataclasses
+import functools
 import threading
 import time
 
@@ -43,7 +44,30 @@ def make_model(vocab_size: int, **changes):
 
 
 def make_policy(model, seed: int = 0):
-  return heads.init_policy(model, jax.random.key(seed))
+  """Parameters like those of `heads.init_policy`; drawing compiles nothing."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name == "scale" or name.endswith("bias"):
+      return jnp.full(leaf.shape, float(name == "scale"), leaf.dtype)
+    size = 0.02 if path[0].key == "head" else model.hidden_size**-0.5
+    if name in ("o_kernel", "down_kernel"):
+      size /= 2
+    return jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype)
+
+  init = functools.partial(heads.init_policy, model)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def disturbed(tree, size: float = 0.1):
+  """The tree with normal noise on every entry, as if it had been trained."""
+  rng = np.random.default_rng(4)
+  return jax.tree.map(
+    lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype),
+    tree,
+  )
 
 
 def make_tag_lover(tokenizer, policy):

@@ -1,5 +1,6 @@
 """Adapters against plain matrix products, and trained in a real update."""
 
+import functools
 import pathlib
 
 import fakes
@@ -24,14 +25,11 @@ SPEC = adapters.AdapterSpec(rank=3, alpha=6.0)
 
 def trained_adapters():
   """Adapters whose B is no longer zero."""
-  tree = adapters.init(MODEL, SPEC, jax.random.key(1))
-  return jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), tree
-  )
+  return fakes.disturbed(adapters.init(MODEL, SPEC, jax.random.key(1)))
 
 
 def test_merge_adds_scaled_products_to_every_layer_matrix():
-  trunk = heads.init_policy(MODEL, jax.random.key(0))["trunk"]
+  trunk = fakes.make_policy(MODEL)["trunk"]
   pairs = trained_adapters()
   merged = adapters.merge(trunk, pairs, SPEC, jnp.float32)
   assert merged["embedding"] is trunk["embedding"]
@@ -62,6 +60,7 @@ def merged_by_hand(trunk, pairs):
   return {**trunk, "layers": layers}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, variables, policy):
   tokens = (jnp.arange(24, dtype=jnp.int32)[None] * 7) % config.vocab_size
   hidden, _ = decoder.Decoder(config).apply(
@@ -71,7 +70,7 @@ def logits(config, variables, policy):
 
 
 def test_the_forward_pass_adds_what_merging_would():
-  policy = heads.init_policy(MODEL, jax.random.key(0))
+  policy = fakes.make_policy(MODEL)
   pairs = trained_adapters()
   model = trainable.Trainable("policy", MODEL, SPEC).apart(
     {"adapters": pairs}, policy
@@ -85,7 +84,7 @@ def test_the_forward_pass_adds_what_merging_would():
 
 
 def test_gradients_of_adapters_are_those_through_the_merged_matrices():
-  policy = heads.init_policy(MODEL, jax.random.key(0))
+  policy = fakes.make_policy(MODEL)
   pairs = trained_adapters()
 
   def loss(pairs, form):
@@ -96,7 +95,10 @@ def test_gradients_of_adapters_are_those_through_the_merged_matrices():
       found = {"params": adapters.merge(policy["trunk"], pairs, SPEC)}
     return jnp.square(logits(MODEL, found, policy)).mean()
 
-  apart, merged = (jax.grad(loss)(pairs, f) for f in ("apart", "merged"))
+  apart, merged = (
+    jax.jit(functools.partial(jax.grad(loss), form=form))(pairs)
+    for form in ("apart", "merged")
+  )
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-3),
     apart, merged,
@@ -109,7 +111,7 @@ def test_updates_far_below_bfloat16s_rounding_still_count():
     50, hidden_size=128, intermediate_size=256, num_heads=4, head_dim=32
   )
   spec = adapters.AdapterSpec(rank=8, alpha=8.0)
-  policy = heads.init_policy(wide, jax.random.key(0))
+  policy = fakes.make_policy(wide)
   pairs = adapters.init(wide, spec, jax.random.key(1))
   a, b = (pairs["up_kernel"][side][0] for side in "ab")
   b = 1e-5 * jax.random.normal(jax.random.key(2), b.shape)
@@ -140,7 +142,7 @@ def test_updates_far_below_bfloat16s_rounding_still_count():
 
 
 def test_fresh_adapters_change_nothing_and_untouched_tensors_stay():
-  policy = heads.init_policy(MODEL, jax.random.key(0))
+  policy = fakes.make_policy(MODEL)
   variant = trainable.Trainable("policy", MODEL, SPEC)
   params = variant.init(policy, jax.random.key(3))
   whole = variant.merged(params, policy, jnp.float32)
@@ -155,10 +157,12 @@ def test_fresh_adapters_change_nothing_and_untouched_tensors_stay():
   assert set(parts) == {"adapters", "value_head"}
   tokens = jnp.arange(8, dtype=jnp.int32)[None]
   model = value.apart(parts, policy)
-  hidden, _ = decoder.Decoder(MODEL).apply(
-    heads.variables(model), tokens, tokens
+  values = jax.eval_shape(
+    lambda model: heads.values(model, decoder.Decoder(MODEL).apply(
+      heads.variables(model), tokens, tokens
+    )[0]), model,
   )
-  assert heads.values(model, hidden).shape == (1, 8)
+  assert values.shape == (1, 8)
 
 
 def test_axes_follow_the_matrices():
@@ -189,7 +193,7 @@ def test_a_run_with_adapters_trains_saves_little_and_reloads(tmp_path):
   assert summary["steps"] == step == 2
   first = train_test.records(workdir)[1]
   assert abs(first["critic/kl"]) < 1e-6  # The run starts at its reference.
-  frozen = heads.init_policy(experiment.model, jax.random.key(0))
+  frozen = fakes.make_policy(experiment.model)
   assert jax.tree.map(jnp.shape, policy) == jax.tree.map(jnp.shape, frozen)
   saved = pathlib.Path(workdir) / "checkpoints/2/policy"
   size = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())

@@ -28,10 +28,10 @@ SHARED = np.array([
 
 
 def inputs(dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(0), 3)
+  rng = np.random.default_rng(0)
   return tuple(
-    jax.random.normal(key, (4, 512, heads, 16), dtype)
-    for key, heads in zip(keys, (4, 2, 2), strict=True)
+    jnp.asarray(rng.standard_normal((4, 512, heads, 16)), dtype)
+    for heads in (4, 2, 2)
   )
 
 
@@ -103,30 +103,38 @@ def test_the_places_of_segments_are_what_the_kernel_expects():
 
 @pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
 def test_query_blocks_equal_the_loop(segments):
-  ours = attention.packed_attention(*inputs(), jnp.asarray(segments), "xla")
+  ours = jax.jit(attention.packed_attention, static_argnums=4)(
+    *inputs(), jnp.asarray(segments), "xla"
+  )
   np.testing.assert_allclose(ours, by_hand(*inputs(), segments), atol=2e-6)
 
 
-def fused_only(*unused):
+def fused_only(q, *unused):
   """In place of the other path, where it must not be taken."""
-  return jnp.full(inputs()[0].shape, jnp.nan)
+  return jnp.full(q.shape, jnp.nan)
+
+
+def packed(*args, otherwise):
+  """Compiles `cudnn.packed` as a whole, around the kernel of this test."""
+  return jax.jit(lambda *x: cudnn.packed(*x, otherwise=otherwise))(*args)
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
 def test_segments_through_the_fused_kernel_equal_the_loop(fused, segments):
-  ours = cudnn.packed(*inputs(), jnp.asarray(segments), otherwise=fused_only)
+  ours = packed(*inputs(), jnp.asarray(segments), otherwise=fused_only)
   np.testing.assert_allclose(ours, by_hand(*inputs(), segments), atol=2e-6)
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, SHARED])
 def test_gradients_pass_the_fused_kernel_without_its_padding(fused, segments):
   segments = jnp.asarray(segments)
-  aim = jax.random.normal(jax.random.key(3), inputs()[0].shape)
+  aim = np.random.default_rng(3).normal(size=inputs()[0].shape)
+  aim = aim.astype(np.float32)
 
   def gradients(way):
-    return jax.grad(
+    return jax.jit(jax.grad(
       lambda qkv: (way(*qkv, segments) * aim).sum()
-    )(inputs())
+    ))(inputs())
 
   ours = gradients(
     lambda *x: cudnn.packed(*x, otherwise=fused_only)
@@ -140,7 +148,7 @@ def test_gradients_pass_the_fused_kernel_without_its_padding(fused, segments):
 def test_rows_of_too_many_segments_take_the_other_path(fused):
   many = np.repeat(np.arange(1, 5, dtype=np.int32), 128)[None].repeat(4, 0)
   assert many.max() > cudnn.max_segments(512)
-  ours = cudnn.packed(
+  ours = packed(
     *inputs(), jnp.asarray(many), otherwise=attention._xla_packed
   )
   np.testing.assert_allclose(ours, by_hand(*inputs(), many), atol=2e-6)
@@ -155,7 +163,7 @@ def test_rows_that_do_not_fit_when_spread_out_take_the_other_path(
   monkeypatch.setattr(cudnn, "max_segments", lambda length: 3)
   assert not cudnn.Spread.of(jnp.asarray(long)).fits()
   assert cudnn.Spread.of(jnp.minimum(jnp.asarray(long), 2)).fits()
-  ours = cudnn.packed(
+  ours = packed(
     *inputs(), jnp.asarray(long), otherwise=attention._xla_packed
   )
   np.testing.assert_allclose(ours, by_hand(*inputs(), long), atol=2e-6)
@@ -172,8 +180,8 @@ def test_splash_attention_interpreted_equals_query_blocks():
   ], np.int32)
   given = tuple(jnp.tile(x[:3, :256], (1, 1, 1, 8)) for x in inputs())
   # What padding gets is for nobody to see.
-  aim = jax.random.normal(jax.random.key(3), given[0].shape)
-  aim = jnp.where((ids != 0)[..., None, None], aim, 0)
+  aim = np.random.default_rng(3).normal(size=given[0].shape)
+  aim = np.where((ids != 0)[..., None, None], aim, 0).astype(np.float32)
 
   def both(way):
     def aimed(qkv):
@@ -205,10 +213,16 @@ def test_the_gpus_way_takes_segments_where_it_can_and_says_where_not(
     attention, "_masked_packed", lambda *x: calls.append("masked") or x[0]
   )
   low = inputs(jnp.bfloat16)
-  attention.packed_attention(*low, jnp.asarray(SEGMENTS), "cudnn")
+
+  def way(*qkv):  # Tracing takes it; nothing needs to run.
+    jax.eval_shape(
+      lambda *x: attention.packed_attention(*x, SEGMENTS, "cudnn"), *qkv
+    )
+
+  way(*low)
   assert fused.calls and not calls
   monkeypatch.setattr(cudnn, "kernel", lambda: None)
-  attention.packed_attention(*low, jnp.asarray(SEGMENTS), "cudnn")
+  way(*low)
   assert calls == ["masked"]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,13 @@ POLICIES = ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied",
 
 def run(config, params, golden, side):
   tokens, positions, mask = (
-    jnp.asarray(golden[f"{side}/{name}"], jnp.int32)
+    np.asarray(golden[f"{side}/{name}"], np.int32)
     for name in ("input_ids", "position_ids", "attention_mask")
   )
-  hidden, _ = decoder.Decoder(config).apply(
+  hidden, _ = jax.jit(decoder.Decoder(config).apply)(
     {"params": params["trunk"]}, tokens, positions, segment_ids=mask
   )
-  return hidden, np.asarray(mask) == 1
+  return hidden, mask == 1
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -76,7 +77,7 @@ def test_greedy_continuation_through_the_cache(shared, name, backend):
   cache = decoder.init_cache(config, 6, width + want.shape[1], jnp.float32)
   steps = np.arange(width)[None]
   positions = np.where(steps < lengths[:, None], steps, 10_000)
-  apply = decoder.Decoder(config).apply
+  apply = jax.jit(decoder.Decoder(config).apply)
   apart = decoder.unstack(params["trunk"], config.num_layers)
   hidden, cache = apply(
     {"params": apart}, tokens, jnp.asarray(positions, jnp.int32),
@@ -108,7 +109,7 @@ def test_gradients_equal_torch(shared):
     total = jnp.where(jnp.asarray(mask[:, 1:] == 1), chosen, 0.0).sum()
     return -total / float(mask[:, 1:].sum())
 
-  grads = jax.device_get(jax.grad(loss)(params))
+  grads = jax.device_get(jax.jit(jax.grad(loss))(params))
   want = safetensors.numpy.load_file(f"{path}/grads.safetensors")
   for entry in hf_weights.weight_table(config):
     ours = grads
@@ -124,15 +125,15 @@ def test_packed_rows_equal_single_rows():
   config = decoder.DecoderConfig(
     "qwen2", 50, 32, 48, 2, 4, 2, 8, qkv_bias=True
   )
-  params = heads.init_policy(config, jax.random.key(0))
-  tokens = jax.random.randint(jax.random.key(1), (3, 150), 0, 50)
+  params = fakes.make_policy(config)
+  tokens = np.random.default_rng(1).integers(0, 50, (3, 150), np.int32)
   lengths = (150, 90, 40)
-  packed = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+  packed = np.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
   positions = np.concatenate([np.arange(n) for n in lengths])[None]
   segments = np.concatenate(
     [np.full(n, i + 1) for i, n in enumerate(lengths)]
   )[None]
-  apply = decoder.Decoder(config).apply
+  apply = jax.jit(decoder.Decoder(config).apply)
   hidden, _ = apply(
     {"params": params["trunk"]}, packed, jnp.asarray(positions, jnp.int32),
     segment_ids=jnp.asarray(segments, jnp.int32),
@@ -244,8 +245,7 @@ def test_what_training_keeps_changes_no_gradient():
     config = decoder.DecoderConfig(
       "qwen3", 50, 32, 48, 2, 4, 2, 8, remat=remat
     )
-    params = heads.init_policy(config, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 50)
+    tokens = np.random.default_rng(1).integers(0, 50, (2, 24), np.int32)
     positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))
 
     def loss(params):
@@ -254,9 +254,12 @@ def test_what_training_keeps_changes_no_gradient():
       )
       return jnp.square(heads.logits(params, hidden)).mean()
 
-    program = jax.jit(jax.grad(loss)).lower(params)
-    return program.compile()(params), program.as_text().count("dot_general")
+    program = jax.jit(jax.grad(loss)).lower(policy)
+    return program.compile()(policy), program.as_text().count("dot_general")
 
+  policy = fakes.make_policy(
+    decoder.DecoderConfig("qwen3", 50, 32, 48, 2, 4, 2, 8)
+  )
   found = {word: gradients(word) for word in ("full", "dots", "none")}
   for word in ("dots", "none"):
     jax.tree.map(
@@ -269,7 +272,7 @@ def test_what_training_keeps_changes_no_gradient():
 
 def test_a_profile_names_the_parts_of_the_model():
   config = decoder.DecoderConfig("qwen2", 50, 32, 48, 2, 4, 2, 8)
-  params = heads.init_policy(config, jax.random.key(0))
+  params = fakes.make_policy(config)
   tokens = jnp.zeros((1, 8), jnp.int32)
 
   def forward(params):

@@ -142,10 +142,7 @@ def test_folders_name_what_transformers_4_knows(tmp_path):
 def test_a_qwen2_written_as_llama_computes_the_same(tmp_path):
   used = fakes.make_tokenizer()
   model = fakes.make_model(used.vocab_size)
-  policy = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(4), x.shape),
-    fakes.make_policy(model),
-  )
+  policy = fakes.disturbed(fakes.make_policy(model))
   folder = tmp_path / "hf"
   hf_export.save_policy(folder, policy, model, used, "float32")
   other = hf_weights.load_config(str(folder))
@@ -155,7 +152,7 @@ def test_a_qwen2_written_as_llama_computes_the_same(tmp_path):
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
   def logits(params, config):
-    hidden, _ = decoder.Decoder(config).apply(
+    hidden, _ = jax.jit(decoder.Decoder(config).apply)(
       {"params": params["trunk"]}, tokens, positions
     )
     return np.asarray(heads.logits(params, hidden))
@@ -217,11 +214,8 @@ def test_torch_transformers_gives_the_same_logits(tmp_path, tokenizer, name):
   model = fakes.make_model(tokenizer.vocab_size, **(
     dict(qkv_bias=None) | changes
   ))
-  params = heads.init_policy(model, jax.random.key(3))
   # Trained weights: no norm is 1 and no bias 0.
-  params = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(4), x.shape), params
-  )
+  params = fakes.disturbed(fakes.make_policy(model, 3))
   folder = tmp_path / "hf"
   hf_export.save_policy(folder, params, model, tokenizer, "float32")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -231,7 +225,7 @@ def test_torch_transformers_gives_the_same_logits(tmp_path, tokenizer, name):
   with torch.no_grad():
     want = theirs(torch.tensor(tokens)).logits.numpy()
   positions = jnp.tile(jnp.arange(100, dtype=jnp.int32), (2, 1))
-  hidden, _ = decoder.Decoder(model).apply(
+  hidden, _ = jax.jit(decoder.Decoder(model).apply)(
     {"params": params["trunk"]}, jnp.asarray(tokens, jnp.int32), positions
   )
   ours = np.asarray(heads.logits(params, hidden))

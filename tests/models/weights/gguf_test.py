@@ -1,5 +1,6 @@
 """GGUF files that the gguf package writes, against the same weights from HF."""
 
+import fakes
 import gguf
 import jax
 import jax.numpy as jnp
@@ -95,15 +96,12 @@ def make(scaling=None):
     rope_scaling=scaling, qkv_bias=True, o_bias=True, mlp_bias=True,
     rms_norm_eps=EPSILON, max_positions=4096,
   )
-  policy = heads.init_policy(config, jax.random.key(0))
-  return config, jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), policy
-  )
+  return config, fakes.disturbed(fakes.make_policy(config))
 
 
 def logits(config, policy):
   tokens = jnp.arange(60, dtype=jnp.int32)[None] % config.vocab_size
-  hidden, _ = decoder.Decoder(config).apply(
+  hidden, _ = jax.jit(decoder.Decoder(config).apply)(
     {"params": policy["trunk"]}, tokens, jnp.arange(60, dtype=jnp.int32)[None]
   )
   return np.asarray(heads.logits(policy, hidden))
