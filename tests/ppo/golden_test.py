@@ -1,5 +1,6 @@
 """PPO core against recorded outputs of the released (verl) functions."""
 
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from ppo import parts
+from ppo.estimators import estimators_test
 
 from stepsearch_jax.ppo import (
   estimators,
@@ -37,7 +39,13 @@ def cases(shared):
 
 
 def f32(x):
-  return jnp.asarray(x, jnp.float32)
+  return np.asarray(x, np.float32)
+
+
+@functools.cache
+def compiled(loss):
+  """Loss with gradient by its first argument, compiled once per shape."""
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def close(ours, theirs, where=None):
@@ -49,17 +57,13 @@ def close(ours, theirs, where=None):
 
 def estimate(name, rewards, values, masks, group=None, **settings):
   batch = parts.rollout_batch(np.asarray(masks.policy))
-  return estimators.find(name)(
-    estimators.Inputs(
-      rewards=f32(rewards), values=f32(values),
-      logp=jnp.zeros(rewards.shape), masks=masks,
-      group=batch.group if group is None else jnp.asarray(group, jnp.int32),
-      turn=batch.turn, anchor=batch.anchor, searches=batch.searches,
-    ),
-    parts.learner_spec(
-      **{f"estimator__{k}": v for k, v in settings.items()}
-    ).estimator,
+  inputs = estimators.Inputs(
+    rewards=f32(rewards), values=f32(values),
+    logp=np.zeros(rewards.shape, np.float32), masks=masks,
+    group=batch.group if group is None else np.asarray(group, np.int32),
+    turn=batch.turn, anchor=batch.anchor, searches=batch.searches,
   )
+  return estimators_test.run(name, inputs, **settings)
 
 
 def test_released_gae_and_whitening(cases):
@@ -69,7 +73,7 @@ def test_released_gae_and_whitening(cases):
     if on.sum() < 2:
       continue  # The released code raises; ours only removes the mean.
     # Its recursion runs over every position, whatever the mask says.
-    everywhere = jnp.ones_like(mask)
+    everywhere = np.ones_like(mask)
     found = estimate(
       "gae", given["token_level_rewards"], given["values"],
       records.Masks(mask, mask, everywhere), gamma=params["gamma"],
@@ -85,15 +89,25 @@ def test_grpo(cases):
     _, group = np.unique(given["index"], return_inverse=True)
     # The released outcome sums every token reward, masked or not.
     rewards = f32(given["token_level_rewards"]).sum(-1, keepdims=True)
-    first = (jnp.cumsum(mask, axis=-1) == 1) & (mask > 0)
-    spread = jnp.where(first, rewards, 0.0)
+    first = (np.cumsum(mask, axis=-1) == 1) & (mask > 0)
+    spread = np.where(first, rewards, 0.0)
     ours = estimate(
-      "grpo", spread, jnp.zeros(mask.shape), records.Masks(mask, mask, mask),
+      "grpo", spread, np.zeros(mask.shape), records.Masks(mask, mask, mask),
       group,
     ).advantages
     rows = np.asarray(mask).sum(-1) > 0
     if rows.all():
       close(ours, want["advantages"], np.asarray(mask) > 0)
+
+
+def policy_loss(new, old, advantages, mask, clip):
+  log_ratio = jnp.where(mask > 0, new - old, 0.0)
+  token = losses.policy_loss(log_ratio, advantages, 1 - clip, 1 + clip)
+  value, hit, kl = (
+    losses.masked_sum(x, mask) / mask.sum()
+    for x in (token.loss, token.clipped, -log_ratio)
+  )
+  return value, (hit, kl)
 
 
 def test_policy_loss_with_gradient(cases):
@@ -102,24 +116,21 @@ def test_policy_loss_with_gradient(cases):
       f32(given[name])
       for name in ("old_log_prob", "log_prob", "advantages", "eos_mask")
     )
-
-    def loss(new, old=old, advantages=advantages, mask=mask, params=params):
-      log_ratio = jnp.where(mask > 0, new - old, 0.0)
-      token = losses.policy_loss(
-        log_ratio, advantages, 1 - params["cliprange"],
-        1 + params["cliprange"],
-      )
-      value, hit, kl = (
-        losses.masked_sum(x, mask) / mask.sum()
-        for x in (token.loss, token.clipped, -log_ratio)
-      )
-      return value, (hit, kl)
-
-    (value, (hit, kl)), grad = jax.value_and_grad(loss, has_aux=True)(new)
+    (value, (hit, kl)), grad = compiled(policy_loss)(
+      new, old, advantages, mask, params["cliprange"]
+    )
     close(value, want["pg_loss"])
     close(hit, want["pg_clipfrac"])
     close(kl, want["ppo_kl"])
     close(grad, want["grad_log_prob"])
+
+
+def value_loss(new, old, returns, mask, clip):
+  token = losses.value_loss(new, old, returns, clip)
+  return tuple(
+    losses.masked_sum(x, mask) / mask.sum()
+    for x in (token.loss, token.clipped)
+  )
 
 
 def test_value_loss_with_gradient(cases):
@@ -127,16 +138,9 @@ def test_value_loss_with_gradient(cases):
     new, returns, old, mask = (
       f32(given[name]) for name in ("vpreds", "returns", "values", "eos_mask")
     )
-
-    def loss(new, old=old, returns=returns, mask=mask, params=params):
-      token = losses.value_loss(new, old, returns, params["cliprange_value"])
-      value, hit = (
-        losses.masked_sum(x, mask) / mask.sum()
-        for x in (token.loss, token.clipped)
-      )
-      return value, hit
-
-    (value, hit), grad = jax.value_and_grad(loss, has_aux=True)(new)
+    (value, hit), grad = compiled(value_loss)(
+      new, old, returns, mask, params["cliprange_value"]
+    )
     close(value, want["vf_loss"])
     close(hit, want["vf_clipfrac"])
     close(grad, want["grad_vpreds"])
@@ -152,43 +156,46 @@ def through_logits(logits, targets, mask):
   return logp.reshape(mask.shape), entropy.reshape(mask.shape)
 
 
+def entropy_loss(logits, mask):
+  targets = jnp.zeros(mask.shape, jnp.int32)
+  entropy = through_logits(logits, targets, jnp.ones_like(mask))[1]
+  return masked.mean(entropy, mask), entropy
+
+
 def test_entropy_with_gradient(cases):
   for _, given, want in cases["compute_entropy_loss"]:
     logits, mask = f32(given["logits"]), f32(given["eos_mask"])
-
-    def loss(logits, mask=mask):
-      targets = jnp.zeros(mask.shape, jnp.int32)
-      entropy = through_logits(logits, targets, jnp.ones_like(mask))[1]
-      return masked.mean(entropy, mask), entropy
-
-    (value, entropy), grad = jax.value_and_grad(loss, has_aux=True)(logits)
+    (value, entropy), grad = compiled(entropy_loss)(logits, mask)
     close(value, want["entropy_loss"])
     close(entropy, want["entropy_per_token"])
     close(grad, want["grad_logits"])
 
 
+def weighted_logprobs(logits, labels, weight):
+  logp = through_logits(logits, labels, jnp.ones(labels.shape))[0]
+  return (logp * weight).sum(), logp
+
+
 def test_logprobs_with_gradient(cases):
   for _, given, want in cases["logprobs_from_logits"]:
     logits, weight = f32(given["logits"]), f32(given["weight"])
-    labels = jnp.asarray(given["labels"], jnp.int32)
-
-    def loss(logits, labels=labels, weight=weight):
-      logp = through_logits(logits, labels, jnp.ones(labels.shape))[0]
-      return (logp * weight).sum(), logp
-
-    (_, logp), grad = jax.value_and_grad(loss, has_aux=True)(logits)
+    labels = np.asarray(given["labels"], np.int32)
+    (_, logp), grad = compiled(weighted_logprobs)(logits, labels, weight)
     close(logp, want["log_probs"])
     close(grad, want["grad_logits_of_weighted_sum"])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def kl_with_gradient(logp, reference, kind):
+  grad = jax.grad(lambda x: kl.penalty(x, reference, kind).sum())(logp)
+  return kl.penalty(logp, reference, kind), grad
 
 
 def test_kl_estimators_with_gradient(cases):
   for params, given, want in cases["kl_penalty"]:
     logp, reference = f32(given["logprob"]), f32(given["ref_logprob"])
-    kind = params["kl_penalty"]
-    close(kl.penalty(logp, reference, kind), want["kl"])
-    grad = jax.grad(
-      lambda x, r=reference, k=kind: kl.penalty(x, r, k).sum()
-    )(logp)
+    found, grad = kl_with_gradient(logp, reference, params["kl_penalty"])
+    close(found, want["kl"])
     close(grad, want["grad_logprob_of_sum"])
 
 
@@ -211,8 +218,8 @@ def test_whitening_and_masked_mean(cases):
   name = "masked_mean/masked_sum/masked_var/masked_whiten"
   for _, given, want in cases[name]:
     x, mask = f32(given["values"]), f32(given["mask"])
-    close(masked.mean(x, mask), want["mean"])
-    close(masked.whiten(x, mask), want["whiten"], np.asarray(mask) > 0)
+    close(jax.jit(masked.mean)(x, mask), want["mean"])
+    close(jax.jit(masked.whiten)(x, mask), want["whiten"], np.asarray(mask) > 0)
 
 
 def test_released_learning_rate_schedule(cases):
@@ -234,10 +241,10 @@ def test_adamw_with_clipping(cases):
     tx = optimizer.adamw(rate, params["weight_decay"], params["max_norm"])
     weights = {"w": f32(given["w0"]), "b": f32(given["b0"])}
     with jax.numpy_dtype_promotion("standard"):
-      state = tx.init(weights)
+      state, update = jax.jit(tx.init)(weights), jax.jit(tx.update)
       for k in range(len(given["grad_w"])):
         grads = {"w": f32(given["grad_w"][k]), "b": f32(given["grad_b"][k])}
-        updates, state = tx.update(grads, state, weights)
+        updates, state = update(grads, state, weights)
         weights = optax.apply_updates(weights, updates)
         close(weights["w"], want["w"][k])
         close(weights["b"], want["b"][k])

@@ -104,8 +104,8 @@ def test_logprobs_and_gradients_equal_full_logits(temperature):
   weight = rng.normal(size=(v, d)).astype(np.float32)
   targets = rng.integers(0, v, n).astype(np.int32)
   mask = rng.random(n) < 0.6
-  logp, entropy = logprobs.token_logprobs(
-    *map(jnp.asarray, (hidden, weight, targets, mask)), temperature
+  logp, entropy = jax.jit(logprobs.token_logprobs, static_argnums=4)(
+    hidden, weight, targets, mask, temperature
   )
   want = reference.logprobs(
     hidden.astype(np.float64), weight.astype(np.float64), targets, temperature
@@ -128,8 +128,8 @@ def test_logprobs_and_gradients_equal_full_logits(temperature):
     return jnp.where(jnp.asarray(mask), chosen * a + entropy * b, 0.0).sum()
 
   inputs = jnp.asarray(hidden), jnp.asarray(weight)
-  ours = jax.grad(chunked, (0, 1))(*inputs)
-  want = jax.grad(full, (0, 1))(*inputs)
+  ours = jax.jit(jax.grad(chunked, (0, 1)))(*inputs)
+  want = jax.jit(jax.grad(full, (0, 1)))(*inputs)
   for x, y in zip(ours, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
 
