@@ -1,6 +1,7 @@
 """The rollout: token-exact, independent of slots and delays, untrickable."""
 
 import dataclasses
+import functools
 
 import fakes
 import jax
@@ -115,6 +116,16 @@ def test_finished_slots_idle_little_while_questions_wait(parts):
   assert vacant_share(32) == 0  # Nobody waits.
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def forward(policy, tokens, temperature, model):
+  """Log-probabilities [T, V] of what may follow each token of one row."""
+  positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+  hidden, _ = decoder.Decoder(model).apply(
+    {"params": policy["trunk"]}, tokens[None], positions
+  )
+  return jax.nn.log_softmax(heads.logits(policy, hidden)[0] / temperature)
+
+
 def test_recorded_logprobs_equal_a_forward_pass_over_the_whole_row(
   parts, compiled
 ):
@@ -126,12 +137,8 @@ def test_recorded_logprobs_equal_a_forward_pass_over_the_whole_row(
       # One padded length, so that the reference is compiled once.
       tokens = np.zeros(256, np.int32)
       tokens[: len(trajectory.tokens)] = trajectory.tokens
-      positions = jnp.arange(256, dtype=jnp.int32)[None]
-      hidden, _ = decoder.Decoder(model).apply(
-        {"params": policy["trunk"]}, tokens[None], positions
-      )
-      logits = heads.logits(policy, hidden)[0, : len(trajectory.tokens) - 1]
-      logp = np.asarray(jax.nn.log_softmax(logits / temperature))
+      logp = forward(policy, tokens, temperature, model)
+      logp = np.asarray(logp[: len(trajectory.tokens) - 1])
       chosen = logp[np.arange(len(logp)), trajectory.tokens[1:]]
       mask = trajectory.policy_mask
       np.testing.assert_allclose(

@@ -123,7 +123,9 @@ def test_a_second_rollout_compiles_nothing(parts, compilations):
 def test_programs_compiled_ahead_are_all_that_rollouts_need(
   parts, compilations
 ):
-  tokenizer, model, policy = parts
+  tokenizer, _, _ = parts
+  model = fakes.make_model(tokenizer.vocab_size, num_layers=1)
+  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
   engine = fakes.make_engine(
     tokenizer, model, fakes.FakeRetriever(text="{query} " + "far " * 30),
     context=512, spec=fakes.engine_spec(

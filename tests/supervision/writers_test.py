@@ -1,11 +1,13 @@
 """Writers against a naive greedy loop and a real little server."""
 
 import dataclasses
+import functools
 import json
 import threading
 from http import server
 
 import fakes
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,21 @@ from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models.weights import export as hf_export
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.supervision import writers
+
+
+def following(params, ids, model):
+  """The likeliest next token; tokens behind the last cannot change it."""
+  tokens = np.zeros((1, 64), np.int32)
+  tokens[0, : len(ids)] = ids
+  return _likeliest(params, tokens, model)[len(ids) - 1]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _likeliest(params, tokens, model):
+  hidden, _ = decoder.Decoder(model).apply(
+    {"params": params["trunk"]}, tokens, jnp.arange(64, dtype=jnp.int32)[None]
+  )
+  return jnp.argmax(heads.logits(params, hidden[0]), -1)
 
 
 def test_local_writer_completes_greedily(tmp_path):
@@ -35,12 +52,7 @@ def test_local_writer_completes_greedily(tmp_path):
     while len(ids) < start + 6 and not (
       len(ids) > start and ids[-1] in tokenizer.eos_ids
     ):
-      tokens = jnp.asarray([ids], jnp.int32)
-      hidden, _ = decoder.Decoder(model).apply(
-        {"params": params["trunk"]}, tokens,
-        jnp.arange(len(ids), dtype=jnp.int32)[None],
-      )
-      ids.append(int(np.argmax(heads.logits(params, hidden[0, -1]))))
+      ids.append(int(following(params, ids, model)))
     assert text == tokenizer.decode(ids[start:])
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_sigkill_in_the_command_line_tool_is_survived(tmp_path):
   process = subprocess.Popen(command, env=environment,
                              stderr=subprocess.DEVNULL)
   while not list(partial.glob("done_*")) and process.poll() is None:
-    pass
+    time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not (tmp_path / "index").exists()
@@ -152,7 +153,7 @@ def test_two_processes_are_killed_go_on_and_embed_one_index(tmp_path):
   while not list((tmp_path / "two.partial").glob("done_*")) and all(
     handle.poll() is None for handle in handles
   ):
-    pass
+    time.sleep(0.01)
   for handle in handles:
     handle.send_signal(signal.SIGKILL)
     handle.communicate()
