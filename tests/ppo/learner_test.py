@@ -2,6 +2,7 @@
 
 import functools
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,21 +36,12 @@ def make_learner(**changes):
   return learner.Learner(MODEL, MODEL, spec, sharding.make_mesh())
 
 
-def make_value(key):
-  trunk_key, head_key = jax.random.split(key)
-  trunk = heads.init_trunk(MODEL, trunk_key)
-  return heads.value_from_policy({"trunk": trunk}, head_key)
-
-
 @functools.cache
 def models():
   """(policy, value, reference) parameters."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  return (
-    heads.init_policy(MODEL, keys[0]),
-    make_value(keys[1]),
-    heads.init_policy(MODEL, keys[2]),
-  )
+  policy, other, reference = (fakes.make_policy(MODEL, i) for i in range(3))
+  value = heads.value_from_policy(other, jax.random.key(0))
+  return policy, value, reference
 
 
 def make_batch(seed, lengths=LENGTHS, width=48):
@@ -81,23 +73,35 @@ def baseline():
   return step(make_learner(), fresh(make_learner()), make_batch(0))
 
 
-def states(params, batch):
+def states(params, tokens):
   """Hidden states [B, T, M] in which each token was chosen, one plain pass."""
-  positions = jnp.broadcast_to(
-    jnp.arange(48, dtype=jnp.int32), batch.tokens.shape
-  )
+  positions = jnp.broadcast_to(jnp.arange(48, dtype=jnp.int32), tokens.shape)
   hidden, _ = decoder.Decoder(MODEL).apply(
-    {"params": params["trunk"]}, jnp.asarray(batch.tokens), positions
+    {"params": params["trunk"]}, tokens, positions
   )
   return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
+@jax.jit
+def _logps(params, tokens):
+  table = jax.nn.log_softmax(heads.logits(params, states(params, tokens)))
+  picked = jnp.take_along_axis(table, tokens[..., None], -1)[..., 0]
+  return picked, -(jnp.exp(table) * table).sum(-1)
+
+
 def logps(params, batch):
   """(log-probabilities, entropies) [B, T] from all logits at once."""
-  table = jax.nn.log_softmax(heads.logits(params, states(params, batch)))
-  tokens = jnp.asarray(batch.tokens)[..., None]
-  picked = jnp.take_along_axis(table, tokens, -1)[..., 0]
-  return picked, -(jnp.exp(table) * table).sum(-1)
+  return _logps(params, batch.tokens)
+
+
+@jax.jit
+def _values(params, tokens):
+  return heads.values(params, states(params, tokens))
+
+
+def values_of(params, batch):
+  """State values [B, T] of a value model."""
+  return _values(params, batch.tokens)
 
 
 def test_scores_equal_a_plain_forward_pass_of_unpacked_rows():
@@ -111,7 +115,7 @@ def test_scores_equal_a_plain_forward_pass_of_unpacked_rows():
   assert metrics["actor/entropy"] == pytest.approx(
     float(entropy[on].mean()), rel=1e-4
   )
-  values = heads.values(value, states(value, batch))
+  values = values_of(value, batch)
   np.testing.assert_allclose(experience.values[on], values[on], atol=1e-4)
 
 
@@ -122,7 +126,7 @@ def test_one_update_equals_unpacked_whole_batch_autodiff():
   state, experience, metrics = step(ours, fresh(ours), batch)
   mask = jnp.asarray(batch.policy_mask)
   old, _ = logps(policy, batch)
-  values = heads.values(value, states(value, batch))
+  values = values_of(value, batch)
   shaped = batch.token_rewards - 0.1 * (old - logps(reference, batch)[0]) * mask
   raw, returns = naive.gae(*map(np.asarray, (shaped, values, mask)), 1.0, 1.0)
   picked = raw[batch.policy_mask > 0]
@@ -134,10 +138,10 @@ def test_one_update_equals_unpacked_whole_batch_autodiff():
     ratio = jnp.exp(logp - old)
     clipped = jnp.clip(ratio, 0.8, 1.2)
     pg = -jnp.minimum(ratio * advantages, clipped * advantages)
-    error = 0.5 * (heads.values(value, states(value, batch)) - returns) ** 2
+    error = 0.5 * (values_of(value, batch) - returns) ** 2
     return ((pg - 0.001 * entropy + error) * mask).sum() / count
 
-  grads = jax.grad(loss, (0, 1))(policy, value)
+  grads = jax.jit(jax.grad(loss, (0, 1)))(policy, value)
   for kind, params, grad in zip(
     ("policy", "value"), (policy, value), grads, strict=True
   ):
@@ -226,7 +230,7 @@ def test_released_scope_bootstraps_from_the_token_behind_the_response():
   ours = make_learner(estimator__scope="attended")
   batch = make_batch(0, [10, 31, 24, 48, 9, 17, 40, 12])
   experience, _ = ours.prepare(fresh(ours), batch)
-  values = np.asarray(heads.values(models()[1], states(models()[1], batch)))
+  values = np.asarray(values_of(models()[1], batch))
   first = batch.policy_mask.argmax(1)
   raw, inside = np.zeros_like(values), np.zeros_like(values)
   kl = experience.logp - experience.reference_logp

@@ -7,6 +7,7 @@ for every attention backend that runs on a CPU.
 import dataclasses
 import functools
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,9 +99,8 @@ def program(spec, backend):
 def losses_of(share, spec, backend):
   """(loss, gradients, log-probabilities [B, T]) of policy and value model."""
   packing, micros = micros_of(share, spec)
-  keys = jax.random.split(jax.random.key(0))
-  policy = heads.init_policy(config(), keys[0])
-  value = heads.value_from_policy({"trunk": policy["trunk"]}, keys[1])
+  policy = fakes.make_policy(config())
+  value = heads.value_from_policy(policy, jax.random.key(0))
   found = [program(spec, backend)((policy, value), micro) for micro in micros]
   total = sum(one[0][0] for one in found)
   grads = functools.reduce(

@@ -1,11 +1,13 @@
 """Each loss switch in a real update: packed micro-batches against loops.
 
-The loss is written out row by row and turn by turn over padded rows, one
-jax.grad; gradient norms and losses must agree with what the update reports.
+The loss is written out row by row and turn by turn over padded rows, in numpy;
+what its differences say of each token goes through one plain forward pass, and
+the norm of that gradient must be the one that the update reports.
 """
 
 import functools
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,7 @@ def make_learner(**changes):
 
 @functools.cache
 def policy():
-  return heads.init_policy(MODEL, jax.random.key(0))
+  return fakes.make_policy(MODEL)
 
 
 def make_batch():
@@ -59,18 +61,22 @@ def make_batch():
   )
 
 
-def forward(params, batch, temperature=1.0):
-  """(log-probabilities, entropies) [B, T] from all logits at once."""
+@jax.jit
+def _forward(params, batch_tokens, temperature):
   steps = jnp.arange(WIDTH, dtype=jnp.int32)
   hidden, _ = decoder.Decoder(MODEL).apply(
-    {"params": params["trunk"]}, jnp.asarray(batch.tokens),
-    jnp.broadcast_to(steps, batch.tokens.shape),
+    {"params": params["trunk"]}, batch_tokens,
+    jnp.broadcast_to(steps, batch_tokens.shape),
   )
   hidden = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   table = jax.nn.log_softmax(heads.logits(params, hidden) / temperature)
-  tokens = jnp.asarray(batch.tokens)[..., None]
-  picked = jnp.take_along_axis(table, tokens, -1)[..., 0]
+  picked = jnp.take_along_axis(table, batch_tokens[..., None], -1)[..., 0]
   return picked, -(jnp.exp(table) * table).sum(-1)
+
+
+def forward(params, batch, temperature=1.0):
+  """(log-probabilities, entropies) [B, T] from all logits at once."""
+  return _forward(params, batch.tokens, temperature)
 
 
 def experience(batch):
@@ -91,10 +97,12 @@ def experience(batch):
   )
 
 
-def written_out(params, exp, spec):
-  """The loss by rows, turns and tokens, in the notation of the papers."""
+def written_out(logp, entropy, held, exp, spec):
+  """The loss by rows, turns and tokens, in the notation of the papers.
+
+  `held` are the log-probabilities once more, where no gradient flows.
+  """
   batch, loss = exp.batch, spec.loss
-  logp, entropy = forward(params, batch)
   rows, counts, llds = [], [], []
   for b, on in enumerate(batch.policy_mask > 0):
     terms, penalty = [], 0.0
@@ -102,32 +110,28 @@ def written_out(params, exp, spec):
     good = on.any() and exp.advantages[b][on].mean() >= 0
     for n in range(batch.turn[b].max() + 1):
       turn = np.nonzero(batch.turn[b] == n)[0]
-      gap = logp[b] - exp.logp[b]
+      gap, still = logp[b] - exp.logp[b], held[b] - exp.logp[b]
       drop = -gap[turn]
       if good:
         weight = loss.llds_answer_weight if n == batch.answer_turn[b] else 1.0
-        fell = jnp.where(drop.sum() > 0, jnp.maximum(drop, 0).sum(), 0.0)
+        fell = np.maximum(drop, 0).sum() if drop.sum() > 0 else 0.0
         penalty += weight * fell / len(where)
       of = {"token": None, "sequence": where, "turn": turn}[loss.ratio]
       for t in turn:
-        ratio = jnp.exp(gap[t])
-        if of is not None:
-          ratio = jnp.exp(
-            jax.lax.stop_gradient(gap[of].mean() - gap[t]) + gap[t]
-          )
+        mean = still[t] if of is None else still[of].mean()
+        ratio = np.exp(mean - still[t] + gap[t])
         if loss.old_logp == "rollout":  # Larger weights are scaled down.
-          fixed = jax.lax.stop_gradient(ratio)
-          ratio *= jnp.minimum(fixed, loss.importance_cap) / fixed
+          ratio *= min(np.exp(mean), loss.importance_cap) / np.exp(mean)
         a = exp.advantages[b, t]
         high = loss.clip_ratio_high or loss.clip_ratio
-        kept = jnp.clip(ratio, 1 - loss.clip_ratio, 1 + high)
-        term = -jnp.minimum(ratio * a, kept * a)
+        kept = np.clip(ratio, 1 - loss.clip_ratio, 1 + high)
+        term = -min(ratio * a, kept * a)
         if loss.dual_clip and a < 0:
-          term = jnp.minimum(term, loss.dual_clip * -a)
+          term = min(term, loss.dual_clip * -a)
         term -= loss.entropy_coef * entropy[b, t]
         if not spec.kl.in_reward:
           far = exp.reference_logp[b, t] - logp[b, t]
-          term += spec.kl.coef * (jnp.exp(far) - far - 1)
+          term += spec.kl.coef * (np.exp(far) - far - 1)
         terms.append(term)
     rows.append(sum(terms, start=0.0))
     counts.append(len(where))
@@ -155,10 +159,31 @@ SWITCHES = {
 }
 
 
+@jax.jit
+def pulled(params, tokens, slopes):
+  """Gradient of a sum over log-probabilities and entropies, each weighed."""
+  def loss(params):
+    return sum(map(jnp.vdot, slopes, _forward(params, tokens, 1.0)))
+
+  return jax.grad(loss)(params)
+
+
 @functools.cache
 def gradient(spec):
-  exp = experience(make_batch())
-  return jax.jit(jax.grad(lambda params: written_out(params, exp, spec)))
+  """Gradient of the written-out loss at `policy()`."""
+  exp, step = experience(make_batch()), 1e-5
+  here = [np.float64(x) for x in forward(policy(), exp.batch)]
+  slopes, held = [np.zeros_like(x) for x in here], here[0].copy()
+  for x, slope in zip(here, slopes, strict=True):
+    for place in zip(*np.nonzero(exp.batch.policy_mask), strict=True):
+      ends, middle = [], x[place]
+      for x[place] in (middle - step, middle + step):
+        ends.append(written_out(*here, held, exp, spec))
+      x[place] = middle
+      slope[place] = (ends[1] - ends[0]) / (2 * step)
+  return pulled(
+    policy(), exp.batch.tokens, [np.float32(slope) for slope in slopes]
+  )
 
 
 # The others differ from these by less than a path of code.
@@ -174,11 +199,11 @@ def test_an_update_follows_the_written_out_loss(name):
   exp = experience(batch)
   state = ours.init_state(policy(), None, policy())
   _, metrics = ours.update(state, exp)
-  grads = gradient(ours.spec)(policy())
+  grads = gradient(ours.spec)
   norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
   assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-3)
   if name != "today":
-    before = gradient(make_learner().spec)(policy())
+    before = gradient(make_learner().spec)
     same = [np.allclose(a, b, rtol=1e-3) for a, b in zip(
       jax.tree.leaves(grads), jax.tree.leaves(before), strict=True)]
     assert not all(same), "the switch does nothing in this test"
