@@ -11,6 +11,7 @@ with low-rank adapters carries them beside its trunk as "adapters" (see
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -88,6 +89,16 @@ def values(params: types.Tree, hidden: jax.Array) -> jax.Array:
   return out[..., 0] + head["bias"].astype(jnp.float32)[0]
 
 
+@functools.cache  # A plan asks a hundred times; tracing takes half a second.
+def _trunk_axes(config: decoder.DecoderConfig) -> types.Tree:
+  boxed = jax.eval_shape(lambda k: _boxed_trunk(config, k), jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf: tuple(leaf.names),
+    boxed,
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+  )
+
+
 def logical_axes(
   config: decoder.DecoderConfig, kind: str = "policy"
 ) -> types.Tree:
@@ -100,13 +111,7 @@ def logical_axes(
   Returns:
     Nested dict whose leaves are tuples of axis names.
   """
-  boxed = jax.eval_shape(lambda k: _boxed_trunk(config, k), jax.random.key(0))
-  trunk = jax.tree.map(
-    lambda leaf: tuple(leaf.names),
-    boxed,
-    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
-  )
-  axes = {"trunk": trunk}
+  axes = {"trunk": _trunk_axes(config)}
   if kind == "value":
     axes["value_head"] = {"kernel": ("embed", None), "bias": (None,)}
   elif not config.tie_embeddings:

@@ -41,12 +41,7 @@ class Trainable:
 
   def shapes(self) -> Any:
     """Shapes of `init`'s result."""
-    key = jax.random.key(0)
-
-    def make(key):
-      return self.init(heads.init_policy(self.config, key), key)
-
-    return jax.eval_shape(make, key)
+    return _shapes(self)
 
   def axes(self) -> Any:
     """Logical axes of `init`'s result."""
@@ -84,6 +79,14 @@ class Trainable:
     )
     rest = reference if self.role == "policy" else params
     return {k: v for k, v in rest.items() if k != "adapters"} | {"trunk": trunk}
+
+
+@functools.cache  # As for `heads._trunk_axes`.
+def _shapes(part: Trainable) -> Any:
+  def make(key):
+    return part.init(heads.init_policy(part.config, key), key)
+
+  return jax.eval_shape(make, jax.random.key(0))
 
 
 def abstract_reference(

@@ -19,7 +19,7 @@ def agent(tmp_path_factory):
   config.rollout.max_turns = 2
   patch = pytest.MonkeyPatch()
   patch.setattr(Experiment, "trained_policy", lambda self, step: (
-    7, fakes.make_tag_lover(self.tokenizer, self.initial_policy())
+    7, fakes.make_tag_lover(self.tokenizer, fakes.make_policy(self.model))
   ))
   (workdir / "checkpoints").mkdir()
   made = asking.Agent(config, workdir)
