@@ -279,7 +279,9 @@ def put(tree: types.Tree, shardings: types.Tree) -> types.Tree:
       if not (x.is_fully_addressable and where.is_fully_addressable):
         return jax.jit(jnp.copy, out_shardings=where)(x)
       # From device to device: a large model never passes through the host.
-      return jax.device_put(x, where, may_alias=False)
+      # Copied first: a replica on the source's own device shares its buffer,
+      # may_alias=False or not, and donating it would free the source.
+      return jax.device_put(jnp.copy(x), where)
     x = np.asarray(x)
     return jax.make_array_from_callback(
       x.shape, where, lambda part: np.array(x[part])

@@ -1,6 +1,9 @@
 """The rules table: what is split, what stays whole, what is refused."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -129,3 +132,25 @@ def test_every_model_can_be_placed_by_the_table():
   placed = sharding.tree_shardings(mesh, heads.logical_axes(model), policy)
   split = [any(leaf.spec) for leaf in jax.tree.leaves(placed)]
   assert sum(split) > len(split) / 2
+
+
+DONATES = """
+import jax, numpy as np
+from stepsearch_jax.parallel import sharding
+mesh = sharding.make_mesh(1, 2, 1)
+everywhere = sharding.named(mesh, (None,), (4,))
+source = jax.numpy.arange(4.0)
+first, second = (sharding.put(source, everywhere) for _ in range(2))
+jax.jit(lambda x: x + 1, donate_argnums=0)(first)
+assert first.is_deleted()
+for kept in (source, second):
+  np.testing.assert_array_equal(kept, np.arange(4.0))
+"""
+
+
+def test_donating_what_was_placed_frees_neither_source_nor_twin():
+  done = subprocess.run(
+    [sys.executable, "-c", DONATES], capture_output=True, text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
