@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ppo import parts, update_test
 
+from stepsearch_jax.models import adapters
 from stepsearch_jax.ppo import (
   advantages,
   batch_metrics,
@@ -269,10 +270,12 @@ def test_a_rollback_scales_the_whole_move():
     np.testing.assert_allclose(a, 0.25 * b, atol=1e-6)
 
 
-def test_log_probabilities_are_those_of_the_sampling_temperature():
-  ours = update_test.make_learner(temperature=0.5)
-  batch = update_test.make_batch()
-  found, _ = ours.prepare(fresh(ours), batch)
+@pytest.mark.parametrize("adapter", [None, adapters.AdapterSpec(2, 2.0)])
+def test_log_probabilities_are_those_of_the_sampling_temperature(adapter):
+  ours = update_test.make_learner(temperature=0.5, policy__adapter=adapter)
+  batch, policy = update_test.make_batch(), update_test.policy()
+  state = ours.start(policy, policy, jax.random.key(0))  # B of adapters is 0.
+  found, _ = ours.prepare(state, batch)
   on = batch.policy_mask > 0
   for temperature, agrees in ((0.5, True), (1.0, False)):
     want = np.asarray(
