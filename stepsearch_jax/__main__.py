@@ -29,6 +29,7 @@ VERBS = {
   "data": ("tools.prepare_data", "check, supervise, audit question files"),
   "index": ("tools.build_index", "build a search index over a corpus"),
   "serve": ("tools.serve_retrieval", "serve an index as /retrieve"),
+  "serve-agent": ("tools.serve_agent", "serve a trained agent as a chat API"),
   "plan": ("tools.plan", "memory and speed of a run before renting anything"),
   "bench": ("tools.bench", "measure this project beside its peers"),
   "doctor": ("tools.doctor", "what of this machine and installation works"),
@@ -55,7 +56,7 @@ complete -o nospace -F _stepsearch stepsearch
 def _overview() -> str:
   """Returns the list of verbs."""
   lines = ["usage: stepsearch VERB [--flag=value ...]", ""]
-  lines += [f"  {verb:10}{what}" for verb, (_, what) in VERBS.items()]
+  lines += [f"  {verb:13}{what}" for verb, (_, what) in VERBS.items()]
   lines += [
     "", "stepsearch VERB --help shows a verb's flags. Completion for bash:",
     '  eval "$(stepsearch completion)"', "", "First steps:",

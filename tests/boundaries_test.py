@@ -23,7 +23,8 @@ MAY_IMPORT = {
   "user_functions": {"types"},
   "models": {"buckets", "jax", "parallel", "types"},
   "retrieval": {"buckets", "data", "files", "jax", "models", "parallel",
-                "types"},
+                "serving", "types"},
+  "serving": {"types"},
   "rollout": {"env", "jax", "models", "parallel", "types"},
   "ppo": {"jax", "models", "parallel", "types", "user_functions"},
   "sft": {"data", "env", "files", "jax", "models", "parallel", "ppo", "rewards",
@@ -47,7 +48,8 @@ MAY_IMPORT = {
             "run", "types"},
   "tools": {"bench", "buckets", "cli", "data", "env", "evaluation", "files",
             "jax", "ml_collections", "models", "parallel", "plan", "retrieval",
-            "rewards", "run", "supervision", "train", "types", "view"},
+            "rewards", "run", "serving", "supervision", "train", "types",
+            "view"},
 }
 # The rollout's device side knows no strings and no retrievers.
 DEVICE_SIDE = ("device", "layout", "programs", "sampling")

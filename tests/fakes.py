@@ -183,7 +183,8 @@ class ScriptedPrograms:
         self._turn[place] = -1
       if chunk.begins_turn[row]:
         self._turn[place] += 1
-        self._left[place] = list(self._turns[self._turn[place]])
+        turn = self._turns[self._turn[place]]
+        self._left[place] = turn[: chunk.budget[row]]
     return state
 
   def decode_block(self, params, state, key, kv_length, limit, leave):

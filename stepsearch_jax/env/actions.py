@@ -38,3 +38,12 @@ def parse(text: str) -> ParsedTurn:
   if match is None:
     return ParsedTurn(types.Action.INVALID, "")
   return ParsedTurn(types.Action(match.group(1)), match.group(2).strip())
+
+
+def thought(text: str) -> str:
+  """Returns what a policy turn says before its action, stripped.
+
+  Of a turn without one that is all of it.
+  """
+  match = _ACTION.search(text)
+  return (text[: match.start()] if match else text).strip()

@@ -16,16 +16,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
-import time
-import zlib
 from collections.abc import Sequence
 
 import prometheus_client
-from absl import logging
-from starlette import applications, requests, responses, routing
+from starlette import applications, requests, responses
 
 from stepsearch_jax import files, types
+from stepsearch_jax.serving import http
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +58,6 @@ class ServiceLimits:
       )
 
 
-class BadRequestError(ValueError):
-  """A request that can never succeed; carries its HTTP status."""
-
-  def __init__(self, message: str, status: int = 400):
-    """Keeps the status beside the reason."""
-    super().__init__(message)
-    self.status = status
-
-
-class QueueFullError(RuntimeError):
-  """Too many queries wait already."""
-
-
 @dataclasses.dataclass
 class _Waiting:
   queries: list[str]
@@ -97,11 +81,11 @@ class Batcher:
     """Passages of each query.
 
     Raises:
-      QueueFullError: too much work waits.
+      http.QueueFullError: too much work waits.
       TimeoutError: the result took too long.
     """
     if self.waiting + len(queries) > self._limits.waiting:
-      raise QueueFullError(
+      raise http.QueueFullError(
         f"{self.waiting} queries wait, the limit is {self._limits.waiting}"
       )
     item = _Waiting(queries, topk, asyncio.get_running_loop().create_future())
@@ -175,38 +159,33 @@ def parse_request(
   """(queries, topk, return_scores) of a request body.
 
   Raises:
-    BadRequestError: naming the field and what was expected.
+    http.BadRequestError: naming the field and what was expected.
   """
-  try:
-    row = json.loads(body)
-  except (ValueError, RecursionError) as error:
-    raise BadRequestError(f"the body is no JSON: {error}") from error
-  if not isinstance(row, dict):
-    raise BadRequestError("the body must be a JSON object")
+  row = http.parse_object(body)
   queries = row.get("queries")
   if not isinstance(queries, list) or not all(
     isinstance(query, str) for query in queries
   ):
-    raise BadRequestError("queries must be a list of strings")
+    raise http.BadRequestError("queries must be a list of strings")
   most = min(limits.queries, limits.waiting)
   if len(queries) > most:
-    raise BadRequestError(
+    raise http.BadRequestError(
       f"queries must hold up to {most} strings, got {len(queries)}"
     )
   longest = max(map(len, queries), default=0)
   if longest > limits.query_chars:
-    raise BadRequestError(
+    raise http.BadRequestError(
       f"a query has {longest} characters, the limit is {limits.query_chars}"
     )
   given = row.get("topk")
   topk = limits.default_topk if given is None else _integer(given)
   if topk is None or not 0 < topk <= limits.topk:
-    raise BadRequestError(
+    raise http.BadRequestError(
       f"topk must be an integer from 1 to {limits.topk}, got {given!r:.40}"
     )
   scores = _boolean(row.get("return_scores"))
   if scores is None:
-    raise BadRequestError(
+    raise http.BadRequestError(
       f"return_scores must be a boolean, got {row['return_scores']!r:.40}"
     )
   return files.encodable(queries), topk, scores
@@ -222,147 +201,35 @@ def to_document(passage: types.Passage) -> dict[str, str]:
   }
 
 
-async def _body(request: requests.Request, limits: ServiceLimits) -> bytes:
-  body, limit = bytearray(), limits.body_bytes
-  try:
-    async with asyncio.timeout(limits.timeout_seconds):
-      async for part in request.stream():
-        body += part
-        if len(body) > limit:
-          raise BadRequestError(f"the body has more than {limit} bytes", 413)
-  except TimeoutError as error:
-    raise BadRequestError(
-      f"the body took more than {limits.timeout_seconds} s", 408
-    ) from error
-  coding = request.headers.get("content-encoding", "identity").lower()
-  if coding == "identity":
-    return bytes(body)
-  if coding not in ("gzip", "x-gzip"):
-    raise BadRequestError(f"content-encoding {coding!r} is not gzip", 415)
-  return _unzipped(bytes(body), limit)
-
-
-def _unzipped(body: bytes, limit: int) -> bytes:
-  """A gzipped body, never more than `limit` bytes of it."""
-  reader = zlib.decompressobj(wbits=31)
-  try:
-    plain = reader.decompress(body, limit + 1)
-  except zlib.error as error:
-    raise BadRequestError(f"the body is no gzip: {error}") from error
-  if len(plain) > limit:
-    raise BadRequestError(f"the body has more than {limit} bytes", 413)
-  if not reader.eof:
-    raise BadRequestError("the gzipped body ends early")
-  return plain
-
-
-class _Metrics:
-  """What /metrics shows."""
-
-  def __init__(self, batcher: Batcher):
-    self.registry = prometheus_client.CollectorRegistry()
-    self.answered = prometheus_client.Counter(
-      "retrieve_requests", "Requests by HTTP status.", ["status"],
-      registry=self.registry,
-    )
-    self.asked = prometheus_client.Counter(
-      "retrieve_queries", "Queries answered.", registry=self.registry
-    )
-    self.seconds = prometheus_client.Histogram(
-      "retrieve_seconds", "Seconds per request.", registry=self.registry
-    )
-    prometheus_client.Gauge(
-      "retrieve_waiting", "Queries in the queue.", registry=self.registry
-    ).set_function(lambda: batcher.waiting)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-  """What a request to /retrieve gets: HTTP status, JSON, queries answered."""
-
-  status: int
-  body: bytes
-  queries: int = 0
-
-
-def _error(status: int, message: str) -> _Answer:
-  return _Answer(status, json.dumps({"error": message}).encode())
-
-
-async def _answer(
-  request: requests.Request, batcher: Batcher, limits: ServiceLimits
-) -> _Answer:
-  try:
-    queries, topk, scores = parse_request(await _body(request, limits), limits)
-    found = await batcher.search(queries, topk) if queries else []
-    content = {"result": [
-      [
-        {"document": to_document(p), "score": p.score} if scores
-        else to_document(p)
-        for p in passages
-      ]
-      for passages in found
-    ]}
-    # Here, because a score that is no number has no JSON.
-    body = json.dumps(
-      content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    ).encode()
-  except BadRequestError as error:
-    return _error(error.status, str(error))
-  except QueueFullError as error:
-    return _error(429, str(error))
-  except TimeoutError:
-    return _error(503, f"no result in {limits.timeout_seconds} s")
-  except Exception as error:
-    logging.warning("a search failed", exc_info=True)
-    return _error(500, f"the search failed: {type(error).__name__}")
-  return _Answer(200, body, len(queries))
-
-
 def make_app(
   retriever: types.Retriever, limits: ServiceLimits | None = None
 ) -> applications.Starlette:
   """The ASGI application around a retriever."""
   limits = limits or ServiceLimits()
   batcher = Batcher(retriever, limits)
-  counted = _Metrics(batcher)
+  service = http.HttpService(
+    "retrieve", "the search", batcher, limits.timeout_seconds
+  )
+  asked = prometheus_client.Counter(
+    "retrieve_queries", "Queries answered.", registry=service.registry
+  )
 
   async def retrieve(request: requests.Request) -> responses.Response:
-    began = time.perf_counter()
-    answer = await _answer(request, batcher, limits)
-    counted.answered.labels(str(answer.status)).inc()
-    counted.asked.inc(answer.queries)
-    counted.seconds.observe(time.perf_counter() - began)
-    headers = {"retry-after": "1"} if answer.status in (429, 503) else None
-    return responses.Response(
-      answer.body, answer.status, headers, "application/json"
+    body = await http.read_body(
+      request, limits.body_bytes, limits.timeout_seconds
     )
+    queries, topk, scores = parse_request(body, limits)
+    found = await batcher.search(queries, topk) if queries else []
+    # A score that is no number has no JSON and raises here.
+    answer = responses.JSONResponse({"result": [
+      [
+        {"document": to_document(p), "score": p.score} if scores
+        else to_document(p)
+        for p in passages
+      ]
+      for passages in found
+    ]})
+    asked.inc(len(queries))
+    return answer
 
-  async def health(request: requests.Request) -> responses.Response:
-    del request
-    return responses.JSONResponse({"status": "ok", "waiting": batcher.waiting})
-
-  async def metrics(request: requests.Request) -> responses.Response:
-    del request
-    return responses.Response(
-      prometheus_client.generate_latest(counted.registry),
-      media_type=prometheus_client.CONTENT_TYPE_LATEST,
-    )
-
-  @contextlib.asynccontextmanager
-  async def lifespan(app):
-    del app
-    worker = asyncio.create_task(batcher.work())
-    yield
-    worker.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-      await worker
-
-  return applications.Starlette(
-    routes=[
-      routing.Route("/retrieve", retrieve, methods=["POST"]),
-      routing.Route("/health", health),
-      routing.Route("/metrics", metrics),
-    ],
-    lifespan=lifespan,
-  )
+  return service.make_app([service.route("/retrieve", retrieve)])

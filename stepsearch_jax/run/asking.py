@@ -16,7 +16,7 @@ import ml_collections
 from etils import epath
 
 from stepsearch_jax import types
-from stepsearch_jax.env import search_env
+from stepsearch_jax.env import actions, search_env
 from stepsearch_jax.rollout import recorder, text_side
 from stepsearch_jax.run import saved
 from stepsearch_jax.run.experiment import Experiment
@@ -37,6 +37,15 @@ class Happening:
   text: str = ""
   documents: Sequence[types.Passage] | None = ()
 
+  def as_row(self) -> dict:
+    """Returns a JSON-able form."""
+    if self.kind == "turn":
+      turn = actions.parse(self.text)
+      return {"kind": self.kind, "thought": actions.thought(self.text),
+              "action": str(turn.action), "content": turn.content}
+    return {"kind": self.kind, "failed": self.documents is None,
+            "titles": [passage.title for passage in self.documents or ()]}
+
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
@@ -46,51 +55,92 @@ class Reply:
     trajectory: the rollout.
     seconds: it took.
     tokens: that the policy wrote.
+    turn_seconds: that each turn took, its search included.
+    cut: it wrote all tokens that it was given and did not answer.
   """
 
   trajectory: types.Trajectory
   seconds: float
   tokens: int
+  turn_seconds: Sequence[float] = ()
+  cut: bool = False
 
   def as_row(self) -> dict:
     """Returns a JSON-able form."""
     turns = [
       {
         "action": str(turn.action), "content": turn.content,
-        "text": turn.text, "failed": turn.failed,
+        "text": turn.text, "thought": actions.thought(turn.text),
+        "failed": turn.failed, "seconds": round(seconds, 3),
         "documents": [
           {"id": p.id, "title": p.title, "text": p.text, "score": p.score}
           for p in turn.documents
         ],
       }
-      for turn in self.trajectory.turns
+      for turn, seconds in zip(
+        self.trajectory.turns, self.turn_seconds, strict=True
+      )
     ]
     return {
       "question": self.trajectory.question.text,
       "answer": self.trajectory.answer,
       "stop_reason": str(self.trajectory.stop_reason),
       "seconds": round(self.seconds, 3), "tokens": self.tokens,
-      "turns": turns,
+      "read_tokens": len(self.trajectory.tokens) - self.tokens,
+      "cut": self.cut, "turns": turns,
     }
 
 
-class _TellingTexts(text_side.TextSide):
-  """A text side that reports turns and documents."""
+def _ignore(happening: Happening) -> None:
+  """Tells nobody."""
 
-  tell: Callable[[Happening], None] = staticmethod(lambda happening: None)
+
+class _TellingTexts(text_side.TextSide):
+  """A text side that reports turns and documents, and counts tokens."""
+
+  def begin(
+    self, tell: Callable[[Happening], None], max_tokens: int | None
+  ) -> None:
+    """Starts over for the next question."""
+    self._tell = tell
+    self._left = max_tokens
+    self._began = time.perf_counter()
+    # When each turn so far was over, its search included.
+    self._ends: list[float] = []
+
+  @property
+  def spent(self) -> bool:
+    """Whether the policy has written all tokens that it was given."""
+    return self._left == 0
+
+  @property
+  def turn_seconds(self) -> list[float]:
+    """Seconds of each turn."""
+    begins = [self._began, *self._ends]
+    return [end - begin
+            for begin, end in zip(begins, self._ends, strict=False)]
+
+  def turn_budget(self, record: recorder.Recorder, limit: int) -> int:
+    """Returns how many tokens, at most `limit`, the next turn may have."""
+    budget = super().turn_budget(record, limit)
+    return budget if self._left is None else min(budget, self._left)
 
   def judge(self, record: recorder.Recorder) -> search_env.Step:
-    """Reports a turn, then judges it."""
-    self.tell(Happening("turn", self.decode(
-      record.tokens[record.turn_start :]
-    )))
-    return super().judge(record)
+    """Reports a turn, then judges it; the last one if no token is left."""
+    tokens = record.tokens[record.turn_start :]
+    self._ends.append(time.perf_counter())
+    self._tell(Happening("turn", self.decode(tokens)))
+    step = super().judge(record)
+    if self._left is not None:
+      self._left -= len(tokens)
+    return dataclasses.replace(step, done=step.done or self.spent)
 
   def observation(
     self, documents: Sequence[types.Passage] | None, turn: int
   ) -> search_env.Observation:
     """Reports documents, then writes the reply."""
-    self.tell(Happening("documents", documents=documents))
+    self._ends[-1] = time.perf_counter()
+    self._tell(Happening("documents", documents=documents))
     return super().observation(documents, turn)
 
 
@@ -134,30 +184,59 @@ class Agent:
 
   def ask(
     self, text: str, temperature: float = 0.0,
-    tell: Callable[[Happening], None] = lambda happening: None,
+    tell: Callable[[Happening], None] = _ignore,
+    max_tokens: int | None = None,
   ) -> Reply:
     """Plays one question.
 
     Args:
       text: the question.
       temperature: 0 for greedy.
-      tell: called with everything that happens, while it happens.
+      tell: called with everything that happens, while it happens; what it
+        raises ends the rollout and reaches the caller.
+      max_tokens: that the policy may write in all turns together, at least 1;
+        None for what the turns allow.
 
     Raises:
       UserError: the question does not fit the context.
     """
     question = types.Question(f"asked {self._asked}", text, ("?",))
     self._engine.prompt_tokens(question)
-    self._texts.tell = tell
+    self._texts.begin(tell, max_tokens)
     began = time.perf_counter()
     rollout = self._engine.run(
       self._policy, [question], [self._asked], temperature
     )
     self._asked += 1
     (trajectory,) = rollout.trajectories
-    return Reply(trajectory, time.perf_counter() - began,
-                 int(trajectory.policy_mask.sum()))
+    return Reply(
+      trajectory, time.perf_counter() - began,
+      int(trajectory.policy_mask.sum()), self._texts.turn_seconds,
+      self._texts.spent and trajectory.answer is None,
+    )
 
   def close(self) -> None:
     """Ends the search threads."""
     self._engine.close()
+
+
+def open_agent(
+  config: ml_collections.ConfigDict | None, workdir: str,
+  step: int | None = None,
+) -> Agent:
+  """Returns the agent that a command's flags name.
+
+  Args:
+    config: None where `workdir` holds no settings and none were given.
+    workdir: folder of the run.
+    step: checkpoint, None for the newest.
+
+  Raises:
+    UserError: there is no policy to load.
+  """
+  if config is None:
+    raise types.UserError(
+      f"--workdir={workdir} holds no run (no config.json); without one, give "
+      "--config with model.reference"
+    )
+  return Agent(config, epath.Path(workdir), step)

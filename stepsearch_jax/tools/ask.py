@@ -16,7 +16,6 @@ import json
 import sys
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
@@ -138,12 +137,7 @@ def converse(agent: asking.Agent, temperature: float) -> None:
 
 def main(argv: list[str]) -> None:
   """Entry; see the module docstring."""
-  if _CONFIG.value is None:
-    raise types.UserError(
-      f"--workdir={_WORKDIR.value} holds no run (no config.json); without one, "
-      "give --config with model.reference"
-    )
-  agent = asking.Agent(_CONFIG.value, epath.Path(_WORKDIR.value), _STEP.value)
+  agent = asking.open_agent(_CONFIG.value, _WORKDIR.value, _STEP.value)
   question = " ".join(argv)
   if _JSON.value:
     types.expect(bool(question), "--json", "a question behind the flags", "")

@@ -13,7 +13,6 @@ lets the requests that are being answered finish.
 from __future__ import annotations
 
 import json
-import socket
 
 from absl import flags, logging
 from etils import epath
@@ -21,6 +20,7 @@ from etils import epath
 from stepsearch_jax import cli, types
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import encoder, encoding
+from stepsearch_jax.serving import listening
 
 _INDEX = flags.DEFINE_string("index", None, "Folder from tools/build_index.")
 _ENCODER = flags.DEFINE_string(
@@ -64,35 +64,9 @@ def _load_encoder(index: epath.Path) -> encoder.Encoder:
   return loaded
 
 
-def _bind(host: str, port: int) -> socket.socket:
-  """A socket on the address, so that one in use is known at once.
-
-  Raises:
-    UserError: it is in use, or none of this machine's.
-  """
-  try:
-    family, kind, _, _, address = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM
-    )[0]
-    bound = socket.socket(family, kind)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(address)
-  except OSError as error:
-    raise types.UserError(
-      f"--host={host} --port={port}: cannot listen there: {error.strerror}"
-    ) from error
-  return bound
-
-
 def main() -> None:
   """Entry; see the module docstring."""
-  try:
-    import uvicorn
-  except ImportError as error:
-    raise types.UserError(
-      'serve_retrieval needs the extra: pip install -e ".[serve]"'
-    ) from error
-
+  listening.need_extra("serve")
   from stepsearch_jax.retrieval import service
 
   limits = service.ServiceLimits(
@@ -101,16 +75,13 @@ def main() -> None:
     default_topk=_TOPK.value, waiting=_WAITING.value, batch=_BATCH.value,
     timeout_seconds=_TIMEOUT.value,
   )
-  bound = _bind(_HOST.value, _PORT.value)
+  bound = listening.bind(_HOST.value, _PORT.value)
   index = epath.Path(_INDEX.value)
   opened = retriever.open_retriever(index, _load_encoder(index))
   opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
   logging.info("%d passages on http://%s:%d/retrieve",
                len(opened.index.passages), _HOST.value, _PORT.value)
-  uvicorn.Server(uvicorn.Config(
-    service.make_app(opened, limits), log_level="warning",
-    timeout_graceful_shutdown=10,
-  )).run(sockets=[bound])
+  listening.serve(service.make_app(opened, limits), bound)
 
 
 if __name__ == "__main__":

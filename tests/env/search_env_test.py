@@ -148,3 +148,13 @@ def test_documents_joined_are_the_body_of_the_observation(template):
 def test_of_two_complete_blocks_the_first_counts():
   found = actions.parse("<search> a </search> <answer> b </answer>")
   assert (found.action, found.content) == ("search", "a")
+
+
+@pytest.mark.parametrize("text, thought", [
+  ("<think> a </think> <search> b </search>", "<think> a </think>"),
+  ("<search> b </search>", ""),
+  ("no tag\n", "no tag"),
+  ("<search> open <answer> b </answer>", "<search> open"),
+])
+def test_a_thought_is_what_stands_before_the_action(text, thought):
+  assert actions.thought(text) == thought

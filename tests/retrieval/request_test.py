@@ -8,6 +8,7 @@ import httpx2
 import pytest
 
 from stepsearch_jax.retrieval import service
+from stepsearch_jax.serving import http
 
 
 @pytest.mark.parametrize("body, status, reason", [
@@ -92,8 +93,8 @@ def test_gzipped_bodies_are_read_within_the_limit(url):
 def test_a_gzip_bomb_is_not_unpacked():
   bomb = gzip.compress(bytes(50_000_000))
   tracemalloc.start()
-  with pytest.raises(service.BadRequestError, match="more than 2000 bytes"):
-    service._unzipped(bomb, 2000)
+  with pytest.raises(http.BadRequestError, match="more than 2000 bytes"):
+    http.unzipped(bomb, 2000)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 1_000_000

@@ -21,6 +21,7 @@ from stepsearch_jax.env import actions
 from stepsearch_jax.retrieval import service
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.serving import listening
 from stepsearch_jax.tools import serve_retrieval
 
 
@@ -254,8 +255,8 @@ def test_a_port_in_use_is_said_before_the_index_is_opened(tmp_path):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(types.UserError, match=f"--port={port}: .*in use"):
-      serve_retrieval._bind("127.0.0.1", port)
-  with serve_retrieval._bind("127.0.0.1", port) as free:
+      listening.bind("127.0.0.1", port)
+  with listening.bind("127.0.0.1", port) as free:
     assert free.getsockname()[1] == port
 
 

@@ -1,31 +1,16 @@
 """One's own question is played like any other, and told while it happens."""
 
-import fakes
 import pytest
-from etils import epath
+import tiny_agent
 
-from configs import quickstart
 from stepsearch_jax import types
-from stepsearch_jax.run import asking
-from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.tools import ask
 
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory):
-  """An agent with a policy that likes tags, over the embedded world."""
-  config = quickstart.get_config("runlocal")
-  workdir = epath.Path(tmp_path_factory.mktemp("run"))
-  config.rollout.max_turns = 2
-  patch = pytest.MonkeyPatch()
-  patch.setattr(Experiment, "trained_policy", lambda self, step: (
-    7, fakes.make_tag_lover(self.tokenizer, fakes.make_policy(self.model))
-  ))
-  (workdir / "checkpoints").mkdir()
-  made = asking.Agent(config, workdir)
-  yield made
-  made.close()
-  patch.undo()
+  with tiny_agent.tag_lover(tmp_path_factory.mktemp("run")) as made:
+    yield made
 
 
 def test_a_question_is_played_and_told(agent):
@@ -42,10 +27,44 @@ def test_a_question_is_played_and_told(agent):
   assert row["question"] == "Who founded Larn?"
   assert row["tokens"] == reply.trajectory.policy_mask.sum() > 0
   assert agent.name.endswith("step 7")
+  assert row["tokens"] + row["read_tokens"] == len(reply.trajectory.tokens)
+  assert len(row["turns"]) == len(turns)
+  assert all(turn["seconds"] > 0 for turn in row["turns"])
+  assert sum(reply.turn_seconds) <= reply.seconds
+  rows = [h.as_row() for h in happened]
+  assert [(r["thought"], r["action"], r["content"]) for r in rows
+          if r["kind"] == "turn"] == [
+    (t["thought"], t["action"], t["content"]) for t in row["turns"]
+  ]
+
+
+def test_a_reply_writes_no_more_tokens_than_it_was_given(agent):
+  whole = agent.ask("Who founded Larn?")
+  assert whole.tokens > 3 and not whole.cut
+  for most in (1, 3, whole.tokens - 1):
+    reply = agent.ask("Who founded Larn?", max_tokens=most)
+    assert (reply.tokens, reply.cut) == (most, True)
+    mask, asked = reply.trajectory.policy_mask, whole.trajectory
+    assert (reply.trajectory.tokens[mask] ==
+            asked.tokens[asked.policy_mask][:most]).all()
+  assert agent.ask("Who founded Larn?", max_tokens=whole.tokens + 1).tokens == (
+    whole.tokens)
+
+
+def test_a_listener_that_raises_ends_the_rollout_and_no_other(agent):
+  def refuse(happening):
+    raise KeyError("enough")
+
+  with pytest.raises(KeyError, match="enough"):
+    agent.ask("Who founded Larn?", tell=refuse)
+  assert agent.ask("Who founded Larn?").tokens > 0
 
 
 def test_greedy_replies_repeat(agent):
   first, second = (agent.ask("Who?").as_row() for _ in range(2))
+  for row in (first, second):
+    for turn in row["turns"]:
+      del turn["seconds"]
   assert first["turns"] == second["turns"]
 
 
