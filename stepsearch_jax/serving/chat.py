@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from starlette import applications, requests, responses, routing
 
 from stepsearch_jax import types
-from stepsearch_jax.serving import chat_request, http
+from stepsearch_jax.serving import chat_request, errors, http
 
 # What a client gets that is no longer there; nginx has the number.
 _CLIENT_GONE = 499
@@ -120,7 +120,7 @@ class _Job:
       pass
     self.gone.set()
     self.events.put_nowait(
-      http.BadRequestError("the client has gone", _CLIENT_GONE)
+      errors.BadRequestError("the client has gone", _CLIENT_GONE)
     )
 
 
@@ -138,10 +138,10 @@ class AskQueue:
     """Queues a request.
 
     Raises:
-      http.QueueFullError: too much work waits.
+      errors.QueueFullError: too much work waits.
     """
     if self.waiting >= self._limits.waiting:
-      raise http.QueueFullError(
+      raise errors.QueueFullError(
         f"{self.waiting} requests wait, the limit is {self._limits.waiting}"
       )
     seconds = self._limits.timeout_seconds
@@ -183,7 +183,7 @@ class AskQueue:
     except _GoneError:
       pass
     except types.UserError as error:
-      say(http.BadRequestError(
+      say(errors.BadRequestError(
         str(error), param="messages", code="context_length_exceeded"
       ))
     except Exception as error:  # The request gets it; the queue goes on.
@@ -258,7 +258,7 @@ async def _chunks(
     yield {**head, "choices": [], "usage": _usage(row)}
 
 
-def error_row(error: http.BadRequestError) -> dict[str, Any]:
+def error_row(error: errors.BadRequestError) -> dict[str, Any]:
   """Returns an error as OpenAI's clients read it."""
   kind = "invalid_request_error"
   if error.status == 429:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from stepsearch_jax.serving import http
+from stepsearch_jax.serving import errors
 
 # Parameters of the API that change nothing here, with the values that ask for
 # nothing; null asks for nothing either.
@@ -54,7 +54,7 @@ def _expect(
   holds: bool, param: str, expected: str, given: Any
 ) -> None:
   if not holds:
-    raise http.BadRequestError(
+    raise errors.BadRequestError(
       f"{param}: expected {expected}, got {given!r:.80}", param=param
     )
 
@@ -68,7 +68,7 @@ def parse(row: dict[str, Any], model: str, most_chars: int) -> ChatRequest:
     most_chars: of a question.
 
   Raises:
-    http.BadRequestError: naming the parameter, what was expected and given.
+    errors.BadRequestError: naming the parameter, what was expected and given.
   """
   given = {name: value for name, value in row.items() if value is not None}
   for name, value in given.items():
@@ -76,7 +76,7 @@ def parse(row: dict[str, Any], model: str, most_chars: int) -> ChatRequest:
   name = given.get("model")
   _expect(isinstance(name, str), "model", f"{model!r}", name)
   if name != model:
-    raise http.BadRequestError(
+    raise errors.BadRequestError(
       f"model: expected {model!r}, the only one here, got {name!r:.80}", 404,
       "model", "model_not_found",
     )
@@ -96,7 +96,7 @@ def _refuse_unsupported(name: str, value: Any) -> None:
   if name in _READ or name in _IGNORED:
     return
   if name not in _NEUTRAL:
-    raise http.BadRequestError(
+    raise errors.BadRequestError(
       f"{name:.80}: this server does not support it", param=name[:80],
       code="unsupported_parameter",
     )

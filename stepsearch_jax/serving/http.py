@@ -18,31 +18,9 @@ import prometheus_client
 from absl import logging
 from starlette import applications, exceptions, requests, responses, routing
 
+from stepsearch_jax.serving import errors
+
 Handler = Callable[[requests.Request], Awaitable[responses.Response]]
-
-
-class BadRequestError(ValueError):
-  """A request that can never succeed.
-
-  Attributes:
-    status: of HTTP.
-    param: the field that is wrong, where one is.
-    code: a word for programs, where there is one.
-  """
-
-  def __init__(
-    self, message: str, status: int = 400, param: str | None = None,
-    code: str | None = None,
-  ):
-    """Keeps the status beside the reason."""
-    super().__init__(message)
-    self.status = status
-    self.param = param
-    self.code = code
-
-
-class QueueFullError(RuntimeError):
-  """Too much work waits already."""
 
 
 class Worker(Protocol):
@@ -75,16 +53,20 @@ async def read_body(
       async for part in request.stream():
         body += part
         if len(body) > limit:
-          raise BadRequestError(f"the body has more than {limit} bytes", 413)
+          raise errors.BadRequestError(
+            f"the body has more than {limit} bytes", 413
+          )
   except TimeoutError as error:
-    raise BadRequestError(
+    raise errors.BadRequestError(
       f"the body took more than {timeout_seconds} s", 408
     ) from error
   coding = request.headers.get("content-encoding", "identity").lower()
   if coding == "identity":
     return bytes(body)
   if coding not in ("gzip", "x-gzip"):
-    raise BadRequestError(f"content-encoding {coding!r} is not gzip", 415)
+    raise errors.BadRequestError(
+      f"content-encoding {coding!r} is not gzip", 415
+    )
   return unzipped(bytes(body), limit)
 
 
@@ -98,11 +80,11 @@ def unzipped(body: bytes, limit: int) -> bytes:
   try:
     plain = reader.decompress(body, limit + 1)
   except zlib.error as error:
-    raise BadRequestError(f"the body is no gzip: {error}") from error
+    raise errors.BadRequestError(f"the body is no gzip: {error}") from error
   if len(plain) > limit:
-    raise BadRequestError(f"the body has more than {limit} bytes", 413)
+    raise errors.BadRequestError(f"the body has more than {limit} bytes", 413)
   if not reader.eof:
-    raise BadRequestError("the gzipped body ends early")
+    raise errors.BadRequestError("the gzipped body ends early")
   return plain
 
 
@@ -115,13 +97,13 @@ def parse_object(body: bytes) -> dict:
   try:
     row = json.loads(body)
   except (ValueError, RecursionError) as error:
-    raise BadRequestError(f"the body is no JSON: {error}") from error
+    raise errors.BadRequestError(f"the body is no JSON: {error}") from error
   if not isinstance(row, dict):
-    raise BadRequestError("the body must be a JSON object")
+    raise errors.BadRequestError("the body must be a JSON object")
   return row
 
 
-def plain_error(error: BadRequestError) -> dict:
+def plain_error(error: errors.BadRequestError) -> dict:
   """Returns {"error": reason}."""
   return {"error": str(error)}
 
@@ -131,7 +113,7 @@ class HttpService:
 
   def __init__(
     self, name: str, work: str, worker: Worker, timeout_seconds: float,
-    error_row: Callable[[BadRequestError], dict] = plain_error,
+    error_row: Callable[[errors.BadRequestError], dict] = plain_error,
   ):
     """Starts nothing yet.
 
@@ -161,15 +143,15 @@ class HttpService:
 
   def refusal(self, error: Exception) -> responses.Response:
     """Returns the answer to a request that failed."""
-    if isinstance(error, QueueFullError):
-      error = BadRequestError(str(error), 429, code="queue_full")
+    if isinstance(error, errors.QueueFullError):
+      error = errors.BadRequestError(str(error), 429, code="queue_full")
     elif isinstance(error, TimeoutError):
-      error = BadRequestError(f"no result in {self._timeout:g} s", 503,
+      error = errors.BadRequestError(f"no result in {self._timeout:g} s", 503,
                               code="timeout")
-    elif not isinstance(error, BadRequestError):
+    elif not isinstance(error, errors.BadRequestError):
       # Only the type: the message may hold what clients must not see.
       logging.warning("a request failed", exc_info=error)
-      error = BadRequestError(
+      error = errors.BadRequestError(
         f"{self._work} failed: {type(error).__name__}", 500
       )
     headers = {"retry-after": "1"} if error.status in (429, 503) else {}
@@ -213,7 +195,7 @@ class HttpService:
       request: requests.Request, error: Exception
     ) -> responses.Response:
       assert isinstance(error, exceptions.HTTPException)
-      response = self.refusal(BadRequestError(
+      response = self.refusal(errors.BadRequestError(
         f"{request.method} {request.url.path}: {error.detail}",
         error.status_code,
       ))

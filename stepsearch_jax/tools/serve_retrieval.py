@@ -8,20 +8,30 @@ Training here needs no server; this one is for other projects and for sharing
 one index between runs (`--config.retrieval.remote=http://host:8000`).
 /health answers when the index is loaded, /metrics is for Prometheus. SIGTERM
 lets the requests that are being answered finish.
+
+--mcp offers one tool, search(query, topk), over the Model Context Protocol on
+standard input and output, for a client that starts this command itself; it
+needs no extra and listens on no port.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from importlib import metadata
 
 from absl import flags, logging
 from etils import epath
 
 from stepsearch_jax import cli, types
-from stepsearch_jax.retrieval import local as retriever
+from stepsearch_jax.retrieval import local, search_request, search_tool
 from stepsearch_jax.retrieval.index import encoder, encoding
-from stepsearch_jax.serving import listening
+from stepsearch_jax.serving import listening, mcp
 
+_MCP = flags.DEFINE_bool(
+  "mcp", False, "Offer a search tool over MCP, on standard input and output."
+)
 _INDEX = flags.DEFINE_string("index", None, "Folder from tools/build_index.")
 _ENCODER = flags.DEFINE_string(
   "encoder", None, "Where the encoder of the index is now, if it has moved."
@@ -64,24 +74,54 @@ def _load_encoder(index: epath.Path) -> encoder.Encoder:
   return loaded
 
 
-def main() -> None:
-  """Entry; see the module docstring."""
+def _open() -> local.LocalRetriever:
+  """The retriever over the index, ready for its first query."""
+  index = epath.Path(_INDEX.value)
+  opened = local.open_retriever(index, _load_encoder(index))
+  opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
+  return opened
+
+
+def _serve_http(limits: search_request.ServiceLimits) -> None:
   listening.need_extra("serve")
   from stepsearch_jax.retrieval import service
 
-  limits = service.ServiceLimits(
+  bound = listening.bind(_HOST.value, _PORT.value)
+  opened = _open()
+  logging.info("%d passages on http://%s:%d/retrieve",
+               len(opened.index.passages), _HOST.value, _PORT.value)
+  listening.serve(service.make_app(opened, limits), bound)
+
+
+def _version() -> str:
+  """The package's version, "unknown" where it is not installed."""
+  try:
+    return metadata.version("stepsearch_jax")
+  except metadata.PackageNotFoundError:
+    return "unknown"
+
+
+def _serve_mcp(limits: search_request.ServiceLimits) -> None:
+  # Standard output carries messages only; what libraries print goes elsewhere.
+  output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  tool = search_tool.search_tool(_open(), limits)
+  logging.info("a search tool on standard input and output")
+  mcp.ToolServer("stepsearch", _version(), [tool]).serve(sys.stdin, output)
+
+
+def main() -> None:
+  """Entry; see the module docstring."""
+  limits = search_request.ServiceLimits(
     body_bytes=_BODY_BYTES.value, queries=_QUERIES.value,
     query_chars=_QUERY_CHARS.value, topk=_MAX_TOPK.value,
     default_topk=_TOPK.value, waiting=_WAITING.value, batch=_BATCH.value,
     timeout_seconds=_TIMEOUT.value,
   )
-  bound = listening.bind(_HOST.value, _PORT.value)
-  index = epath.Path(_INDEX.value)
-  opened = retriever.open_retriever(index, _load_encoder(index))
-  opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
-  logging.info("%d passages on http://%s:%d/retrieve",
-               len(opened.index.passages), _HOST.value, _PORT.value)
-  listening.serve(service.make_app(opened, limits), bound)
+  if _MCP.value:
+    _serve_mcp(limits)
+  else:
+    _serve_http(limits)
 
 
 if __name__ == "__main__":

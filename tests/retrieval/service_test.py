@@ -18,7 +18,7 @@ from retrieval.servers import serving
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions
-from stepsearch_jax.retrieval import service
+from stepsearch_jax.retrieval import search_request, service
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import encoder
 from stepsearch_jax.serving import listening
@@ -164,7 +164,7 @@ def test_concurrent_requests_share_searches_and_the_queue_is_bounded():
       full.wait(30)
       return super().search(queries, k)
 
-  limits = service.ServiceLimits(waiting=10, batch=8)
+  limits = search_request.ServiceLimits(waiting=10, batch=8)
   statuses = []
 
   def ask(url, i):
@@ -217,7 +217,7 @@ def test_a_query_that_fails_does_not_fail_the_requests_beside_it():
 
 
 def test_a_request_that_never_ends_is_given_up():
-  limits = service.ServiceLimits(timeout_seconds=0.2)
+  limits = search_request.ServiceLimits(timeout_seconds=0.2)
   with serving(service.make_app(fakes.FakeRetriever(), limits)) as url:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as client:
@@ -307,7 +307,7 @@ def test_command_listens_on_this_machine_only_and_stops_when_told(tmp_path):
 
 
 def test_a_search_that_takes_too_long_is_given_up():
-  limits = service.ServiceLimits(timeout_seconds=0.1)
+  limits = search_request.ServiceLimits(timeout_seconds=0.1)
   app = service.make_app(fakes.FakeRetriever(delay=0.5), limits)
   with serving(app) as url:
     response = httpx2.post(f"{url}/retrieve", json={"queries": ["a"]})

@@ -7,8 +7,8 @@ import tracemalloc
 import httpx2
 import pytest
 
-from stepsearch_jax.retrieval import service
-from stepsearch_jax.serving import http
+from stepsearch_jax.retrieval import search_request
+from stepsearch_jax.serving import errors, http
 
 
 @pytest.mark.parametrize("body, status, reason", [
@@ -68,8 +68,8 @@ def test_what_typed_servers_read_is_what_pydantic_reads():
       return None
 
   for value in values:
-    assert service._integer(value) == theirs(int, value), value
-    assert service._boolean(value) == theirs(bool, value), value
+    assert search_request._integer(value) == theirs(int, value), value
+    assert search_request._boolean(value) == theirs(bool, value), value
 
 
 def test_gzipped_bodies_are_read_within_the_limit(url):
@@ -93,7 +93,7 @@ def test_gzipped_bodies_are_read_within_the_limit(url):
 def test_a_gzip_bomb_is_not_unpacked():
   bomb = gzip.compress(bytes(50_000_000))
   tracemalloc.start()
-  with pytest.raises(http.BadRequestError, match="more than 2000 bytes"):
+  with pytest.raises(errors.BadRequestError, match="more than 2000 bytes"):
     http.unzipped(bomb, 2000)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
