@@ -12,7 +12,8 @@ Face folder, hub id or GGUF file instead, with `--suite=` it asks the questions
 of several benchmarks. `--predictions=` only scores a file of predictions, and
 `--compare=` tells two evaluations of the same questions apart. The same
 command goes on with an evaluation that was stopped. Every evaluation leaves a
-card (JSON and Markdown) that says what exactly was measured.
+card (JSON and Markdown) that says what exactly was measured. `--inspect=` also
+writes a log for `inspect view`, with `--evaluation=` of an earlier evaluation.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from stepsearch_jax import cli, types
 from stepsearch_jax.data import questions
 from stepsearch_jax.evaluation import (
   comparison,
+  inspect_log,
   playing,
   predictions,
   suites,
 )
+from stepsearch_jax.parallel import distributed
 from stepsearch_jax.run import reporting, saved
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.interrupts import Interrupts
@@ -82,6 +85,14 @@ _COMPARE = flags.DEFINE_list(
 _SKIP_OVERLONG = flags.DEFINE_bool(
   "skip_overlong", False,
   "Count questions whose prompt is too long as unanswered."
+)
+_INSPECT = flags.DEFINE_string(
+  "inspect", None, "Write the evaluation as a log of Inspect (inspect_ai) to "
+  "this .json file or folder."
+)
+_EVALUATION = flags.DEFINE_string(
+  "evaluation", None, "With --inspect: write this evaluation folder, or a "
+  "run's last evaluation in training, and evaluate nothing."
 )
 _JSON = flags.DEFINE_bool(
   "json", False, "With --predictions: print the table as JSON."
@@ -169,6 +180,13 @@ def _evaluate_model() -> None:
   print("\n".join(card.get("suite", ())))
   print(f"card: {folder / 'card.md'}   predictions: "
         f"{folder / 'predictions.jsonl'}")
+  if _INSPECT.value and distributed.is_primary():
+    _write_inspect(folder)
+
+
+def _write_inspect(folder: epath.Path) -> None:
+  print(f"log for `inspect view`: "
+        f"{inspect_log.write(folder, epath.Path(_INSPECT.value))}")
 
 
 def main() -> None:
@@ -177,8 +195,15 @@ def main() -> None:
     _score_predictions()
   elif _COMPARE.value:
     _compare(_COMPARE.value)
+  elif _EVALUATION.value:
+    types.expect(bool(_INSPECT.value), "--inspect",
+                 "where to write the log of --evaluation", _INSPECT.value)
+    _write_inspect(comparison.find_predictions(
+      _EVALUATION.value, "--evaluation").parent)
   elif not _WORKDIR.value:
-    raise types.UserError("need --predictions, --compare or --workdir")
+    raise types.UserError(
+      "need --workdir, --predictions, --compare or --evaluation"
+    )
   elif _CONFIG.value is None:
     raise types.UserError(
       f"--workdir={_WORKDIR.value} holds no run (no config.json); with "

@@ -1,4 +1,4 @@
-"""Agents over a small embedded world: a real policy, or a scripted device."""
+"""Agents and experiments over a small world: a real policy or a script."""
 
 import contextlib
 
@@ -10,6 +10,7 @@ from configs import quickstart
 from stepsearch_jax.rollout import engine
 from stepsearch_jax.run import asking
 from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 
 TURNS = ("I look. <search> founder of Larn </search>",
          "<answer> Ada Brandt </answer>")
@@ -18,19 +19,41 @@ TURNS = ("I look. <search> founder of Larn </search>",
 @contextlib.contextmanager
 def tag_lover(folder):
   """Yields an agent whose policy boosts tags, as in `fakes`."""
-
   def policy(self, step):
     made = fakes.make_policy(self.model)
     return 7, fakes.make_tag_lover(self.tokenizer, made)
 
-  with _agent(folder, trained_policy=policy) as made:
+  with _patched(trained_policy=policy), _agent(folder) as made:
     yield made
 
 
 @contextlib.contextmanager
 def scripted(folder, turns=TURNS):
   """Yields an agent whose policy writes the given turns; all else is real."""
+  with _scripted_device(turns), _agent(folder) as made:
+    yield made
 
+
+@contextlib.contextmanager
+def scripted_experiment(folder, turns=TURNS):
+  """Yields an experiment whose policy writes the given turns."""
+  with _scripted_device(turns):
+    made = Experiment(Settings.from_config(_config()), epath.Path(folder))
+    yield made
+    made.engine.close()
+
+
+def _config():
+  config = quickstart.get_config("runlocal")
+  config.rollout.max_turns = 2
+  config.rollout.max_turn = 24
+  config.data.world.update(dict(
+    train=50, validation=8, heldout=8, entities=200,
+  ))
+  return config
+
+
+def _scripted_device(turns):
   def make_engine(self, texts):
     programs = fakes.ScriptedPrograms(self.tokenizer, turns, slots=1)
     return engine.Engine(programs, texts, self.retriever,
@@ -39,25 +62,20 @@ def scripted(folder, turns=TURNS):
   def policy(self, step):
     return 7, {}
 
-  with _agent(
-    folder, make_engine=make_engine, trained_policy=policy
-  ) as made:
-    yield made
+  return _patched(make_engine=make_engine, trained_policy=policy)
 
 
 @contextlib.contextmanager
-def _agent(folder, **changes):
-  config = quickstart.get_config("runlocal")
-  config.rollout.max_turns = 2
-  config.rollout.max_turn = 24
-  config.data.world.update(dict(
-    train=50, validation=8, heldout=8, entities=200,
-  ))
-  workdir = epath.Path(folder)
-  (workdir / "checkpoints").mkdir()
+def _patched(**changes):
   with pytest.MonkeyPatch.context() as patch:
     for name, value in changes.items():
       patch.setattr(Experiment, name, value)
-    made = asking.Agent(config, workdir)
-    yield made
-    made.close()
+    yield
+
+
+@contextlib.contextmanager
+def _agent(folder):
+  (epath.Path(folder) / "checkpoints").mkdir()
+  made = asking.Agent(_config(), epath.Path(folder))
+  yield made
+  made.close()

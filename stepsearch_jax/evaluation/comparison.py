@@ -39,17 +39,21 @@ class Difference:
   adjusted: float
 
 
-def find_predictions(place: str) -> epath.Path:
+def find_predictions(place: str, flag: str = "--compare") -> epath.Path:
   """Returns the predictions file of a run, an evaluation folder, or itself.
 
   Of a run it is that of training's last evaluation.
+
+  Args:
+    place: a path.
+    flag: that it came with, for errors.
 
   Raises:
     UserError: there is none, or a run has several.
   """
   path = epath.Path(place)
   if not path.exists():
-    raise types.UserError(f"--compare: {place} does not exist")
+    raise types.UserError(f"{flag}: {place} does not exist")
   if not path.is_dir():
     return path
   found = [path / "predictions.jsonl"]
@@ -61,7 +65,7 @@ def find_predictions(place: str) -> epath.Path:
     found = sorted(path.glob("evaluations/*/predictions.jsonl"))
   if len(found) != 1:
     raise types.UserError(
-      f"--compare: expected predictions.jsonl in {place} or in one folder of "
+      f"{flag}: expected predictions.jsonl in {place} or in one folder of "
       f"its evaluations/, found {[str(p.parent) for p in found] or 'none'}"
     )
   return found[0]

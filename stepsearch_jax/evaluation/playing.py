@@ -268,6 +268,7 @@ def record(
       {
         "action": turn.action,
         "content": turn.content,
+        "text": turn.text,
         "documents": [passage.id for passage in turn.documents],
       }
       for turn in turns
