@@ -38,19 +38,20 @@ def scripted(folder, turns=TURNS):
 def scripted_experiment(folder, turns=TURNS):
   """Yields an experiment whose policy writes the given turns."""
   with _scripted_device(turns):
-    made = Experiment(Settings.from_config(_config()), epath.Path(folder))
+    made = Experiment(Settings.from_config(config()), epath.Path(folder))
     yield made
     made.engine.close()
 
 
-def _config():
-  config = quickstart.get_config("runlocal")
-  config.rollout.max_turns = 2
-  config.rollout.max_turn = 24
-  config.data.world.update(dict(
+def config():
+  """The tiny quickstart over a smaller world."""
+  found = quickstart.get_config("runlocal")
+  found.rollout.max_turns = 2
+  found.rollout.max_turn = 24
+  found.data.world.update(dict(
     train=50, validation=8, heldout=8, entities=200,
   ))
-  return config
+  return found
 
 
 def _scripted_device(turns):
@@ -76,6 +77,6 @@ def _patched(**changes):
 @contextlib.contextmanager
 def _agent(folder):
   (epath.Path(folder) / "checkpoints").mkdir()
-  made = asking.Agent(_config(), epath.Path(folder))
+  made = asking.Agent(config(), epath.Path(folder))
   yield made
   made.close()

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.models.weights import export
+from stepsearch_jax.run import model_card
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -28,6 +29,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder; must not exist.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Stored type."
 )
+_LICENSE = flags.DEFINE_string(
+  "license", None, "License in the model card, as the hub spells it "
+  "(apache-2.0, mit, ...); default that of the base model if its folder has a "
+  "card, else unknown."
+)
 
 
 def main() -> None:
@@ -38,9 +44,11 @@ def main() -> None:
     Settings.from_config(_CONFIG.value), epath.Path(_WORKDIR.value)
   )
   step, policy = experiment.trained_policy(_STEP.value)
+  folder = epath.Path(_OUTPUT.value)
+  card = model_card.render(experiment, step, folder.name, _LICENSE.value)
   export.save_policy(
-    _OUTPUT.value, policy, experiment.model, experiment.tokenizer,
-    _DTYPE.value,
+    folder, policy, experiment.model, experiment.tokenizer, _DTYPE.value,
+    readme=card,
   )
   print(f"policy of step {step}: {_OUTPUT.value}")
 
