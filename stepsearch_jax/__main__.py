@@ -28,7 +28,7 @@ VERBS = {
   "score": ("tools.score", "rewards of trajectories in a file"),
   "data": ("tools.prepare_data", "check, supervise, audit question files"),
   "index": ("tools.build_index", "build a search index over a corpus"),
-  "serve": ("tools.serve_retrieval", "serve an index as /retrieve"),
+  "serve": ("tools.serve_retrieval", "serve an index as /retrieve or MCP tool"),
   "serve-agent": ("tools.serve_agent", "serve a trained agent as a chat API"),
   "plan": ("tools.plan", "memory and speed of a run before renting anything"),
   "bench": ("tools.bench", "measure this project beside its peers"),
