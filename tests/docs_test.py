@@ -85,6 +85,10 @@ def test_help_names_the_folder_that_cards_go_to():
   assert f" {used}/" in said
 
 
+def test_the_readme_stays_a_page_that_one_reads():
+  assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
 def test_every_launcher_is_explained():
   text = (ROOT / "launch/README.md").read_text()
   for path in (ROOT / "launch").iterdir():
