@@ -206,6 +206,22 @@ def _reward():
   return reward
 
 
+def _probe():
+  """Turn rewards from how likely the gold answer is; rewards/probe_rewards."""
+  probe = ml_collections.ConfigDict()
+  # none | tips | igpo | ig_search, paid beside the rest; None = the method's.
+  probe.reward = config_dict.placeholder(str)
+  probe.aliases = 4  # Gold answers probed of a question, the shortest first.
+  # Tokens of tag and answer for which probes are compiled; longer: left out.
+  probe.tokens = (16, 64)
+  probe.tips_alpha = 0.02  # tips: scale of the gain of log-probability.
+  probe.tips_tau = 1.0  # tips: temperature of the maximum over answers.
+  probe.igpo_gain = "probability"  # igpo: gain of probability | log.
+  probe.ig_search_alpha = 0.3  # ig_search: scale.
+  probe.ig_search_sets = 3  # Other questions whose documents it tries.
+  return probe
+
+
 def _batch():
   """Trajectories of a step."""
   batch = ml_collections.ConfigDict()
@@ -373,6 +389,7 @@ def base() -> ml_collections.ConfigDict:
   config.retrieval = _retrieval()
   config.rollout = _rollout()
   config.reward = _reward()
+  config.probe = _probe()
   config.batch = _batch()
   config.ppo = _ppo()
   config.warm_start = _warm_start()

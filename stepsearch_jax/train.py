@@ -33,6 +33,7 @@ from stepsearch_jax.run import (
   metrics,
   monitor,
   plots,
+  probing,
   reporting,
   starting,
   warm_start,
@@ -106,6 +107,7 @@ def _train(
   experiment.describe(steps)
   for question in questions + experiment.eval_questions:
     experiment.engine.prompt_tokens(question)
+  probing.check(experiment, questions)
   if settings.config["rollout"]["compile_ahead"]:
     experiment.engine.compile_ahead()
 
@@ -266,7 +268,7 @@ class Job:
         [reward.parts for reward in filled.played.rewards],
       ),
       **filled.metrics(),
-      **reporting.rollout_metrics(filled.stats),
+      **reporting.rollout_metrics(filled.stats, watch.total),
       **watch.metrics(),
       "perf/compilations": self.compilations.take(),
     }
@@ -284,8 +286,8 @@ class Job:
 
     def play(asked, episodes):
       with watch.time("gen"):
-        return self.experiment.engine.run(
-          policy, asked, episodes, settings.config["rollout"]["temperature"]
+        return probing.play(
+          self.experiment, policy, state.learner.reference, asked, episodes
         )
 
     def score(trajectories):

@@ -244,6 +244,27 @@ class Turn:
     return self.shown
 
 
+@dataclasses.dataclass(frozen=True)
+class AnswerProbe:
+  """How likely a model finds the gold answers as a trajectory grows.
+
+  Row 0 is behind the prompt, row t + 1 behind the observation of turn t. C
+  gold answers were asked for.
+
+  Attributes:
+    logp: [turns + 1, C] float32, log-probability of the answer's tokens (their
+      sum, in nats) right behind an opened answer tag; NaN where there was no
+      observation, or no room for the answer.
+    sizes: [C] int32, tokens of each answer.
+    others: [turns + 1, N, C] float32, the same had the search found the
+      documents of each of N other questions; N = 0 where nobody asked.
+  """
+
+  logp: np.ndarray
+  sizes: np.ndarray
+  others: np.ndarray
+
+
 @dataclasses.dataclass
 class Trajectory:
   """One finished rollout, token for token as the policy saw it.
@@ -261,6 +282,7 @@ class Trajectory:
     answer: content of the final answer tag, None if never closed.
     stop_reason: why the trajectory ended.
     truncated_documents: number of documents cut to fit the observation.
+    probe: how likely its gold answers were; None where nobody asked.
   """
 
   question: Question
@@ -273,6 +295,7 @@ class Trajectory:
   answer: str | None
   stop_reason: StopReason
   truncated_documents: int = 0
+  probe: AnswerProbe | None = None
 
   @property
   def policy_mask(self) -> np.ndarray:

@@ -113,7 +113,7 @@ def engine_spec(**changes):
   settings = dict(
     max_prompt=64, max_turn=12, max_observation=48, answer_room=8,
     retrieval_delay=8, search_threads=2, extend_rows=(2, 4),
-    extend_tokens=(16, 64),
+    extend_tokens=(16, 64), probe=None,
   )
   return records.EngineSpec(**(settings | changes))
 

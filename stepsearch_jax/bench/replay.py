@@ -162,6 +162,7 @@ class Ours:
       max_prompt=context, max_turn=context, max_observation=context,
       answer_room=1, retrieval_delay=retrieval_delay, search_threads=2,
       extend_rows=shapes.rows, extend_tokens=shapes.tokens,
+      probe=None,
     )
     texts = cast(
       text_side.TextSide, _ReplayedTexts(replays, config.vocab_size)

@@ -19,6 +19,11 @@ class ParsedTurn:
   content: str
 
 
+def opening(action: types.Action) -> str:
+  """Returns the tag that opens an action's block."""
+  return f"<{action}>"
+
+
 def until_tag(text: str) -> str:
   """Returns a turn's text up to and including its first closing tag.
 

@@ -135,6 +135,23 @@ def copy_rows(
   )
 
 
+def rows_of(cache: Cache, rows: jax.Array, kv_length: int) -> Cache:
+  """Returns a cache of its own that holds some slots' first positions.
+
+  Args:
+    cache: all slots.
+    rows: [B] int32; a slot may come more than once.
+    kv_length: static, positions of the new cache.
+  """
+  part = dataclasses.replace(cache, slots=rows)
+  pairs = [
+    read(entries, kv_length, part)
+    for entries in zip(cache.k, cache.v, strict=True)
+  ]
+  keys, values = zip(*pairs, strict=True)
+  return dataclasses.replace(cache, k=keys, v=values)
+
+
 def read(entries: Entries, kv_length: int | None, cache: Cache) -> Entries:
   """The batch rows' keys and values of one layer, up to `kv_length`."""
   keys, values = entries

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.rewards import text_match, tfidf
+from stepsearch_jax.rewards import probe_rewards, text_match, tfidf
 
 
 class RewardError(types.UserError):
@@ -65,6 +65,7 @@ class RewardSpec:
       0 = off. The control that tells what the CONTENT of step rewards does.
     function: a user's own "module:function", which pays instead of all of
       this; empty for none. The parts are computed all the same.
+    probe: what turns earn by the answer probe, beside the rest.
   """
 
   step_scale: float
@@ -85,6 +86,7 @@ class RewardSpec:
   outcome_only: bool
   search_bonus: float
   function: str
+  probe: probe_rewards.ProbeRewardSpec
 
   def __post_init__(self):
     for field, allowed in (
@@ -122,6 +124,7 @@ class RewardSpec:
       outcome_only=False,
       search_bonus=0.0,
       function="",
+      probe=probe_rewards.ProbeRewardSpec.off(),
     )
 
   @classmethod

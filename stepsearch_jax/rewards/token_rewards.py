@@ -14,7 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.rewards import released, step_rewards, user_reward
+from stepsearch_jax.rewards import (
+  probe_rewards,
+  released,
+  step_rewards,
+  user_reward,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +31,8 @@ class TurnReward:
     gain: G_t of the documents that the turn was shown, paid or not.
     redundancy: P_t of them, paid or not.
     key: what the turn's query added to the search-key score, paid or not.
-    step: paid for the search, scale and bonus included; what a user's own
-      function pays for the turn.
+    step: paid for the search, scale and bonus included; what the probe or a
+      user's own function pays for the turn.
     paid: sum of the token rewards of the turn; the last turn's has the
       outcome.
   """
@@ -90,6 +95,7 @@ def reward(
   trajectory: types.Trajectory,
   parts: step_rewards.RewardParts,
   positions: Sequence[int] | None = None,
+  tokenizer: types.TextCodec | None = None,
 ) -> TrajectoryReward:
   """Returns the parts of a trajectory's reward spread over its tokens.
 
@@ -99,6 +105,7 @@ def reward(
     parts: what it earned.
     positions: tokens of the step rewards; None for the sampled tokens that
       closed the retrieved searches.
+    tokenizer: needed where rewards go to the tokens of a query.
   """
   searched = [turn for turn in trajectory.turns if turn.retrieved]
   sampled = [turn.action_position for turn in searched]
@@ -109,6 +116,7 @@ def reward(
     if position < len(tokens):
       tokens[position] += spec.step_scale * step
   tokens[sampled] += spec.search_bonus
+  tokens += probe_rewards.on_tokens(spec.probe, trajectory, tokenizer)
   written = np.nonzero(trajectory.policy_mask)[0]
   if len(written):
     if spec.outcome_on_step == "overwrite":
@@ -133,12 +141,14 @@ def _turn_rewards(
       parts.step_scores,
     )
   ]
+  probed = probe_rewards.per_turn(spec.probe, trajectory)
   out = []
   for number, turn in enumerate(trajectory.turns):
     gain = redundancy = key = step = 0.0
     if turn.retrieved:
       gain, redundancy, key, step = (next(c, 0.0) for c in columns)
       step = spec.step_scale * step + spec.search_bonus
+    step += probed[number]
     own = trajectory.policy_mask & (trajectory.turn_index == number)
     out.append(TurnReward(
       turn.action_position, gain, redundancy, key, step,
@@ -156,7 +166,8 @@ def score_trajectories(
   Args:
     spec: reward settings.
     trajectories: finished rollouts.
-    tokenizer: only the released text sources decode and re-encode.
+    tokenizer: only the released text sources decode and re-encode, and
+      ig_search finds the query's tokens by it.
   """
   rewards = []
   for trajectory in trajectories:
@@ -169,7 +180,7 @@ def score_trajectories(
     parts = step_rewards.score(spec, seen, gold(trajectory.question))
     rewards.append(
       _of_user(spec, trajectory, parts) if spec.function
-      else reward(spec, trajectory, parts, positions)
+      else reward(spec, trajectory, parts, positions, tokenizer)
     )
   return rewards
 
@@ -181,7 +192,10 @@ def _of_user(
   """Returns what a user's function pays; the other parts stay for metrics."""
   own = user_reward.earned(spec.function, trajectory)
   tokens = user_reward.tokens(own, trajectory)
-  unpaid = dataclasses.replace(spec, step_scale=0.0, search_bonus=0.0)
+  unpaid = dataclasses.replace(
+    spec, step_scale=0.0, search_bonus=0.0,
+    probe=probe_rewards.ProbeRewardSpec.off(),
+  )
   turns = _turn_rewards(unpaid, trajectory, parts, tokens)
   return TrajectoryReward(
     dataclasses.replace(parts, score=own.outcome, step_scores=own.turns),

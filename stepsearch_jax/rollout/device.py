@@ -1,10 +1,12 @@
-"""Device side of the rollout: a slot cache and three functions over it.
+"""Device side of the rollout: a slot cache and four functions over it.
 
 `extend` writes known tokens (prompts, observations) into slots of the cache;
 `copy_prefix` lets a slot take over what another one holds already;
 `decode_block` samples up to a block of tokens in all active slots, leaving
-early when every slot has stopped. The newest token of a slot is `pending`:
-it is known but not yet in the cache, and the next program run feeds it.
+early when every slot has stopped; `probe` says how likely tokens would be
+behind what a slot holds, and changes nothing. The newest token of a slot is
+`pending`: it is known but not yet in the cache, and the next program run feeds
+it.
 
 This module knows tokens, automaton states and random keys. It must not know
 tags, strings or retrievers.
@@ -24,6 +26,8 @@ from stepsearch_jax import types
 from stepsearch_jax.models import cache as cache_lib
 from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.rollout import sampling
+
+_PROBED_AT_ONCE = 128  # Tokens whose logits `probe` holds at the same time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,26 @@ class Chunk:
   budget: types.Leaf
   episode: types.Leaf
   temperature: types.Leaf
+
+
+@flax.struct.dataclass
+class ProbeChunk:
+  """Tokens that might follow in some slots. Padding rows have length 0.
+
+  Attributes:
+    slot: [B] int32; a slot may come more than once.
+    tokens: [B, S] int32.
+    start: [B] int32, position of the first token.
+    length: [B] int32, valid tokens.
+    targets: [B, S] int32, the token behind each one where its probability is
+      wanted; -1 elsewhere.
+  """
+
+  slot: types.Leaf
+  tokens: types.Leaf
+  start: types.Leaf
+  length: types.Leaf
+  targets: types.Leaf
 
 
 def init_state(config: decoder.DecoderConfig, spec: ProgramSpec) -> SlotState:
@@ -310,3 +334,37 @@ def decode_block(
   )
   steps, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, start)
   return state, BlockOutput(tokens, logprobs, state.active, steps)
+
+
+def probe(
+  params: types.Tree, state: SlotState, chunk: ProbeChunk, *,
+  config: decoder.DecoderConfig, kv_length: int,
+) -> jax.Array:
+  """Log-probability of the targets of each row, their sum [B] float32.
+
+  Rows attend to what their slot holds before `start`. They are fed to a copy of
+  those positions, so that neither the slots nor other rows of a slot notice.
+  The distribution is the policy's at temperature 1.
+  """
+  cache = cache_lib.rows_of(state.cache, chunk.slot, kv_length)
+  offsets = jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)[None]
+  fed = offsets < chunk.length[:, None]
+  positions = jnp.where(fed, chunk.start[:, None] + offsets, kv_length)
+  hidden, _ = decoder.Decoder(config).apply(
+    {"params": params["trunk"]}, chunk.tokens, positions, cache=cache,
+    kv_length=kv_length,
+  )
+
+  def logprob(inputs):
+    state, target = inputs
+    logits = heads.logits(params, state)
+    return logits[jnp.maximum(target, 0)] - jax.nn.logsumexp(logits)
+
+  wanted = chunk.targets.reshape(-1)
+  # As many logits at a time as a decode step of as many slots has.
+  found = jax.lax.map(
+    logprob, (hidden.reshape(len(wanted), -1), wanted),
+    batch_size=_PROBED_AT_ONCE,
+  )
+  found = jnp.where(wanted >= 0, found, 0.0)
+  return found.reshape(chunk.targets.shape).sum(-1)

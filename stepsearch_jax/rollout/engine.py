@@ -36,7 +36,14 @@ from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.env import search_env
-from stepsearch_jax.rollout import programs, recorder, records, text_side
+from stepsearch_jax.rollout import (
+  probing,
+  programs,
+  reading,
+  recorder,
+  records,
+  text_side,
+)
 from stepsearch_jax.rollout.searches import SearchQueue
 from stepsearch_jax.rollout.slot_cache import Phase, Slot, SlotCache
 
@@ -80,8 +87,10 @@ class Engine:
 
   def compile_ahead(self) -> None:
     """Compiles all that a rollout can need; else each is when first needed."""
+    spec = self._spec
     self.programs.compile_ahead(
-      self._spec.extend_rows, self._spec.extend_tokens, self._spec.max_prompt
+      spec.extend_rows, spec.extend_tokens, spec.max_prompt,
+      spec.probe.tokens if spec.probe else (),
     )
 
   def prompt_tokens(self, question: types.Question) -> list[int]:
@@ -103,7 +112,7 @@ class Engine:
 
   def run(
     self, params: types.Tree, questions: Sequence[types.Question],
-    episodes: Sequence[int], temperature: float = 1.0,
+    episodes: Sequence[int], temperature: float = 1.0, probe: bool = False,
   ) -> records.Rollout:
     """Rolls out every question once.
 
@@ -112,6 +121,7 @@ class Engine:
       questions: what to ask.
       episodes: rollout numbers, one per question; they seed the sampling.
       temperature: 0 for greedy.
+      probe: ask how likely the gold answers are; changes no token.
     """
     if len(questions) != len(episodes):
       raise ValueError(
@@ -132,12 +142,43 @@ class Engine:
         zip(questions, episodes, strict=True)
       )
     ]
-    schedule = _Schedule(self._texts, cache, searches, self._spec,
+    spec = self._spec
+    if not probe:
+      spec = dataclasses.replace(spec, probe=None)
+    schedule = _Schedule(self._texts, cache, searches, spec,
                          self.programs.spec)
     done = schedule.play(prompts, stats)
     stats.seconds = time.perf_counter() - began
     _warn_of_waiting(stats)
     return records.Rollout(done, stats)
+
+  def probed_answers(self, question: types.Question) -> probing.Answers:
+    """Returns the gold answers of a question that are probed, as tokens."""
+    spec = self._spec.probe
+    answers = self._texts.answers(question)
+    return answers.chosen(spec) if spec else answers
+
+  def probe(self, params: types.Tree, rollout: records.Rollout) -> None:
+    """Reads finished trajectories with a model and sets their `probe`.
+
+    For a model that has not played them, such as the reference. Costs a pass
+    over all contexts, and what `ProbeSpec.others` asks for.
+
+    Args:
+      params: of the model, in training layout.
+      rollout: of this engine; its `probe_seconds` grow.
+    """
+    spec = self._spec
+    if spec.probe is None:
+      raise ValueError("an engine without a ProbeSpec probes nothing")
+    began = time.perf_counter()
+    cache = SlotCache(
+      self.programs, params, self._key, 1.0, spec, records.RolloutStats()
+    )
+    reading.Reader(
+      cache, self._texts, spec, spec.probe, self.programs.spec
+    ).read(rollout.trajectories)
+    rollout.stats.probe_seconds += time.perf_counter() - began
 
 
 def _warn_of_waiting(stats: records.RolloutStats) -> None:
@@ -179,6 +220,8 @@ class _Schedule:
     self._slots: list[Slot | None] = [None] * shape.slots
     self._waiting: collections.deque[_Prompt] = collections.deque()
     self._done: dict[int, types.Trajectory] = {}
+    # Whose contexts still lie in their slots and are to be probed.
+    self._unprobed: list[tuple[int, types.Trajectory]] = []
 
   def play(
     self, prompts: Sequence[_Prompt], stats: records.RolloutStats
@@ -186,6 +229,9 @@ class _Schedule:
     """Plays every prompt to its end; returns them in order."""
     self._waiting.extend(prompts)
     while self._waiting or any(self._slots):
+      # 0. Trajectories are probed before others take their slots.
+      if self._waiting:
+        self._probe()
       # 1. Free slots take the next questions; their prompts are to be written.
       self._refill()
       # 2. Searches that are due become observations, to be written as well.
@@ -199,6 +245,7 @@ class _Schedule:
       ended = self._cache.decode(speaking, self._searches.steps_until_due())
       # 5. ... and the environment judges each turn that ended.
       self._end_turns(ended, stats)
+    self._probe()
     return [self._done[prompt.order] for prompt in prompts]
 
   def _in(self, phase: Phase) -> list[Slot]:
@@ -301,5 +348,20 @@ class _Schedule:
       self._searches.ask([turn.content for _, turn in asked], asked)
 
   def _finish(self, slot: Slot, reason: types.StopReason) -> None:
-    self._done[slot.record.order] = slot.record.finish(reason)
+    done = self._done[slot.record.order] = slot.record.finish(reason)
     self._slots[slot.place] = None
+    if self._spec.probe:
+      self._unprobed.append((slot.place, done))
+
+  def _probe(self) -> None:
+    """Asks how likely the gold answers of ended trajectories were."""
+    spec = self._spec.probe
+    if spec is None or not self._unprobed:
+      return
+    probing.probe(
+      [
+        probing.Placed(place, done, self._texts.answers(done.question))
+        for place, done in self._unprobed
+      ], self._cache.probe, spec, self._context,
+    )
+    self._unprobed.clear()

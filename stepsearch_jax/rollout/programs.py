@@ -95,6 +95,10 @@ class RolloutPrograms:
       donate_argnums=1,
       out_shardings=(placed, everywhere),
     )
+    self._probe = jax.jit(
+      functools.partial(device.probe, config=config),
+      static_argnames="kv_length", out_shardings=everywhere,
+    )
     policy = jax.eval_shape(
       functools.partial(heads.init_policy, config), jax.random.key(0)
     )
@@ -111,6 +115,7 @@ class RolloutPrograms:
     self._weights = sharding.abstract(weights, placed)
     self._cast = jax.jit(cast, out_shardings=placed)
     self._compiled: dict[tuple, jax.stages.Compiled] = {}
+    self._probes: dict[tuple, jax.stages.Compiled] = {}
     self.kv_buckets = _kv_buckets(spec.context)
 
   @functools.cached_property
@@ -173,6 +178,24 @@ class RolloutPrograms:
         kv_length=kv_length,
       )
 
+  def _lower_probe(self, kv_length: int, rows: int, tokens: int):
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    whole = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    chunk = sharding.abstract(
+      device.ProbeChunk(row, whole, row, row, whole),
+      sharding.replicated(self._mesh),
+    )
+    with sharding.scope(self._mesh):
+      return self._probe.lower(
+        self._weights, self._state, chunk, kv_length=kv_length
+      )
+
+  def _probe_program(self, *shape: int) -> jax.stages.Compiled:
+    """Returns the probe of (kv_length, rows, tokens)."""
+    if shape not in self._probes:
+      self._probes[shape] = self._lower_probe(*shape).compile()
+    return self._probes[shape]
+
   def _program(self, *shape: int) -> jax.stages.Compiled:
     """Returns the program of a shape, compiled when it is first needed.
 
@@ -186,13 +209,15 @@ class RolloutPrograms:
     return self._compiled[shape]
 
   def compile_ahead(
-    self, rows: Sequence[int], tokens: Sequence[int], prompt: int
+    self, rows: Sequence[int], tokens: Sequence[int], prompt: int,
+    probed: Sequence[int] = (),
   ) -> None:
     """Compiles whatever a rollout can need, with a progress bar.
 
     Args:
       rows, tokens: bucket sizes of chunks, increasing.
       prompt: tokens of the longest prompt.
+      probed: bucket sizes for the tokens of probes; none = no probes.
     """
     shapes: list[tuple[int, ...]] = [(size,) for size in self.kv_buckets]
     shapes += [
@@ -207,10 +232,15 @@ class RolloutPrograms:
         (kv_length, count, size) for kv_length in lengths for count in rows
         if count <= self.spec.slots or count == rows[0]
       ]
+    jobs = [functools.partial(self._program, *shape) for shape in shapes]
+    jobs += [
+      functools.partial(self._probe_program, kv_length, count, size)
+      for kv_length in self._probe_buckets for count in rows for size in probed
+    ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       for _ in tqdm.tqdm(
-        pool.map(lambda shape: self._program(*shape), shapes),
-        desc="compile", total=len(shapes), unit="program",
+        pool.map(lambda job: job(), jobs),
+        desc="compile", total=len(jobs), unit="program",
       ):
         pass
 
@@ -237,6 +267,20 @@ class RolloutPrograms:
   ) -> device.SlotState:
     """Runs `device.extend`; `kv_length` bounds the tokens' positions."""
     program = self._program(self.bucket(kv_length), *chunk.tokens.shape)
+    return program(params, state, chunk)
+
+  @property
+  def _probe_buckets(self) -> tuple[int, ...]:
+    """Values of `kv_length` of probes: every second, which is enough."""
+    return self.kv_buckets[::-2][::-1]
+
+  def probe(
+    self, params: types.Tree, state: device.SlotState, chunk: device.ProbeChunk
+  ) -> jax.Array:
+    """Runs `device.probe`; the chunk tells how far it reaches."""
+    reach = min(int((chunk.start + chunk.length).max()), self.spec.context)
+    kv_length = next(b for b in self._probe_buckets if b >= reach)
+    program = self._probe_program(kv_length, *chunk.tokens.shape)
     return program(params, state, chunk)
 
   def copy_prefix(

@@ -8,6 +8,33 @@ from stepsearch_jax import types
 
 
 @dataclasses.dataclass(frozen=True)
+class ProbeSpec:
+  """How gold answers are probed; see `probing`.
+
+  Attributes:
+    aliases: gold answers of a question that are probed, the shortest first.
+    tokens: bucket sizes for opened tag and answer; an answer that does not fit
+      the largest is never probed.
+    others: other questions whose documents are tried in place of a search's.
+    seed: of the choice of those questions.
+  """
+
+  aliases: int
+  tokens: tuple[int, ...]
+  others: int
+  seed: int
+
+  def __post_init__(self):
+    """Raises UserError, naming the field of the config."""
+    types.expect(self.aliases >= 1, "probe.aliases", "1 or more", self.aliases)
+    types.expect(
+      self.tokens and list(self.tokens) == sorted(set(self.tokens))
+      and self.tokens[0] >= 1,
+      "probe.tokens", "increasing positive sizes", self.tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineSpec:
   """Limits of a rollout, in tokens.
 
@@ -21,6 +48,7 @@ class EngineSpec:
     search_threads: host threads that search at the same time.
     extend_rows: bucket sizes for rows written together.
     extend_tokens: bucket sizes for the tokens of one written chunk.
+    probe: how gold answers are probed; None where they never are.
   """
 
   max_prompt: int
@@ -31,6 +59,7 @@ class EngineSpec:
   search_threads: int
   extend_rows: tuple[int, ...]
   extend_tokens: tuple[int, ...]
+  probe: ProbeSpec | None
 
   def __post_init__(self):
     """Raises UserError, naming the field of the config."""
@@ -70,6 +99,8 @@ class RolloutStats:
     retrieval_wait_seconds: of these, spent waiting for searches alone.
     extend_seconds: of these, spent writing into the cache.
     decode_seconds: of these, spent sampling.
+    probe_seconds: spent on how likely gold answers are; what is read for that
+      alone, behind the rollouts, included.
   """
 
   policy_tokens: int = 0
@@ -86,6 +117,7 @@ class RolloutStats:
   retrieval_wait_seconds: float = 0.0
   extend_seconds: float = 0.0
   decode_seconds: float = 0.0
+  probe_seconds: float = 0.0
 
   @property
   def retrieval_wait_share(self) -> float:

@@ -16,7 +16,13 @@ import jax
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.rollout import device, programs, recorder, records
+from stepsearch_jax.rollout import (
+  device,
+  probing,
+  programs,
+  recorder,
+  records,
+)
 
 # Shorter prefixes are not worth a program that copies them.
 _LEAST_SHARED = 32
@@ -88,7 +94,7 @@ class _Copy:
 
 
 class SlotCache:
-  """The device state of one rollout and the two ways to advance it."""
+  """The device state of one rollout: two ways to advance it, one to ask."""
 
   def __init__(
     self, compiled: programs.RolloutPrograms, params: types.Tree,
@@ -286,3 +292,23 @@ class SlotCache:
     self._stats.idle_slot_steps += int((output.tokens[:, :steps] < 0).sum())
     self._stats.decode_seconds += time.perf_counter() - began
     return ended
+
+  def probe(
+    self, rows: Sequence[probing.Row], spec: records.ProbeSpec
+  ) -> list[float]:
+    """Returns the log-probability of each row's answer; changes nothing.
+
+    Args:
+      rows: behind what their slots hold, or have held before they went on.
+      spec: bucket sizes.
+    """
+    began = time.perf_counter()
+    found = np.zeros(len(rows), np.float32)
+    waiting = [
+      (piece, self._programs.probe(self._params, self._state, piece.chunk))
+      for piece in probing.pieces(rows, self._spec.extend_rows, spec.tokens)
+    ]
+    for piece, values in waiting:
+      found[piece.rows] = jax.device_get(values)[: len(piece.rows)]
+    self._stats.probe_seconds += time.perf_counter() - began
+    return found.tolist()

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepsearch_jax import types
-from stepsearch_jax.env import search_env
+from stepsearch_jax.env import actions, search_env
 from stepsearch_jax.models import tokenizer as tokenizer_lib
-from stepsearch_jax.rollout import observations, recorder
+from stepsearch_jax.rollout import observations, probing, recorder
 
 
 class TextSide:
@@ -58,6 +58,18 @@ class TextSide:
   ) -> observations.Encoded:
     """Returns an observation as tokens, its documents cut to fit `limit`."""
     return observations.encode(observation, self._tokenizer, limit)
+
+  def answers(self, question: types.Question) -> probing.Answers:
+    """Returns the gold answers of a question as the policy would write them.
+
+    A turn begins where they are asked for, so that the tag may follow at once.
+    """
+    encode = self._tokenizer.encode
+    aliases = [encode(f" {answer.strip()}") for answer in question.answers]
+    return probing.Answers(
+      encode(actions.opening(types.Action.ANSWER)),
+      sorted(aliases, key=lambda tokens: (len(tokens), tokens)),
+    )
 
   def decode(self, tokens: Sequence[int]) -> str:
     """Returns the text of tokens."""

@@ -25,6 +25,7 @@ from stepsearch_jax import types
 DECIDED: Mapping[str, Any] = {
   "estimator": "gae",
   "reward.outcome_only": True,
+  "probe.reward": "none",
   "batch.dynamic": False,
   "ppo.kl_in_reward": True,
   "ppo.kl_coef": 0.001,
@@ -127,6 +128,21 @@ METHODS = {
     _method(
       "turn_rloo", "StepSearch's rewards, turn returns minus the other rows'",
       estimator="turn_rloo", reward_outcome_only=False, **_IN_LOSS,
+    ),
+    _method(
+      "tips", "ppo, and searches earn what they add to the reference's "
+      "log-probability of the answer (2603.22293)",
+      probe_reward="tips",
+    ),
+    _method(
+      "igpo", "turns earn what they add to the policy's probability of the "
+      "answer, z-score over all turns of the group (2510.14967)",
+      estimator="igpo", probe_reward="igpo", **_IN_LOSS,
+    ),
+    _method(
+      "ig_search", "grpo, and query tokens earn what their documents do for "
+      "the answer more than another question's (2604.15148)",
+      estimator="ig_search", probe_reward="ig_search", **_IN_LOSS,
     ),
   )
 }

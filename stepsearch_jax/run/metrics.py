@@ -286,6 +286,11 @@ class Stopwatch:
     """Context manager that adds its duration to `phase`."""
     return _Phase(self._seconds, phase)
 
+  @property
+  def total(self) -> float:
+    """Seconds of all phases."""
+    return sum(self._seconds.values())
+
   def metrics(self) -> dict[str, float]:
     """Seconds so far, as metrics."""
     return {f"timing_s/{k}": v for k, v in self._seconds.items()}

@@ -90,6 +90,7 @@ def step_seconds(workdir: epath.PathLike) -> dict[str, list[float]]:
     "rollout decode": column("gen_decode"),
     "rollout extend": column("gen_extend"),
     "retrieval wait": column("gen_retrieval_wait"),
+    "answer probe": column("gen_probe"),
   }
   scoring = {
     "policy": column("old_log_prob"),

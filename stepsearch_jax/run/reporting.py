@@ -13,7 +13,7 @@ from stepsearch_jax.data import coverage
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.evaluation import playing
 from stepsearch_jax.retrieval import remote
-from stepsearch_jax.rewards import step_rewards
+from stepsearch_jax.rewards import probe_rewards, step_rewards
 from stepsearch_jax.rollout import records
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
@@ -56,14 +56,18 @@ def reward_metrics(
     "total_length/mean": [len(t.tokens) for t in trajectories],
     "env/retrieval_recall": [x for x in recalls if x is not None],
   }
-  return {
+  means = {
     name: float(np.mean(values)) for name, values in columns.items()
     if len(values)
   }
+  probes = [t.probe for t in trajectories if t.probe is not None]
+  return means | probe_rewards.metrics(probes)
 
 
-def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
-  """Throughput and waiting of one rollout."""
+def rollout_metrics(
+  stats: records.RolloutStats, step_seconds: float
+) -> dict[str, float]:
+  """Throughput and waiting of the rollouts of a step of so many seconds."""
   seconds = max(stats.seconds, 1e-9)
   tokens = stats.policy_tokens + stats.ingested_tokens
   return {
@@ -75,6 +79,8 @@ def rollout_metrics(stats: records.RolloutStats) -> dict[str, float]:
     "timing_s/gen_extend": stats.extend_seconds,
     "perf/retrieval_wait_share": stats.retrieval_wait_share,
     "timing_s/gen_retrieval_wait": stats.retrieval_wait_seconds,
+    "timing_s/gen_probe": stats.probe_seconds,
+    "perf/probe_share": stats.probe_seconds / max(step_seconds, 1e-9),
   }
 
 

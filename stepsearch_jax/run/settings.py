@@ -23,7 +23,7 @@ from stepsearch_jax.ppo import estimators
 from stepsearch_jax.ppo import specs as ppo_specs
 from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
-from stepsearch_jax.rewards import step_rewards, user_reward
+from stepsearch_jax.rewards import probe_rewards, step_rewards, user_reward
 from stepsearch_jax.rollout import device, records
 from stepsearch_jax.run import methods, monitor, specs
 from stepsearch_jax.sft import scripted
@@ -154,8 +154,10 @@ class Settings:
         ),
       ),
       sampler=spec_of(device.ProgramSpec, config.rollout),
-      rollout=spec_of(records.EngineSpec, config.rollout),
-      reward=_reward(config.reward),
+      rollout=spec_of(
+        records.EngineSpec, config.rollout, probe=_probe(config)
+      ),
+      reward=_reward(config),
       config=config.to_dict(),
     )
     _check_together(
@@ -190,8 +192,22 @@ class Settings:
     )
 
 
-def _reward(section) -> step_rewards.RewardSpec:
+def _probe(config: ml_collections.ConfigDict) -> records.ProbeSpec | None:
+  """What is probed; None where no reward needs it."""
+  section = config.probe
+  if section.reward == probe_rewards.Kind.NONE:
+    return None
+  sets = section.ig_search_sets
+  expect(sets >= 1, "probe.ig_search_sets", "1 or more", sets)
+  tries = section.reward == probe_rewards.Kind.IG_SEARCH
+  return spec_of(
+    records.ProbeSpec, section, others=sets if tries else 0, seed=config.seed
+  )
+
+
+def _reward(config: ml_collections.ConfigDict) -> step_rewards.RewardSpec:
   """The preset with the config's switches."""
+  section = config.reward
   expect(section.preset in step_rewards.PRESETS, "reward.preset",
          f"one of {sorted(step_rewards.PRESETS)}", section.preset)
   switches = {
@@ -202,8 +218,11 @@ def _reward(section) -> step_rewards.RewardSpec:
     switches["outcome_only"] = True
     expect(not section.search_bonus, "reward.search_bonus",
            "0 with a reward.function of your own", section.search_bonus)
+    expect(config.probe.reward == probe_rewards.Kind.NONE, "probe.reward",
+           "none with a reward.function of your own", config.probe.reward)
   return dataclasses.replace(
-    step_rewards.PRESETS[section.preset](), **switches
+    step_rewards.PRESETS[section.preset](), **switches,
+    probe=spec_of(probe_rewards.ProbeRewardSpec, config.probe),
   )
 
 
@@ -310,6 +329,12 @@ def _check_together(settings: Settings, devices: int) -> None:
     )
   expect(settings.protocol.template in prompts.TEMPLATES, "rollout.template",
          f"one of {sorted(prompts.TEMPLATES)}", settings.protocol.template)
+  probe = settings.rollout.probe
+  expect(
+    probe is None or probe.tokens[-1] < settings.sampler.context,
+    "probe.tokens", f"less than rollout.context = {settings.sampler.context}",
+    probe and probe.tokens,
+  )
   room = settings.rollout.answer_room
   expect(
     settings.sampler.context > room, "rollout.context",

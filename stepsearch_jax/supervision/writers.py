@@ -75,6 +75,7 @@ class LocalWriter:
       max_prompt=context - max_tokens, max_turn=max_tokens,
       max_observation=context, answer_room=max_tokens, retrieval_delay=1,
       search_threads=1, extend_rows=(slots,), extend_tokens=(64, 128),
+      probe=None,
     )
     env = cast(search_env.SearchEnv, _OneTurn())
     self._engine = engine.Engine(

@@ -119,6 +119,33 @@ def gigpo(rewards, mask, turn, group, anchor, gamma, weight):
   return on_turns(out, turn)
 
 
+def igpo(rewards, turn, group, anchor):
+  r = turn_rewards(rewards, turn, anchor.shape[1])
+  out = np.zeros(r.shape)
+  for i in range(len(r)):
+    everyone = [r[j, m] for j in range(len(r)) for m in range(r.shape[1])
+                if group[j] == group[i] and anchor[j, m] >= 0]
+    scores = [z(r[i, n], everyone) if anchor[i, n] >= 0 else 0.0
+              for n in range(r.shape[1])]
+    out[i] = discounted(scores, 1.0)
+  return on_turns(out, turn)
+
+
+def ig_search(rewards, mask, turn, group):
+  last = [np.nonzero(row)[0].max(initial=-1) for row in mask]
+  outcome = [rewards[i, t] if t >= 0 else 0.0 for i, t in enumerate(last)]
+  out = np.zeros(rewards.shape)
+  for i, t in zip(*np.nonzero(mask), strict=True):
+    mates = [outcome[j] for j in range(len(outcome)) if group[j] == group[i]]
+    out[i, t] = z(outcome[i], mates)
+    if rewards[i, t] and t != last[i]:
+      out[i, t] += sum(
+        rewards[i, k] for k in np.nonzero(turn[i] == turn[i, t])[0]
+        if k != last[i]
+      )
+  return out
+
+
 def firsts(turn):
   """[(row, turn, its tokens)] in order."""
   return [

@@ -29,7 +29,11 @@ WANT = {
   "stratified": ("stratified", True, False, .001, .2, 0, "token", "token", 0),
   "gigpo": ("gigpo", True, False, .001, .2, 0, "token", "token", 0),
   "turn_rloo": ("turn_rloo", False, False, .001, .2, 0, "token", "token", 0),
+  "tips": ("gae", True, True, .001, .2, 0, "token", "token", 0),
+  "igpo": ("igpo", True, False, .001, .2, 0, "token", "token", 0),
+  "ig_search": ("ig_search", True, False, .001, .2, 0, "token", "token", 0),
 }
+PROBED = ("tips", "igpo", "ig_search")
 
 
 def config_of(method, **changes):
@@ -54,6 +58,9 @@ def test_a_method_reaches_rewards_and_learner(method):
   settings = settings_of(method)
   learner = settings.learner(1)
   assert settings.batch.dynamic == (method == "dapo")
+  probed = method if method in PROBED else "none"
+  assert settings.reward.probe.reward == probed
+  assert (settings.rollout.probe is not None) == (method in PROBED)
   assert WANT[method] == (
     learner.estimator.name, settings.reward.outcome_only,
     learner.kl.in_reward, learner.kl.coef, learner.loss.clip_ratio,

@@ -73,9 +73,9 @@ def test_every_rollout_metric_by_hand():
   stats = records.RolloutStats(
     policy_tokens=30, ingested_tokens=70, slot_steps=200, idle_slot_steps=50,
     failed_searches=2, seconds=4.0, retrieval_wait_seconds=1.0,
-    extend_seconds=0.5, decode_seconds=2.5,
+    extend_seconds=0.5, decode_seconds=2.5, probe_seconds=0.3,
   )
-  assert reporting.rollout_metrics(stats) == {
+  assert reporting.rollout_metrics(stats, 6.0) == {
     "perf/tokens_per_second": 25.0,
     "perf/policy_tokens_per_second": 7.5,
     "env/failed_searches": 2,
@@ -84,6 +84,8 @@ def test_every_rollout_metric_by_hand():
     "timing_s/gen_extend": 0.5,
     "perf/retrieval_wait_share": 0.25,
     "timing_s/gen_retrieval_wait": 1.0,
+    "timing_s/gen_probe": 0.3,
+    "perf/probe_share": pytest.approx(0.05),
   }
 
 

@@ -23,10 +23,12 @@ SECTIONS = {
   "retrieval": "retrieval", "retrieval.patience": "retrieval.patience",
   "retrieval.encoding": "retrieval.encoding", "sampler": "rollout",
   "rollout": "rollout", "reward": "reward",
+  "rollout.probe": "probe", "reward.probe": "probe",
 }
 RENAMED = {
   "schedule.steps": "total_steps", "schedule.epochs": "total_epochs",
   "protocol.topk": "retrieval.topk",
+  "rollout.probe.others": "probe.ig_search_sets", "rollout.probe.seed": "seed",
 }
 # Numbers that no other field of their section has.
 CHANGES = {
@@ -51,7 +53,11 @@ CHANGES = {
   "reward.f1_decimals": 3, "reward.empty_gold": "never",
   "reward.step_position": "reencoded", "reward.outcome_on_step": "overwrite",
   "reward.document_text": "parsed", "reward.scored_text": "regex",
-  "reward.eos": "dropped", "log.trajectories": 15, "log.trajectories_every": 18,
+  "reward.eos": "dropped", "probe.reward": "ig_search", "probe.aliases": 25,
+  "probe.tokens": (26, 27), "probe.tips_alpha": 0.28, "probe.tips_tau": 0.29,
+  "probe.igpo_gain": "log", "probe.ig_search_alpha": 0.31,
+  "probe.ig_search_sets": 32, "log.trajectories": 15,
+  "log.trajectories_every": 18,
   "data.limit": 50, "data.eval_limit": 6, "data.holdout": 0.2,
 }
 

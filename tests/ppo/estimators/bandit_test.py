@@ -131,6 +131,32 @@ def test_gigpo_by_state_agrees_in_direction():
   assert (np.sign(found) == np.sign(true_gradient())).all()
 
 
+def with_rewards(monkeypatch, stop, go_stop, go_go):
+  for outcome, rewards in (("s", stop), ("gs", go_stop), ("gg", go_go)):
+    monkeypatch.setitem(OUTCOMES, outcome, rewards)
+
+
+def test_igpo_agrees_in_direction_where_the_outcomes_decide(monkeypatch):
+  with_rewards(monkeypatch, (0.2,), (0.1, 1.0), (0.1, 0.0, 0.4))
+  found = expected_gradient(by_name("igpo"))
+  assert (np.sign(found) == np.sign(true_gradient())).all()
+
+
+def test_igpo_prefers_a_length_where_all_outcomes_are_equal(monkeypatch):
+  """A turn that earns less than the mean turn costs, one that earns more pays.
+
+  The method is made so; with gains in every search it searches too often.
+  """
+  with_rewards(monkeypatch, (0.7,), (0.0, 0.7), (0.0, 0.0, 0.7))
+  np.testing.assert_allclose(true_gradient(), 0, atol=1e-9)
+  assert (expected_gradient(by_name("igpo")) < -0.05).all()
+  with_rewards(monkeypatch, (0.0,), (0.7, -0.7), (0.7, 0.7, -1.4))
+  np.testing.assert_allclose(true_gradient(), 0, atol=1e-9)
+  for name in ("turn_rloo", "grpo"):
+    found = expected_gradient(by_name(name))
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
 def test_a_baseline_over_those_that_reached_a_turn_is_biased():
   def biased(inputs):
     mask = inputs.masks.policy

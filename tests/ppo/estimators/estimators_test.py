@@ -82,6 +82,47 @@ def test_turn_rloo_equals_the_naive_double_sum():
   close(run("turn_rloo", make_inputs(batch)).advantages, want)
 
 
+def test_igpo_equals_the_naive_loop_over_all_turns_of_a_group():
+  batch, _ = make_batch()
+  want = naive.igpo(
+    batch.token_rewards.astype(float), batch.turn, batch.group, batch.anchor
+  )
+  close(run("igpo", make_inputs(batch)).advantages, want)
+  assert np.abs(want).max() > 0.1
+
+
+def test_igpo_of_equal_turns_is_exactly_nothing_and_counts_turns_of_reward_0():
+  mask = [[1, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+  batch = parts.rollout_batch(mask, 0.7 * np.array(mask))
+  assert (run("igpo", make_inputs(batch)).advantages == 0).all()
+  batch.token_rewards[0, :] = [0, 0, 0, 0, 4, 0]
+  batch.token_rewards[1, :] = 0
+  # Of 0, 0, 4 and 0 the mean is 1 and the unbiased std is 2.
+  close(run("igpo", make_inputs(batch)).advantages,
+        [[0.5, 0, 1, 0, 1.5, 0], [-0.5, 0, 0, 0, 0, 0]])
+
+
+def test_ig_search_equals_the_naive_loop():
+  batch, _ = make_batch()
+  want = naive.ig_search(
+    batch.token_rewards.astype(float), batch.policy_mask, batch.turn,
+    batch.group,
+  )
+  close(run("ig_search", make_inputs(batch)).advantages, want)
+  assert np.abs(want).max() > 0.1
+
+
+def test_ig_search_pays_a_turn_on_the_tokens_of_its_query_alone():
+  mask = [[1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]]
+  rewards = [[0, 0.1, 0.1, 0, 0, 1], [0, 0, -0.3, 0, 0, 0]]
+  found = run("ig_search", make_inputs(parts.rollout_batch(mask, rewards)))
+  half = np.sqrt(0.5)
+  close(found.advantages, [
+    [half, half + 0.2, half + 0.2, 0, half, half],
+    [-half, -half, -half - 0.3, 0, -half, -half],
+  ])
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.7])
 def test_gigpo_equals_the_naive_loop_over_states(weight):
   batch, _ = make_batch()

@@ -116,4 +116,4 @@ def test_every_estimator_of_ours_says_what_it_needs():
   groups = {n for n, e in estimators.REGISTRY.items() if e.needs_groups}
   assert values == {"gae", "turn_gae", "bilevel_gae"}
   assert groups == {"grpo", "rloo", "grpo_no_std", "maxrl", "gigpo",
-                    "turn_rloo", "stratified"}
+                    "turn_rloo", "stratified", "igpo", "ig_search"}

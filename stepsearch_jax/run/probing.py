@@ -1,0 +1,53 @@
+"""Plays a training batch and has its gold answers probed as rewards need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepsearch_jax import types
+from stepsearch_jax.rewards.probe_rewards import Kind
+from stepsearch_jax.rollout import records
+from stepsearch_jax.run.experiment import Experiment
+
+# Methods that fit any policy probe it while it plays, on its warm cache.
+_WHILE_PLAYING = (Kind.IGPO,)
+
+
+def play(
+  experiment: Experiment, policy: types.Tree, reference: types.Tree,
+  questions: Sequence[types.Question], episodes: Sequence[int],
+) -> records.Rollout:
+  """Returns rollouts, probed by the model that the probe reward asks.
+
+  Args:
+    experiment: the run's parts.
+    policy: whole policy parameters.
+    reference: those of the frozen one.
+    questions: what to ask.
+    episodes: rollout numbers, one per question.
+  """
+  settings, engine = experiment.settings, experiment.engine
+  kind = settings.reward.probe.reward
+  rollout = engine.run(
+    policy, questions, episodes, settings.config["rollout"]["temperature"],
+    probe=kind in _WHILE_PLAYING,
+  )
+  if kind == Kind.TIPS:
+    engine.probe(reference, rollout)
+  elif kind == Kind.IG_SEARCH:
+    engine.probe(policy, rollout)
+  return rollout
+
+
+def check(
+  experiment: Experiment, questions: Sequence[types.Question]
+) -> None:
+  """Raises a UserError unless some question's answers can be probed."""
+  spec = experiment.settings.rollout.probe
+  if spec is None:
+    return
+  types.expect(
+    any(experiment.engine.probed_answers(q).aliases for q in questions),
+    "probe.tokens", "room for a gold answer of at least one question",
+    spec.tokens,
+  )
