@@ -17,8 +17,18 @@ from stepsearch_jax.env import actions
 from stepsearch_jax.models import heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, learner
+from stepsearch_jax.rollout import records
 
 CONTEXT = 192
+
+
+def probes(name, played):
+  """Probe values of all trajectories, 1 where nothing was asked."""
+  rows = [
+    np.nan_to_num(np.concatenate([p.logp.ravel(), p.others.ravel()]), nan=1.0)
+    for p in (t.probe for t in played.trajectories)
+  ]
+  return {f"{name}/probe": np.concatenate(rows)}
 
 
 def main(output, data, fsdp, tensor):
@@ -40,7 +50,9 @@ def main(output, data, fsdp, tensor):
   state = ours.init_state(policy, heads.value_from_policy(
     policy, jax.random.key(1)
   ), policy)
-  limits = fakes.engine_spec(extend_rows=(8,))
+  limits = fakes.engine_spec(
+    extend_rows=(8,), probe=records.ProbeSpec(2, (24,), others=1, seed=0)
+  )
   found = {}
   for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     player = fakes.make_engine(
@@ -48,9 +60,14 @@ def main(output, data, fsdp, tensor):
       mesh=mesh, spec=limits,
     )
     played = player.run(
-      state.policy.params, fakes.make_questions(16), range(16), temperature
-    ).trajectories
+      state.policy.params, fakes.make_questions(16), range(16), temperature,
+      probe=True,
+    )
+    found |= probes(f"{name}/warm", played)
+    player.probe(state.reference, played)
+    found |= probes(f"{name}/read", played)
     player.close()
+    played = played.trajectories
     found[f"{name}/tokens"] = np.concatenate([t.tokens for t in played])
     found[f"{name}/searches"] = sum(
       turn.retrieved for t in played for turn in t.turns

@@ -28,7 +28,7 @@ def start(workdir, processes, devices, *arguments):
     sys.executable, "-m", "stepsearch_jax.train", f"--workdir={workdir}",
     "--config=configs/quickstart.py:runlocal", "--config.checkpoint.every=1",
     "--config.mesh.fsdp=2", "--config.data.eval_limit=4",
-    "--config.rollout.max_turn=12", *arguments,
+    "--config.rollout.max_turn=12", "--config.probe.reward=tips", *arguments,
   ]
   handles = []
   for process in range(processes):
