@@ -12,8 +12,9 @@ L_t,c is the log-probability of gold answer c behind the observation of turn t
 
 Both sides of a difference are about the same answers: those that had room in
 all places that are compared. Where none had, a turn earns 0; so does one that
-nothing was replied to. A search that failed is a turn like any other: a reply
-without documents moves the probe by about nothing.
+nothing was replied to. A search that failed, or a turn without an action, is a
+turn like any other to tips and igpo, or gains would not add up: a reply without
+documents moves the probe by about nothing.
 """
 
 from __future__ import annotations

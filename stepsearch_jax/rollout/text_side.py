@@ -65,10 +65,12 @@ class TextSide:
     A turn begins where they are asked for, so that the tag may follow at once.
     """
     encode = self._tokenizer.encode
-    aliases = [encode(f" {answer.strip()}") for answer in question.answers]
+    aliases = {
+      tuple(encode(f" {answer.strip()}")) for answer in question.answers
+    }
     return probing.Answers(
       encode(actions.opening(types.Action.ANSWER)),
-      sorted(aliases, key=lambda tokens: (len(tokens), tokens)),
+      [list(alias) for alias in sorted(aliases, key=lambda a: (len(a), a))],
     )
 
   def decode(self, tokens: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from stepsearch_jax.rewards.probe_rewards import Kind
 from stepsearch_jax.rollout import records
 from stepsearch_jax.run.experiment import Experiment
 
-# Methods that fit any policy probe it while it plays, on its warm cache.
+# Ask the policy itself about what it has seen: its warm cache will do.
 _WHILE_PLAYING = (Kind.IGPO,)
 
 

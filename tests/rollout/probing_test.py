@@ -111,7 +111,7 @@ def contexts(trajectory):
 
 def aliases_of(tokenizer, question, limit=24):
   opening = len(tokenizer.encode("<answer>"))
-  found = [tokenizer.encode(" " + a.strip()) for a in question.answers]
+  found = [tokenizer.encode(" " + a) for a in dict.fromkeys(question.answers)]
   return [a for a in sorted(found, key=lambda a: (len(a), a))
           if opening + len(a) <= limit][:3]
 
