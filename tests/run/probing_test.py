@@ -9,6 +9,7 @@ from etils import epath
 
 from configs import quickstart
 from stepsearch_jax import train, types
+from stepsearch_jax.env.actions import ParsedTurn
 from stepsearch_jax.rollout import records
 from stepsearch_jax.rollout.probing import Answers
 from stepsearch_jax.run import metrics, plots, probing
@@ -18,7 +19,9 @@ from stepsearch_jax.run.settings import Settings
 def tiny(method, **changes):
   config = quickstart.get_config("runlocal")
   config.update_from_flattened_dict({
-    "method": method, "total_steps": 1, "warm_start.steps": 2,
+    "method": method, "total_steps": 1, "warm_start.steps": 0,
+    "data.world.train": 60, "data.world.validation": 9,
+    "data.world.heldout": 9, "data.world.entities": 200,
     "data.eval_limit": 3, "rollout.max_turn": 12, "rollout.max_turns": 2,
     "batch.questions": 4, "batch.rollouts": 2, **changes,
   })
@@ -92,12 +95,15 @@ def test_any_probe_reward_goes_with_any_estimator(changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tips", "igpo", "ig_search"])
-def test_a_run_trains_on_what_the_probe_says(method, tmp_path):
+def test_a_run_trains_on_what_the_probe_says(method, tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
+  # Whatever the random policy writes is a search.
+  monkeypatch.setattr(
+    "stepsearch_jax.env.actions.parse",
+    lambda text: ParsedTurn(types.Action.SEARCH, text.strip()),
+  )
   with jax.numpy_dtype_promotion("standard"):
-    summary = train.train(
-      tiny(method, **{"rollout.compile_ahead": True}), workdir
-    )
+    summary = train.train(tiny(method), workdir)
   assert summary["steps"] == 1 and summary["method"] == method
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   record = json.loads(lines[-1])
