@@ -212,8 +212,7 @@ def _probe():
   # none | tips | igpo | ig_search, paid beside the rest; None = the method's.
   probe.reward = config_dict.placeholder(str)
   probe.aliases = 4  # Gold answers probed of a question, the shortest first.
-  # Tokens of tag and answer for which probes are compiled; longer: left out.
-  probe.tokens = (16, 64)
+  probe.tokens = (16, 64)  # Compiled sizes of tag and answer; longer: left out.
   probe.tips_alpha = 0.02  # tips: scale of the gain of log-probability.
   probe.tips_tau = 1.0  # tips: temperature of the maximum over answers.
   probe.igpo_gain = "probability"  # igpo: gain of probability | log.

@@ -105,9 +105,7 @@ def _train(
   # 2. Rollout engine. A prompt that does not fit stops the run now, and
   #    programs are compiled before models take the memory.
   experiment.describe(steps)
-  for question in questions + experiment.eval_questions:
-    experiment.engine.prompt_tokens(question)
-  probing.check(experiment, questions)
+  probing.check_questions(experiment)
   if settings.config["rollout"]["compile_ahead"]:
     experiment.engine.compile_ahead()
 

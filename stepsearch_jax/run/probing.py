@@ -39,15 +39,18 @@ def play(
   return rollout
 
 
-def check(
-  experiment: Experiment, questions: Sequence[types.Question]
-) -> None:
-  """Raises a UserError unless some question's answers can be probed."""
+def check_questions(experiment: Experiment) -> None:
+  """Raises a UserError for questions that a run could not play or reward.
+
+  Every prompt has to fit; of what is trained on some answer has to fit a probe
+  where one is asked for.
+  """
+  questions, engine = experiment.train_questions, experiment.engine
+  for question in questions + experiment.eval_questions:
+    engine.prompt_tokens(question)
   spec = experiment.settings.rollout.probe
-  if spec is None:
-    return
   types.expect(
-    any(experiment.engine.probed_answers(q).aliases for q in questions),
+    spec is None or any(engine.probed_answers(q).aliases for q in questions),
     "probe.tokens", "room for a gold answer of at least one question",
-    spec.tokens,
+    spec and spec.tokens,
   )

@@ -32,7 +32,7 @@ class Engine:
   """Remembers what it is asked to do."""
 
   def __init__(self, longest=0):
-    self.calls = []
+    self.calls, self.prompts = [], []
     self.longest = longest
 
   def run(self, params, questions, episodes, temperature, probe):
@@ -41,6 +41,9 @@ class Engine:
 
   def probe(self, params, rollout):
     self.calls.append(("probe", params))
+
+  def prompt_tokens(self, question):
+    self.prompts.append(question.text)
 
   def probed_answers(self, question):
     fits = len(question.text) <= self.longest
@@ -68,9 +71,12 @@ def test_questions_of_which_no_answer_fits_are_refused_at_the_start():
   settings = Settings.from_config(tiny("tips"), devices=1)
 
   def check(longest, settings):
-    probing.check(python_types.SimpleNamespace(
-      settings=settings, engine=Engine(longest)
-    ), questions)
+    engine = Engine(longest)
+    probing.check_questions(python_types.SimpleNamespace(
+      settings=settings, engine=engine, train_questions=questions[:1],
+      eval_questions=questions[1:],
+    ))
+    assert engine.prompts == ["aaa", "aaaaa"]
 
   check(3, settings)
   with pytest.raises(types.UserError, match=r"^probe.tokens: .*\(16, 64\)$"):
