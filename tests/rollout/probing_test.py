@@ -244,7 +244,8 @@ def test_documents_of_other_questions_are_tried_in_place_of_each_search(
                                   strict=False):
         start = trajectory.tokens[: turn.action_position + 1].tolist()
         reply = engine._texts.encode(
-          engine._texts.observation(documents, number), 48
+          engine._texts.observation(documents, number),
+          min(48, 256 - len(start) - 8),
         ).tokens
         alias = aliases_of(parts[0], trajectory.question)[0]
         want = whole_pass(parts, start + reply, alias)

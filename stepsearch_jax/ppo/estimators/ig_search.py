@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from stepsearch_jax.ppo import specs
-from stepsearch_jax.ppo.estimators import groups, interface, turns
+from stepsearch_jax.ppo.estimators import gae, groups, interface, turns
 
 
 @interface.estimator(needs_groups=True)
@@ -23,7 +23,7 @@ def estimate(
   on = inputs.masks.policy > 0
   later = jnp.cumsum(on[:, ::-1], axis=1)[:, ::-1]
   last = on & (later == 1)
-  rewards = jnp.where(on, inputs.rewards, 0.0)
+  rewards = gae.credited(inputs.rewards, inputs.masks.policy)
   outcome = jnp.where(last, rewards, 0.0).sum(-1)
   score = groups.z_score(outcome, groups.statistics(outcome, inputs.group))
   local = jnp.where(last, 0.0, rewards)
