@@ -85,8 +85,9 @@ def _compare(two, one):
 
 @pytest.mark.slow
 def test_a_dead_process_ends_the_others_with_an_error(tmp_path):
+  # Without a warm start, so that initial weights are shared by processes too.
   handles = start(tmp_path, 2, 1, "--config.total_steps=1000",
-                  "--config.mesh.fsdp=1")
+                  "--config.mesh.fsdp=1", "--config.warm_start.steps=0")
   try:
     records = tmp_path / "metrics.jsonl"
     deadline = time.time() + 600

@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching
 from stepsearch_jax.ppo import learner as learner_lib
 from stepsearch_jax.run import checkpoints, identity
@@ -33,9 +34,14 @@ def start(
   """
   # Only shapes and places: a resumed run never builds a second state, and
   # needs no weights from elsewhere.
-  found = saver.restore(RunState(0, learner.abstract_state()))
+  shapes = learner.abstract_state()
+  found = saver.restore(RunState(0, shapes))
   if found is None:
-    policy = first_policy(experiment, interrupts)
+    # Spread over the mesh: several processes can only save what they share.
+    policy = sharding.put(
+      first_policy(experiment, interrupts),
+      jax.tree.map(lambda x: x.sharding, shapes.reference),
+    )
     checkpoints.save_reference(
       experiment.workdir, policy, experiment.model.dtype
     )
@@ -45,7 +51,7 @@ def start(
   else:
     logging.info("resumed at step %d", found.step)
   reference = checkpoints.load_reference(
-    experiment.workdir, learner.abstract_state().reference
+    experiment.workdir, shapes.reference
   )
   found.learner = dataclasses.replace(found.learner, reference=reference)
   return found
