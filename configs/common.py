@@ -327,9 +327,10 @@ def _checkpoint():
 
 
 def _sentinel():
-  """When a run counts as collapsed, and what happens then."""
+  """When a run counts as collapsed, and what happens then; early signs."""
   sentinel = ml_collections.ConfigDict()
-  sentinel.action = "warn"  # off | warn | halt | rollback.
+  # What follows a collapse: off | warn | halt | rollback. Signs are only said.
+  sentinel.action = "warn"
   sentinel.patience = 5  # Steps in a row that break a limit.
   sentinel.invalid_share = 0.9  # At most.
   sentinel.unanswered_share = 0.95  # At most.
@@ -337,6 +338,17 @@ def _sentinel():
   sentinel.kl = 10.0  # At most, nats per token.
   sentinel.grad_norm = 1000.0  # At most, before clipping.
   sentinel.reward_drop = 0.4  # Below the best mean score, at most.
+  # Sign: searches per question, at least, where the policy once searched.
+  sentinel.searches = 0.1
+  # Sign: share of rollouts that hit a length limit, at most.
+  sentinel.clipped_share = 0.4
+  # Sign: growth of the KL over `patience` steps, at most, nats per token.
+  sentinel.kl_growth = 0.1
+  # Sign: explained variance of the value model, at least ...
+  sentinel.explained_variance = 0.0
+  sentinel.settling = 20  # ... after so many steps.
+  # Sign: share of questions whose rollouts differ in reward, at least.
+  sentinel.differing_share = 0.05
   # rollback: back to the newest checkpoint before the trouble, with both
   # learning rates times this.
   sentinel.lr_factor = 0.5

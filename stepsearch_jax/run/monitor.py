@@ -1,9 +1,10 @@
-"""Guards of a training run: collapse alarms, and where a NaN began.
+"""Guards of a training run: signs of trouble, and where a NaN began.
 
 Search agents collapse in a few known ways (answers without tags, endless
-invalid actions, entropy at zero, exploding KL or gradients, falling reward).
-The sentinel looks at the metrics of every step and says which limit was broken
-for `patience` steps in a row; what happens then is the run's decision.
+invalid actions, entropy at zero, exploding KL or gradients, falling reward),
+and a few signs come before. The sentinel looks at the metrics of every step
+and says in a sentence which limit was broken for `patience` steps in a row;
+what happens then is the run's decision.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from etils import epath
 
 from stepsearch_jax import files, types
 from stepsearch_jax.ppo import records
+from stepsearch_jax.run import signs
 from stepsearch_jax.types import expect
 
 ACTIONS = ("off", "warn", "halt", "rollback")
@@ -30,33 +32,6 @@ class CollapseError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-  """What counts as a collapse; see `configs/common.py`.
-
-  Attributes:
-    invalid_share: most questions with an invalid action.
-    unanswered_share: most questions without a closed answer.
-    entropy: least policy entropy, in nats.
-    kl: largest KL to the reference, in nats per token.
-    grad_norm: largest gradient norm of the policy before clipping.
-    reward_drop: largest fall of the mean score below its best so far.
-    patience: steps in a row that break a limit before it is an alarm.
-  """
-
-  invalid_share: float
-  unanswered_share: float
-  entropy: float
-  kl: float
-  grad_norm: float
-  reward_drop: float
-  patience: int
-
-  def __post_init__(self):
-    expect(self.patience >= 1, "sentinel.patience", "1 or more steps",
-           self.patience)
-
-
-@dataclasses.dataclass(frozen=True)
 class MonitorSpec:
   """What counts as a collapse, and what a run does about it.
 
@@ -64,13 +39,13 @@ class MonitorSpec:
     action: "off", "warn", "halt" or "rollback".
     lr_factor: multiplies both learning rates at each rollback.
     rollbacks: how many before the run halts.
-    limits: see `Limits`.
+    limits: see `signs.Limits`.
   """
 
   action: str
   lr_factor: float
   rollbacks: int
-  limits: Limits
+  limits: signs.Limits
 
   def __post_init__(self):
     expect(self.action in ACTIONS, "sentinel.action",
@@ -83,71 +58,105 @@ class MonitorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-  """A limit that was broken; `since` is the first step of the streak."""
+  """A limit that was broken.
+
+  Attributes:
+    message: a sentence for the user.
+    since: the first step of the streak.
+    collapse: whether the run has collapsed; else it is an early sign.
+    new: whether this is the first step at which the sentence holds.
+  """
 
   message: str
   since: int
+  collapse: bool
+  new: bool
 
 
 class Sentinel:
   """Counts broken limits from step to step."""
 
-  def __init__(self, limits: Limits, state: Mapping[str, Any] | None = None):
+  def __init__(
+    self, limits: signs.Limits, state: Mapping[str, Any] | None = None
+  ):
     """Starts afresh, or from the `state` of an interrupted run."""
     self._limits = limits
+    self._checks = signs.collapses(limits) + signs.signs(limits)
     state = state or {}
     self._since: dict[str, int] = dict(state.get("since", {}))
     self._best: float | None = state.get("best")
+    self._kept: list[str] = list(state.get("kept", []))
+    self._kl: list[float] = list(state.get("kl", []))
+    self.alarms: list[Alarm] = []  # Of the newest step.
     self.trouble_since = 0
 
   @property
   def state(self) -> dict[str, Any]:
     """JSON-able memory, for the checkpoint."""
-    return {"since": dict(self._since), "best": self._best}
+    return {"since": dict(self._since), "best": self._best,
+            "kept": list(self._kept), "kl": list(self._kl)}
 
   def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-    """Alarms of this step.
+    """Alarms of this step, collapses first.
 
     Args:
       step: optimizer steps done.
       metrics: verl-named metrics of the step.
     """
-    limits, reward = self._limits, metrics["critic/score/mean"]
-    floor = None if self._best is None else self._best - limits.reward_drop
-    checks = [
-      ("env/invalid_share", "above", limits.invalid_share),
-      ("env/unanswered_share", "above", limits.unanswered_share),
-      ("actor/entropy", "below", limits.entropy),
-      ("critic/kl", "above", limits.kl),
-      ("actor/grad_norm", "above", limits.grad_norm),
-    ]
-    if floor is not None:
-      checks.append(("critic/score/mean", "below", floor))
+    metrics = dict(metrics) | self._derived(step, metrics)
+    checks, reward = list(self._checks), metrics["critic/score/mean"]
+    if self._best is not None:
+      checks.insert(0, signs.check(
+        "critic/score/mean", "below", self._best - self._limits.reward_drop,
+        f"the mean reward is {{value:.3g}} since step {{since}}, after "
+        f"{self._best:.3g} at its best", collapse=True,
+      ))
     self._best = reward if self._best is None else max(self._best, reward)
-    alarms = []
-    for name, side, limit in checks:
-      if name not in metrics:
+    self.alarms = []
+    for check in checks:
+      if check.metric not in metrics:
         continue  # For instance while only the value model trains.
-      value = metrics[name]
-      broken = value > limit if side == "above" else value < limit
-      if not broken:
-        self._since.pop(name, None)
+      if not check.is_broken(metrics[check.metric]):
+        self._since.pop(check.metric, None)
+        if check.metric not in self._kept:
+          self._kept.append(check.metric)
         continue
-      since = self._since.setdefault(name, step)
-      if step - since + 1 >= limits.patience:
-        alarms.append(Alarm(
-          f"{name} = {value:.4g} is {side} {limit:.4g} since step {since}",
-          since,
-        ))
-    if alarms:
-      self.trouble_since = min(alarm.since for alarm in alarms)
-    return alarms
+      self._note(check, step, metrics[check.metric])
+    collapsed = [alarm.since for alarm in self.alarms if alarm.collapse]
+    if collapsed:
+      self.trouble_since = min(collapsed)
+    return self.alarms
+
+  def _note(self, check: signs.Check, step: int, value: float) -> None:
+    """Counts a broken limit, and adds the alarm once it lasts."""
+    since = self._since.setdefault(check.metric, step)
+    lasted = step - since + 1
+    message = check.alarm(value, since, check.metric in self._kept)
+    if message and lasted >= self._limits.patience:
+      self.alarms.append(Alarm(
+        message, since, check.collapse, new=lasted == self._limits.patience
+      ))
+
+  def _derived(
+    self, step: int, metrics: Mapping[str, float]
+  ) -> dict[str, float]:
+    """Metrics that need more than the step's own."""
+    found = {}
+    explained = metrics.get("critic/vf_explained_var")
+    if "critic/kl" in metrics:
+      self._kl = [*self._kl, metrics["critic/kl"]][-self._limits.patience - 1 :]
+      found["growth of critic/kl"] = self._kl[-1] - self._kl[0]
+    # Of a run without a value model all values are 0.
+    learns = "critic/vf_loss" in metrics and step > self._limits.settling
+    if learns and explained is not None:
+      found["settled critic/vf_explained_var"] = explained
+    return found
 
 
 def must_roll_back(
   spec: MonitorSpec, alarms: Sequence[Alarm], rollbacks: int
 ) -> bool:
-  """Reports the alarms of a step and decides what happens.
+  """Reports the new alarms of a step and decides what happens.
 
   Args:
     spec: what the run does about a collapse.
@@ -163,12 +172,15 @@ def must_roll_back(
   if spec.action == "off":
     return False
   for alarm in alarms:
-    logging.warning("collapse? %s", alarm.message)
-  if not alarms or spec.action == "warn":
+    if alarm.new:
+      logging.warning("%s %s", "collapse?" if alarm.collapse else "watch out:",
+                      alarm.message)
+  collapses = [alarm for alarm in alarms if alarm.collapse]
+  if not collapses or spec.action == "warn":
     return False
   if spec.action == "halt" or rollbacks >= spec.rollbacks:
     raise CollapseError(
-      f"{alarms[0].message}: halted"
+      f"{collapses[0].message}: halted"
       + (f" after {rollbacks} rollbacks" if rollbacks else "")
       + "; the last checkpoints stand (limits: config.sentinel)"
     )

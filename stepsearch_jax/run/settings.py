@@ -25,7 +25,7 @@ from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.rewards import probe_rewards, step_rewards, user_reward
 from stepsearch_jax.rollout import device, records
-from stepsearch_jax.run import methods, monitor, specs
+from stepsearch_jax.run import methods, monitor, signs, specs
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import UserError, expect
 
@@ -142,7 +142,7 @@ class Settings:
       checkpoint=spec_of(specs.CheckpointSpec, config.checkpoint),
       monitor=spec_of(
         monitor.MonitorSpec, config.sentinel,
-        limits=spec_of(monitor.Limits, config.sentinel),
+        limits=spec_of(signs.Limits, config.sentinel),
       ),
       mesh=spec_of(specs.MeshSpec, config.mesh),
       log=spec_of(specs.LogSpec, config.log),

@@ -11,13 +11,14 @@ from etils import epath
 
 from stepsearch_jax import cli, train
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.run import checkpoints, metrics
+from stepsearch_jax.run import checkpoints, metrics, signs
 from stepsearch_jax.run import monitor as sentinel
 from stepsearch_jax.run.settings import Settings
 
-LIMITS = sentinel.Limits(
+LIMITS = signs.Limits(
   invalid_share=0.9, unanswered_share=0.9, entropy=0.01, kl=1.0, grad_norm=10.0,
-  reward_drop=0.3, patience=2,
+  reward_drop=0.3, searches=0.1, clipped_share=0.4, kl_growth=9.0,
+  explained_variance=0.0, settling=20, differing_share=0.05, patience=2,
 )
 HEALTHY = {
   "env/invalid_share": 0.1, "env/unanswered_share": 0.1, "actor/entropy": 0.5,
@@ -161,7 +162,9 @@ def test_halt_stops_with_the_reason_and_the_step_that_shows_it(
   config.sentinel.update(action="halt", **LOOSE)
   monkeypatch.setattr(learner_lib.Learner, "update", spike_at([], {1}, []))
   with jax.numpy_dtype_promotion("standard"):
-    with pytest.raises(sentinel.CollapseError, match="actor/grad_norm = 1e"):
+    with pytest.raises(
+      sentinel.CollapseError, match=r"norm 1e\+06 .* \(actor/grad_norm\)"
+    ):
       train.train(config, epath.Path(tmp_path))
   assert sentinel.CollapseError in cli._USER_ERRORS
   last = train_test.records(epath.Path(tmp_path))[-1]
@@ -185,14 +188,14 @@ def test_a_halted_job_writes_its_step_and_closes_its_files(monkeypatch):
   job = train.Job.__new__(train.Job)
   job.__dict__.update(
     experiment=builtin.SimpleNamespace(settings=settings, engine=part),
-    profiler=part, writer=part, saver=part, rollbacks=(),
+    profiler=part, writer=part, saver=part, view=part, clock=part, rollbacks=(),
     sentinel=sentinel.Sentinel(settings.monitor.limits),
     state=builtin.SimpleNamespace(step=7),
   )
   with pytest.raises(sentinel.CollapseError):
     job.has_collapsed(HEALTHY | {"actor/grad_norm": 1e6})
   assert happened[0] == (7, HEALTHY | {"actor/grad_norm": 1e6})
-  assert happened[1:] == ["closed"] * 4
+  assert happened[1:] == ["closed"] * 6
 
 
 @pytest.mark.slow
