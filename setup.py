@@ -45,6 +45,7 @@ _CORE = [
   "tensorboardX==2.6.5",
   "httpx2==2.16.2",  # retrieval.remote
   "tqdm==4.70.1",
+  "rich==15.0.0",  # run.live
   "matplotlib==3.11.2",
 ]
 
@@ -82,7 +83,9 @@ setuptools.setup(
   extras_require={
     "tpu": _jax("[tpu]"),
     "gpu": _jax("[cuda12]"),
+    # log.tracker
     "wandb": ["wandb"],
+    "trackio": ["trackio"],
     # retrieval.engine = bm25
     "bm25": _BM25,
     # tools/serve_retrieval without --mcp, tools/serve_agent

@@ -371,7 +371,8 @@ def _mesh():
 def _log():
   """Where metrics go besides the work directory."""
   log = ml_collections.ConfigDict()
-  log.wandb_project = ""  # Empty = no Weights & Biases.
+  log.tracker = ""  # wandb | trackio; empty = files only.
+  log.project = "stepsearch"  # Of the tracker.
   # (first, last) training step of a profile in the run's profile/; () = none.
   log.profile = ()
   log.trajectories = 16  # Rollouts kept of a step in trajectories/; 0 = none.

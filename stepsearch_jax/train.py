@@ -25,17 +25,19 @@ from stepsearch_jax.data import input_pipeline
 from stepsearch_jax.parallel import distributed
 from stepsearch_jax.ppo import batching, records
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.run import (
   checkpoints,
   filling,
   identity,
+  live,
   metrics,
   monitor,
   plots,
   probing,
   reporting,
   starting,
+  trackers,
+  wall_clock,
   warm_start,
 )
 from stepsearch_jax.run import trajectories as trajectories_lib
@@ -92,6 +94,7 @@ def _train(
 ) -> dict:
   """The run itself, in a work directory that nobody else uses."""
   settings, workdir = experiment.settings, experiment.workdir
+  clock = wall_clock.WallClock(workdir, active=distributed.is_primary())
 
   # 1. Questions. The work directory is claimed as soon as they are known,
   #    because their content tells whether this is the same run.
@@ -107,11 +110,13 @@ def _train(
   experiment.describe(steps)
   probing.check_questions(experiment)
   if settings.config["rollout"]["compile_ahead"]:
+    clock.lap("start")
     experiment.engine.compile_ahead()
+    clock.lap(wall_clock.COMPILE)
 
   # 3. Learner and state: the newest checkpoint if there is one, else fresh
   #    models and the warm start, saved at once, so that no signal loses it.
-  job = Job.build(experiment, steps, interrupts)
+  job = Job.build(experiment, steps, interrupts, clock)
   job.save()
   job.saver.wait()
   warm_start.forget(workdir)
@@ -121,7 +126,7 @@ def _train(
   # 4. The loop, and 5. the summary.
   _loop(job)
   job.close()
-  summary = reporting.summary(settings, job.state)
+  summary = reporting.summary(settings, job.state) | clock.summary(steps)
   if distributed.is_primary():
     files.write_text(
       workdir / "summary.json", json.dumps(summary, indent=2) + "\n"
@@ -136,9 +141,6 @@ def _loop(job: Job) -> None:
 
   Only the first step, which compiles for long, is stopped at once.
   """
-  bar = metrics.Progress(
-    job.steps, job.state.step, active=distributed.is_primary()
-  )
   while job.state.step < job.steps:
     try:
       values = job.step()
@@ -149,22 +151,15 @@ def _loop(job: Job) -> None:
     job.interrupts.defer()  # From here on a signal would cost a step or more.
     if job.has_collapsed(values):
       job.roll_back()
-      bar.rewind(job.state.step)
       continue
     stopping = job.report(values)
-    bar.update(
-      reward=values["critic/score/mean"],
-      searches=values["env/searches_per_question"],
-      tok_s=values["perf/tokens_per_second"],
-      EM=job.state.latest["em"],
-    )
+    job.show(values)
     if stopping:
       job.close()
       raise PreemptedError(
         f"stopped after step {job.state.step} and saved; the same command "
         "goes on"
       )
-  bar.close()
 
 
 @dataclasses.dataclass
@@ -181,6 +176,8 @@ class Job:
     state: all that training changes.
     sentinel, rollbacks: collapse alarms, and how often the run went back.
     profiler, compilations: what is watched for speed.
+    view: shows the steps.
+    clock: where the time goes, over all starts.
     began: when the seconds of `state` were last brought up to date.
   """
 
@@ -196,20 +193,24 @@ class Job:
   rollbacks: monitor.Rollbacks
   profiler: metrics.Profiler
   compilations: metrics.Compilations
+  view: live.View
+  clock: wall_clock.WallClock
   began: float
 
   @classmethod
   def build(
-    cls, experiment: Experiment, steps: int, interrupts: Interrupts
+    cls, experiment: Experiment, steps: int, interrupts: Interrupts,
+    clock: wall_clock.WallClock,
   ) -> Job:
     """Opens the run's files and reads, or makes, its state."""
     began, settings = time.time(), experiment.settings
     workdir, model = experiment.workdir, experiment.model
+    log, primary = settings.log, distributed.is_primary()
     learner = learner_lib.Learner(
       model, model, settings.learner(steps), experiment.mesh
     )
     saver = checkpoints.Checkpointer(workdir, settings.checkpoint.keep)
-    state = starting.start(experiment, learner, saver, interrupts)
+    state = starting.start(experiment, learner, saver, interrupts, clock)
     job = cls(
       experiment, steps, interrupts,
       stream=input_pipeline.QuestionStream(
@@ -219,18 +220,22 @@ class Job:
       saver=saver,
       writer=metrics.MetricsWriter(
         workdir, state.step + (state.baseline is not None),
-        settings.log.wandb_project, settings.config,
-        active=distributed.is_primary(),
+        trackers.start(
+          log.tracker if primary else "", log.project, workdir, settings.config
+        ), primary,
       ),
       state=state,
       sentinel=monitor.Sentinel(settings.monitor.limits, state.monitor),
       rollbacks=monitor.Rollbacks(workdir / "rollbacks.json"),
-      profiler=metrics.Profiler(workdir / "profile", settings.log.profile),
+      profiler=metrics.Profiler(workdir / "profile", log.profile),
       compilations=metrics.Compilations(),
+      view=live.View("step", steps, primary),
+      clock=clock,
       began=began,
     )
     if job.rollbacks.pending is not None:  # Killed in the middle of one.
       job.roll_back()
+    clock.lap("start")
     return job
 
   def step(self) -> dict[str, float]:
@@ -240,12 +245,16 @@ class Job:
     # An array that comes to the host unasked is a hidden wait.
     guard = jax.transfer_guard_device_to_host("disallow")
     with self.profiler.step(state.step + 1), guard:
-      filled = self._fill(watch)
-      trajectories, rewards = filled.batch.trajectories, filled.batch.rewards
+      filled = filling.play_batch(
+        self.experiment, self.stream, state.asked,
+        lambda: self.learner.whole_policy(state.learner),
+        state.learner.reference, watch,
+      )
       with watch.time("reward"):
         tokenizer = self.experiment.tokenizer
         batch = batching.trajectories_to_batch(
-          trajectories, [reward.tokens for reward in rewards],
+          filled.batch.trajectories,
+          [reward.tokens for reward in filled.batch.rewards],
           settings.sampler.context, tokenizer.pad_id, settings.batch.rollouts,
           settings.reward.untrained(tokenizer.eos_ids),
         )
@@ -258,16 +267,11 @@ class Job:
         )
     state.step += 1
     state.asked += filled.asked
-    self._keep(trajectories, rewards, experience)
+    self.clock.lap(wall_clock.STEP, state.step)
+    self._keep(filled.batch, experience)
     values = {
       **seen, **updated,
-      **reporting.reward_metrics(
-        filled.played.trajectories,
-        [reward.parts for reward in filled.played.rewards],
-      ),
-      **filled.metrics(),
-      **reporting.rollout_metrics(filled.stats, watch.total),
-      **watch.metrics(),
+      **reporting.step_metrics(settings, filled, batch, watch),
       "perf/compilations": self.compilations.take(),
     }
     metrics.check_finite(
@@ -276,46 +280,23 @@ class Job:
     )
     return values
 
-  def _fill(self, watch: metrics.Stopwatch) -> filling.Filled:
-    """Plays and scores a batch, and further questions where one is chosen."""
-    settings, state = self.experiment.settings, self.state
-    with watch.time("gen"):
-      policy = self.learner.whole_policy(state.learner)
-
-    def play(asked, episodes):
-      with watch.time("gen"):
-        return probing.play(
-          self.experiment, policy, state.learner.reference, asked, episodes
-        )
-
-    def score(trajectories):
-      with watch.time("reward"):
-        return token_rewards.score_trajectories(
-          settings.reward, trajectories, self.experiment.tokenizer
-        )
-
-    return filling.fill(
-      settings.batch, self.stream, state.asked, play, score
-    )
-
   def _keep(
-    self, trajectories: Sequence[types.Trajectory],
-    rewards: Sequence[token_rewards.TrajectoryReward],
-    experience: records.Experience,
+    self, batch: filling.Rollouts, experience: records.Experience
   ) -> None:
     """Writes some rollouts of the step down, for people to look at."""
     log, step = self.experiment.settings.log, self.state.step
-    due = step in (1, self.steps) or step % log.trajectories_every == 0
-    if not (log.trajectories and due and distributed.is_primary()):
+    if not (log.keeps_rollouts(step, self.steps) and distributed.is_primary()):
       return
     kept = slice(log.trajectories)
+    rows = trajectories_lib.describe(
+      batch.trajectories[kept], batch.rewards[kept], experience,
+      self.experiment.tokenizer,
+    )
     files.write_text(
       self.experiment.workdir / "trajectories" / f"step_{step:06d}.jsonl",
-      files.to_jsonl(trajectories_lib.describe(
-        trajectories[kept], rewards[kept], experience,
-        self.experiment.tokenizer,
-      )),
+      files.to_jsonl(rows),
     )
+    self.writer.write_rollouts(step, [trajectories_lib.brief(r) for r in rows])
 
   def has_collapsed(self, values: dict[str, float]) -> bool:
     """Reports alarms of a step; returns whether the run has to go back."""
@@ -344,6 +325,7 @@ class Job:
     )
     self.writer.rewind(self.state.step + 1)
     logging.warning("rolled back to step %d", self.state.step)
+    self.clock.lap("rollback")
 
   def report(self, values: dict[str, float]) -> bool:
     """Evaluates, writes and saves what is due; returns whether to stop."""
@@ -361,13 +343,23 @@ class Job:
   def evaluate(self) -> dict[str, float]:
     """Plays the held-out questions; returns the metrics, named val/..."""
     state, workdir = self.state, self.experiment.workdir
+    self.view.pause()  # An evaluation has a bar of its own.
     card = reporting.evaluate(
       self.experiment, self.learner.whole_policy(state.learner),
       f"{workdir} step {state.step}",
       workdir / "evaluations" / f"step_{state.step:06d}",
     )
     state.note_evaluation(card["metrics"])
+    self.clock.lap("evaluation")
     return {f"val/{name}": x for name, x in card["metrics"].items()}
+
+  def show(self, values: dict[str, float]) -> None:
+    """Shows the numbers of a step that one watches, and what is wrong."""
+    quiet = self.experiment.settings.monitor.action == "off"
+    self.view.update(
+      self.state.step, live.training(values, self.state),
+      [] if quiet else [alarm.message for alarm in self.sentinel.alarms],
+    )
 
   def save(self) -> None:
     """Writes a checkpoint, unless the step has one."""
@@ -376,16 +368,20 @@ class Job:
     self.began = now
     self.state.monitor = self.sentinel.state
     self.saver.save(self.state)
+    self.clock.lap("checkpoint")
 
   def close(self) -> None:
     """Waits for what is being written and ends the search threads."""
-    for part in (self.profiler, self.writer, self.saver,
-                 self.experiment.engine):
+    for part in (self.view, self.profiler, self.writer, self.saver,
+                 self.experiment.engine, self.clock):
       part.close()
 
 
 def main() -> None:
   """Entry; see the module docstring."""
+  logging.info(
+    "config %s", config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
+  )
   summary = train(
     _CONFIG.value, epath.Path(_WORKDIR.value), Interrupts().install(),
     _ALLOW_CHANGES.value,

@@ -70,7 +70,8 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
   steps = records(workdir)
   assert [r["step"] for r in steps] == [0, 1, 2]
   assert {"actor/pg_loss", "critic/vf_loss", "critic/kl", "actor/entropy",
-          "critic/score/mean", "val/em"} <= set(steps[-1])
+          "critic/score/mean", "val/em", "response_length/clip_ratio",
+          } <= set(steps[-1])
   for record in steps:
     metrics.check_finite(record["step"], record)
 
@@ -79,11 +80,19 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
 def test_a_logged_step_says_where_its_time_went(finished):
   workdir, _ = finished
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  spent = json.loads((workdir / "summary.json").read_text())
+  rest = [x for name, x in spent.items() if name.startswith("share_")]
+  assert spent["goodput"] + sum(rest) == pytest.approx(1)
+  for what in ("start", "warm_start", "compile", "checkpoint", "evaluation"):
+    assert spent[f"share_{what}"] > 0
+  assert "share_repeated" not in spent
   phases = plots.step_seconds(workdir)
   assert phases.pop("step") == [1, 2]
   for i, record in enumerate(map(json.loads, lines[1:])):
     whole = sum(record[f"timing_s/{k}"]
                 for k in ("gen", "reward", "adv", "update"))
+    assert whole <= record["timing_s/step"]
+    assert record["perf/throughput"] > 0
     spent = [seconds[i] for seconds in phases.values()]
     assert min(spent) >= 0 and sum(spent) == pytest.approx(whole)
     assert phases["reference"][i] > 0 and phases["value"][i] > 0

@@ -293,6 +293,7 @@ class Experiment:
     )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     devices = jax.devices()
+    logging.info("run folder %s", self.workdir)
     logging.info("%d x %s, mesh %s, jax %s", len(devices),
                  devices[0].device_kind, mesh, jax.__version__)
     logging.info(

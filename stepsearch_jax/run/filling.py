@@ -20,7 +20,8 @@ from stepsearch_jax import types
 from stepsearch_jax.data import input_pipeline
 from stepsearch_jax.rewards import token_rewards
 from stepsearch_jax.rollout import records
-from stepsearch_jax.run import specs
+from stepsearch_jax.run import metrics, probing, specs
+from stepsearch_jax.run.experiment import Experiment
 
 # Sums of float32 rewards in another order differ by less than this, of the
 # largest one or of 1; the estimators draw the same line.
@@ -66,6 +67,37 @@ class Filled:
       "batch/questions_asked": self.asked,
       "batch/differing_share": self.differing / self.asked,
     }
+
+
+def play_batch(
+  experiment: Experiment, stream: input_pipeline.QuestionStream, first: int,
+  make_policy: Callable[[], types.Tree], reference: types.Tree,
+  watch: metrics.Stopwatch,
+) -> Filled:
+  """Plays and scores a batch, and further questions where one is chosen.
+
+  Args:
+    experiment: the run's parts.
+    stream, first: see `fill`.
+    make_policy: returns the whole policy, which is let go afterwards.
+    reference: parameters of the frozen reference, for probes.
+    watch: receives the time of playing and of scoring.
+  """
+  settings = experiment.settings
+  with watch.time("gen"):
+    policy = make_policy()
+
+  def rollout(asked, episodes):
+    with watch.time("gen"):
+      return probing.play(experiment, policy, reference, asked, episodes)
+
+  def score(trajectories):
+    with watch.time("reward"):
+      return token_rewards.score_trajectories(
+        settings.reward, trajectories, experiment.tokenizer
+      )
+
+  return fill(settings.batch, stream, first, rollout, score)
 
 
 def fill(

@@ -1,4 +1,4 @@
-"""Where numbers go: JSONL, TensorBoard, wandb if asked, a progress bar.
+"""Where numbers go: JSONL, TensorBoard, and a tracker if asked.
 
 Metric names are verl's (`actor/pg_loss`, `critic/kl`, ...), so that curves of
 both projects overlay. One JSON object per line and step; a resumed run cuts
@@ -11,18 +11,17 @@ import contextlib
 import logging as std_logging
 import math
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.monitoring
-import tqdm
 from absl import logging
 from etils import epath
 
 from stepsearch_jax import buckets, files
+from stepsearch_jax.run import trackers
 
 # Of orbax: checkpoints without a score, a policy that is read alone, and the
 # error of a background thread, which the main thread raises as well.
@@ -85,8 +84,7 @@ class MetricsWriter:
     self,
     workdir: epath.PathLike,
     first_step: int,
-    wandb_project: str = "",
-    run_config: Mapping | None = None,
+    tracker: trackers.Tracker | None = None,
     active: bool = True,
   ):
     """Opens the files, dropping records of `first_step` and later.
@@ -94,12 +92,11 @@ class MetricsWriter:
     Args:
       workdir: local folder or bucket path.
       first_step: the next step that will be written.
-      wandb_project: also log there when not empty.
-      run_config: hyperparameters, logged once to wandb.
+      tracker: receives the metrics too.
       active: False on processes that must not write.
     """
     self._active = active
-    self._wandb: Any = None
+    self._tracker = tracker
     if not active:
       return
     workdir = epath.Path(workdir)
@@ -109,8 +106,6 @@ class MetricsWriter:
     self._board: Any = None
     self._uploaded = time.monotonic()
     self.rewind(first_step)
-    if wandb_project:
-      self._wandb = _open_wandb(wandb_project, workdir, run_config or {})
 
   def rewind(self, step: int) -> None:
     """Drops the records of `step` and later."""
@@ -137,8 +132,15 @@ class MetricsWriter:
     if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
       self._board.flush()
       self._upload()
-    if self._wandb is not None:
-      self._wandb.log(values, step=step)
+    if self._tracker is not None:
+      self._tracker.log(step, values)
+
+  def write_rollouts(
+    self, step: int, rows: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Gives rollouts of `step` to the tracker, a row each."""
+    if self._active and self._tracker is not None:
+      self._tracker.table(step, rows)
 
   def _upload(self) -> None:
     """Copies what TensorBoard reads to a bucket, which knows no appending."""
@@ -152,67 +154,8 @@ class MetricsWriter:
       self._log.close()
       self._board.close()
       self._upload()
-      if self._wandb is not None:
-        self._wandb.finish()
-
-
-def _open_wandb(
-  project: str, workdir: epath.Path, run_config: Mapping[str, Any]
-) -> Any:
-  """Opens the run's page, the one that it has already where it resumes.
-
-  Its id lies in the work directory.
-  """
-  import wandb  # Only this path needs the extra.
-
-  path = workdir / "wandb_id"
-  if not path.exists():
-    files.write_text(path, uuid.uuid4().hex[:16])
-  return wandb.init(
-    project=project, id=path.read_text().strip(), resume="allow",
-    dir=str(buckets.scratch(workdir / "wandb")), config=public(run_config),
-  )
-
-
-def public(value: Any) -> Any:
-  """Returns settings without logins, keys and queries of URLs in them."""
-  from stepsearch_jax.retrieval import remote  # Slow to import.
-
-  if isinstance(value, Mapping):
-    return {name: public(inner) for name, inner in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [public(inner) for inner in value]
-  if isinstance(value, str) and "://" in value:
-    return remote.public_url(value)
-  return value
-
-
-class Progress:
-  """A bar over training steps with the numbers that one watches."""
-
-  def __init__(self, total: int, done: int = 0, active: bool = True,
-               label: str = "train"):
-    """Starts a bar at `done` of `total` steps."""
-    self._bar = tqdm.tqdm(
-      total=total, initial=done, desc=label, dynamic_ncols=True, unit="step",
-      disable=not active, mininterval=0.5,
-    )
-
-  def update(self, **shown: float) -> None:
-    """Advances one step and shows `shown`, three digits each."""
-    self._bar.set_postfix(
-      {name: f"{value:.3g}" for name, value in shown.items()}, refresh=False
-    )
-    self._bar.update(1)
-
-  def rewind(self, step: int) -> None:
-    """Goes back to `step`."""
-    self._bar.n = step
-    self._bar.refresh()
-
-  def close(self) -> None:
-    """Leaves the finished bar on the screen."""
-    self._bar.close()
+      if self._tracker is not None:
+        self._tracker.close()
 
 
 class Profiler:
@@ -257,12 +200,14 @@ class Compilations:
   def __init__(self):
     """Starts at none."""
     self._count = 0
+    self.seconds = 0.0  # Of all so far; programs compile side by side.
     me = weakref.ref(self)
 
     def listen(name: str, seconds: float, **unused) -> None:
-      del seconds
-      if name == _COMPILE_EVENT and me() is not None:
-        me()._count += 1
+      counter = me()
+      if name == _COMPILE_EVENT and counter is not None:
+        counter._count += 1
+        counter.seconds += seconds
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     weakref.finalize(
@@ -280,20 +225,20 @@ class Stopwatch:
 
   def __init__(self):
     """Starts with no phase."""
+    self._began = time.perf_counter()
     self._seconds: dict[str, float] = {}
 
   def time(self, phase: str) -> _Phase:
     """Context manager that adds its duration to `phase`."""
     return _Phase(self._seconds, phase)
 
-  @property
-  def total(self) -> float:
-    """Seconds of all phases."""
-    return sum(self._seconds.values())
-
   def metrics(self) -> dict[str, float]:
-    """Seconds so far, as metrics."""
-    return {f"timing_s/{k}": v for k, v in self._seconds.items()}
+    """Seconds so far, as metrics; `step` is all since the start."""
+    whole = time.perf_counter() - self._began
+    return {
+      f"timing_s/{name}": seconds
+      for name, seconds in {**self._seconds, "step": whole}.items()
+    }
 
 
 class _Phase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -15,6 +16,7 @@ from stepsearch_jax.evaluation import playing
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rewards import probe_rewards, step_rewards
 from stepsearch_jax.rollout import records
+from stepsearch_jax.run import filling, metrics
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.run.state import RunState
@@ -62,6 +64,67 @@ def reward_metrics(
   }
   probes = [t.probe for t in trajectories if t.probe is not None]
   return means | probe_rewards.metrics(probes)
+
+
+def clip_ratio(
+  trajectories: Sequence[types.Trajectory], context: int, max_turn: int
+) -> float:
+  """Share of rollouts that a length limit cut, verl's clip_ratio.
+
+  Args:
+    trajectories: the rollouts.
+    context: tokens of a whole trajectory, at most.
+    max_turn: tokens that the policy may write in a turn.
+  """
+  def is_cut(trajectory):
+    written = trajectory.turn_index[trajectory.policy_mask]
+    longest = np.bincount(written).max() if len(written) else 0
+    return (
+      trajectory.stop_reason == types.StopReason.CONTEXT
+      or len(trajectory.tokens) >= context or longest >= max_turn
+    )
+
+  return float(np.mean([is_cut(t) for t in trajectories]))
+
+
+def throughput(tokens: int, seconds: float) -> dict[str, float]:
+  """Tokens of a step and how fast it went, under verl's names.
+
+  Args:
+    tokens: of the batch that was trained on, prompts included.
+    seconds: of the whole step.
+  """
+  return {
+    "perf/total_num_tokens": tokens,
+    "perf/throughput": tokens / max(seconds, 1e-9) / jax.device_count(),
+  }
+
+
+def step_metrics(
+  settings: Settings, filled: filling.Filled, batch: types.RolloutBatch,
+  watch: metrics.Stopwatch,
+) -> dict[str, float]:
+  """Metrics of a step besides the learner's.
+
+  Args:
+    settings: of the run.
+    filled: what was played.
+    batch: what was trained on.
+    watch: of the step.
+  """
+  played, timing = filled.played.trajectories, watch.metrics()
+  return {
+    **reward_metrics(
+      played, [reward.parts for reward in filled.played.rewards]
+    ),
+    "response_length/clip_ratio": clip_ratio(
+      played, settings.sampler.context, settings.rollout.max_turn
+    ),
+    **filled.metrics(),
+    **rollout_metrics(filled.stats, timing["timing_s/step"]),
+    **timing,
+    **throughput(int(batch.lengths.sum()), timing["timing_s/step"]),
+  }
 
 
 def rollout_metrics(

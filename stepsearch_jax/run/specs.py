@@ -15,6 +15,7 @@ from typing import Any
 from stepsearch_jax.data import world
 from stepsearch_jax.models import decoder, families
 from stepsearch_jax.parallel import sharding
+from stepsearch_jax.run import trackers
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import expect
 
@@ -274,24 +275,36 @@ class LogSpec:
   """Where metrics go, and which steps are profiled.
 
   Attributes:
-    wandb_project: "" logs to files only.
+    tracker: package of a tracker, "" logs to files only.
+    project: of the tracker.
     profile: (first, last) step of a profile in `profile/`; () writes none.
     trajectories: rollouts kept of a step in `trajectories/`; 0 keeps none.
     trajectories_every: steps between two that keep some, besides the first.
   """
 
-  wandb_project: str
+  tracker: str
+  project: str
   profile: tuple[int, ...]
   trajectories: int
   trajectories_every: int
 
+  def keeps_rollouts(self, step: int, last: int) -> bool:
+    """Whether rollouts of `step` are kept in a run of `last` steps."""
+    due = step in (1, last) or step % self.trajectories_every == 0
+    return self.trajectories > 0 and due
+
   def __post_init__(self):
+    expect(self.tracker in ("", *trackers.NAMES), "log.tracker",
+           f"empty or one of {trackers.NAMES}", self.tracker)
     # Found now and not behind the warm start.
     expect(
-      not self.wandb_project or importlib.util.find_spec("wandb") is not None,
-      "log.wandb_project",
-      'the package wandb: pip install -e ".[wandb]"', "no such package",
+      not self.tracker or importlib.util.find_spec(self.tracker) is not None,
+      "log.tracker",
+      f'the package {self.tracker}: pip install -e ".[{self.tracker}]"',
+      "no such package",
     )
+    expect(bool(self.project or not self.tracker), "log.project",
+           "a name, because log.tracker is set", self.project)
     expect(self.trajectories >= 0, "log.trajectories", "0 (none) or more",
            self.trajectories)
     expect(self.trajectories_every >= 1, "log.trajectories_every",

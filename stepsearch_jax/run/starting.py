@@ -13,7 +13,7 @@ from stepsearch_jax import types
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching
 from stepsearch_jax.ppo import learner as learner_lib
-from stepsearch_jax.run import checkpoints, identity
+from stepsearch_jax.run import checkpoints, identity, wall_clock
 from stepsearch_jax.run import interrupts as interrupts_lib
 from stepsearch_jax.run import warm_start as progress
 from stepsearch_jax.run.experiment import Experiment
@@ -26,6 +26,7 @@ def start(
   learner: learner_lib.Learner,
   saver: checkpoints.Checkpointer,
   interrupts: interrupts_lib.Interrupts,
+  clock: wall_clock.WallClock,
 ) -> RunState:
   """Returns the newest checkpoint's state, or that of a fresh run.
 
@@ -37,11 +38,13 @@ def start(
   shapes = learner.abstract_state()
   found = saver.restore(RunState(0, shapes))
   if found is None:
+    clock.lap("start")
     # Spread over the mesh: several processes can only save what they share.
     policy = sharding.put(
       first_policy(experiment, interrupts),
       jax.tree.map(lambda x: x.sharding, shapes.reference),
     )
+    clock.lap("warm_start" if experiment.settings.warm_start.steps else "start")
     checkpoints.save_reference(
       experiment.workdir, policy, experiment.model.dtype
     )

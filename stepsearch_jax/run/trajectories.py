@@ -7,7 +7,8 @@ text token by token with what each token earned and how the learner saw it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,19 @@ def describe(
       zip(trajectories, rewards, strict=True)
     )
   ]
+
+
+def brief(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a tracker's table shows of a row of `describe`."""
+  return {
+    "question": row["question"],
+    "answer": row["prediction"] or "",
+    "gold": ", ".join(row["answers"]),
+    "reward": row["reward"],
+    "searches": sum(
+      turn["action"] == types.Action.SEARCH for turn in row["turns"]
+    ),
+  }
 
 
 def _measures(

@@ -1,4 +1,4 @@
-"""Progress of a warm start on disk, so that a stopped one goes on."""
+"""Progress of a warm start: shown, and on disk, so that it can go on."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.parallel import distributed
-from stepsearch_jax.run import checkpoints
+from stepsearch_jax.run import checkpoints, live
 from stepsearch_jax.run.interrupts import Interrupts, PreemptedError
 from stepsearch_jax.sft import imitation
 
 _KEEP_SECONDS = 180.0  # Between two times that it is kept.
+_SHOWN_EVERY = 20  # Steps between two lines about it.
 
 
 class Keeper:
-  """Keeps the progress of a warm start in `workdir/warm_start`.
+  """Shows the progress of a warm start, keeps it in `workdir/warm_start`.
 
   It is written when the run is asked to stop and every few minutes; `forget`
   drops it once a checkpoint holds the result.
@@ -35,12 +36,15 @@ class Keeper:
 
     Args:
       workdir: local folder or bucket path.
-      about: JSON-able settings of the warm start; the progress of one with
-        others does not count.
+      about: JSON-able settings of the warm start, its `steps` among them; the
+        progress of one with others does not count.
       interrupts: requests to stop.
     """
     self._about = json.loads(json.dumps(about))
     self._interrupts = interrupts
+    self._view = live.View(
+      "warm start", about["steps"], distributed.is_primary(), _SHOWN_EVERY
+    )
     self._kept = time.monotonic()
     self._folder = _folder(workdir)
     self._manager = ocp.CheckpointManager(
@@ -83,6 +87,10 @@ class Keeper:
     """
     # From the first step on (which compiles) there is something to lose.
     self._interrupts.defer()
+    if progress.loss is not None:
+      self._view.update(
+        progress.step, [live.Measure("loss", live.short(progress.loss))]
+      )
     stopping = distributed.any_process(self._interrupts.requested)
     due = time.monotonic() - self._kept > _KEEP_SECONDS
     if not stopping and not distributed.any_process(due):
@@ -95,6 +103,7 @@ class Keeper:
         learned=ocp.args.StandardSave(learned),
       ))
     if stopping:
+      self._view.close()
       raise PreemptedError(
         f"stopped after step {progress.step} of the warm start and saved; the "
         "same command goes on"
@@ -106,6 +115,7 @@ class Keeper:
     Raises:
       PreemptedError: one came meanwhile.
     """
+    self._view.close()
     self._manager.close()
     self._interrupts.allow()
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 
 from stepsearch_jax import types
 from stepsearch_jax.models import decoder, heads
@@ -21,11 +20,18 @@ from stepsearch_jax.ppo import batching, forward, losses, records
 
 @dataclasses.dataclass
 class Progress:
-  """What an imitation has learned so far: optimizer steps done, and state."""
+  """What an imitation has learned so far.
+
+  Attributes:
+    step: optimizer steps done.
+    params, opt: parameters, and state of the optimizer.
+    loss: the latest that is known; None before the first step.
+  """
 
   step: int
   params: types.Tree
   opt: types.Tree
+  loss: float | None = None
 
 
 class Keeper(Protocol):
@@ -35,7 +41,7 @@ class Keeper(Protocol):
     """Returns what an earlier start kept, else `fresh`."""
 
   def after_step(self, progress: Progress) -> None:
-    """Takes note of a step; may keep it, and may raise to stop here."""
+    """Takes note of a step; may show and keep it, or raise to stop here."""
 
 
 def _step(params, opt, micro, *, config, tx):
@@ -136,22 +142,15 @@ def imitate(
     now = Progress(0, params, jax.jit(tx.init)(params))
     if keeper is not None:
       now = keeper.restore(now)
-    bar = tqdm.tqdm(
-      total=spec.steps, initial=now.step, desc="warm start", unit="step"
-    )
     micros = _micros(
       batch, spec.steps, spec.rows, spec.row_length, spec.seed
     )
     for micro in itertools.islice(micros, now.step, None):
       params, opt, value = step(now.params, now.opt, sharding.put(micro, where))
-      now = Progress(now.step + 1, params, opt)
       history.append(value)
-      # One step stays in flight; without this the bar would run ahead.
-      jax.block_until_ready(history[max(len(history) - 2, 0)])
-      bar.update(1)
-      if now.step % 20 == 0:
-        bar.set_postfix(loss=f"{float(value):.3f}")
+      # One step stays in flight; without this what is shown would run ahead.
+      known = float(history[max(len(history) - 2, 0)])
+      now = Progress(now.step + 1, params, opt, known)
       if keeper is not None:
         keeper.after_step(now)
-  bar.close()
   return now.params, [float(v) for v in history]

@@ -1,5 +1,6 @@
 """Two rollouts by hand to every metric of a batch, and the summary."""
 
+import dataclasses
 import types as builtin
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_every_reward_metric_by_hand():
     "response_length/mean": 6.5,
     "response_length/max": 8.0,
     "total_length/mean": 22.0,
+  }
+
+
+def test_a_rollout_is_cut_by_its_context_or_by_a_turn():
+  def share(context, max_turn, **changes):
+    rollouts = [dataclasses.replace(ROLLOUTS[0], **changes), ROLLOUTS[1]]
+    return reporting.clip_ratio(rollouts, context, max_turn)
+
+  assert share(29, 9) == 0.0
+  assert share(28, 9) == 0.5  # 28 tokens.
+  assert share(29, 8) == 0.5  # 8 in one turn.
+  assert share(29, 5) == 1.0
+  # 3 and 2 tokens in two turns.
+  turns = np.array([-1] * 11 + [0, 0, 0, 1, 1], np.int16)
+  assert share(29, 5, turn_index=turns) == 0.5
+  assert share(29, 9, stop_reason=types.StopReason.CONTEXT) == 0.5
+
+
+def test_throughput_is_per_device(monkeypatch):
+  monkeypatch.setattr(reporting.jax, "device_count", lambda: 4)
+  assert reporting.throughput(600, 3.0) == {
+    "perf/total_num_tokens": 600, "perf/throughput": 50.0
   }
 
 

@@ -79,6 +79,8 @@ def config_with(changes):
    "probe.ig_search_sets"),
   ({"method": "ig_search", "batch.rollouts": 2,
     "probe.ig_search_alpha": -0.3}, "probe.ig_search_alpha"),
+  ({"log.tracker": "mlflow"}, "log.tracker"),
+  ({"sentinel.settling": -1}, "sentinel.settling"),
   ({"method": "grpo", "batch.rollouts": 2,
     "ppo.kl_controller": "adaptive"}, "ppo.kl_controller"),
 ])
@@ -103,13 +105,17 @@ def test_rows_and_slots_divide_over_the_axes_of_their_rules(
   assert mesh.shards("slots", devices) == slots
 
 
-def test_a_missing_package_is_said_in_the_first_second(monkeypatch):
-  config = config_with({"log.wandb_project": "mine"})
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_package_is_said_in_the_first_second(monkeypatch, name):
+  config = config_with({"log.tracker": name})
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(types.UserError, match=r'install -e "\.\[wandb\]"'):
+  with pytest.raises(types.UserError, match=rf'install -e "\.\[{name}\]"'):
     Settings.from_config(config, devices=1)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-  assert Settings.from_config(config, devices=1).log.wandb_project == "mine"
+  assert Settings.from_config(config, devices=1).log.tracker == name
+  config.log.project = ""
+  with pytest.raises(types.UserError, match="log.project"):
+    Settings.from_config(config, devices=1)
 
 
 @pytest.mark.parametrize("field, value", [

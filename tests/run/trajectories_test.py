@@ -71,6 +71,15 @@ def test_tokens_spell_the_rollout_behind_the_prompt(row):
   assert text == "".join(piece for piece, _, _ in pieces[1:])
 
 
+def test_a_tracker_gets_the_gist(row):
+  found, _, _ = row
+  assert trajectories.brief(found) == {
+    "question": "Who?", "answer": "Ada Brandt", "gold": "Ada Brandt",
+    "reward": found["reward"], "searches": 1,
+  }
+  assert trajectories.brief(found | {"prediction": None})["answer"] == ""
+
+
 def test_only_policy_tokens_carry_values_each_its_own(row):
   found, reward, _ = row
   start = len(reward.tokens) - len(found["tokens"])

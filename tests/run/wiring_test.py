@@ -46,6 +46,9 @@ CHANGES = {
   "sentinel.invalid_share": 0.81, "sentinel.unanswered_share": 0.82,
   "sentinel.entropy": 0.003, "sentinel.kl": 8.0, "sentinel.grad_norm": 90.0,
   "sentinel.reward_drop": 0.3, "sentinel.patience": 4,
+  "sentinel.searches": 0.2, "sentinel.clipped_share": 0.7,
+  "sentinel.kl_growth": 0.15, "sentinel.explained_variance": -0.1,
+  "sentinel.settling": 22, "sentinel.differing_share": 0.06,
   "sentinel.rollbacks": 2, "sentinel.lr_factor": 0.6,
   "reward.gamma_key": 0.5, "reward.search_bonus": 0.07,
   "reward.outcome_only": True, "reward.step_scale": 0.7,
@@ -58,6 +61,7 @@ CHANGES = {
   "probe.igpo_gain": "log", "probe.ig_search_alpha": 0.31,
   "probe.ig_search_sets": 32, "log.trajectories": 15,
   "log.trajectories_every": 18,
+  "log.project": "theirs",
   "data.limit": 50, "data.eval_limit": 6, "data.holdout": 0.2,
 }
 

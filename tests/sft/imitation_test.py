@@ -6,7 +6,7 @@ import pytest
 from ppo import learner_test
 
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.run import warm_start
+from stepsearch_jax.run import live, warm_start
 from stepsearch_jax.run.interrupts import Interrupts, PreemptedError
 from stepsearch_jax.sft import imitation
 
@@ -87,6 +87,22 @@ def test_progress_is_kept_from_time_to_time(tmp_path, monkeypatch):
   imitate(keeper)
   keeper.close()
   assert [p.name for p in (tmp_path / "warm_start").iterdir()] == ["7"]
+
+
+def test_the_warm_start_shows_itself(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(warm_start, "_SHOWN_EVERY", 3)
+  keeper = StopsAfter(tmp_path)
+  _, losses = imitate(keeper)
+  keeper.close()
+  # The loss of the step before, which has come back already.
+  shown = [
+    line.partition(" left")[0] for line in capsys.readouterr().err.splitlines()
+    if line.startswith("warm start ")
+  ]
+  assert shown == [
+    f"warm start {step}/7 loss {live.short(losses[step - 2])}"
+    for step in (3, 6, 7)
+  ]
 
 
 def test_the_loss_is_the_mean_over_policy_tokens_only():
