@@ -41,6 +41,11 @@ _SHARED_FLAGS = [
   for name in ("multihost", "coordinator", "num_processes", "process_id")
 ]
 
+# Fields of earlier versions.
+_RENAMED = {
+  "wandb_project": "it is log.project now, with log.tracker = wandb or trackio",
+}
+
 # What a user can mend (a setting, a full disk, a collapse); anything else is a
 # bug and keeps its traceback.
 _USER_ERRORS = (
@@ -188,9 +193,10 @@ def _parse(main: Callable, argv: Sequence[str]) -> list[str]:
     # ml_collections refuses unknown fields with a bare key.
     field = str(error).strip("\"'")
     wrong = [arg for arg in argv if f".{field}" in arg]
+    known = _RENAMED.get(field, "all fields are in configs/README.md")
     sys.exit(
       f"error: {' '.join(wrong) or field}: the config has no field {field!r}; "
-      "all fields are in configs/README.md"
+      f"{known}"
     )
 
 
@@ -208,7 +214,7 @@ def _guarded(
     _cache_compilations()
     return main(list(argv[1:])) if arguments else main()
   except interrupts.PreemptedError as error:
-    logging.warning("%s", error)
+    logging.warning("%s%s", error, interrupts.how_to_go_on())
     return interrupts.EXIT_PREEMPTED
   except KeyboardInterrupt:
     sys.exit("interrupted")

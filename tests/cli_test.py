@@ -58,6 +58,18 @@ def test_configs_are_found_from_anywhere(tmp_path):
   assert not (tmp_path / "w").exists()
 
 
+def test_the_old_name_of_a_field_is_refused_with_the_new_one(tmp_path):
+  done = stepsearch(
+    "train", "--config=quickstart", "--workdir=w",
+    "--config.log.wandb_project=mine", cwd=tmp_path,
+  )
+  assert done.returncode == 1
+  assert done.stderr.endswith(
+    "the config has no field 'wandb_project'; it is log.project now, with "
+    "log.tracker = wandb or trackio\n"
+  )
+
+
 def test_overrides_may_stand_in_front_of_the_config(tmp_path):
   for config in (["--config=quickstart:runlocal"],
                  ["--config", "quickstart:runlocal"]):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,7 +38,8 @@ def stop_when(process, path):
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == interrupts.EXIT_PREEMPTED, errors[-3000:]
-  assert "the same command goes on" in errors.splitlines()[-1]
+  last = errors.splitlines()[-1]
+  assert f"the same command goes on: {shlex.join(process.args)}" in last
 
 
 def finish(process):

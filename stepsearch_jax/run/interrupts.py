@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 
 from absl import logging
+
+from stepsearch_jax.run import trackers
 
 # Tells a scheduler to run the same command again (BSD's EX_TEMPFAIL).
 EXIT_PREEMPTED = 75
@@ -16,6 +20,23 @@ _GRACE_SECONDS = 10.0
 
 class PreemptedError(RuntimeError):
   """The run was asked to stop, has saved, and can go on later."""
+
+
+def how_to_go_on() -> str:
+  """Returns ": " and the command that this process was started with.
+
+  Empty where the command holds a secret, which belongs in no log.
+  """
+  command = sys.orig_argv
+  values = [
+    word.partition("=")[2] if word.startswith("-") else word
+    for word in command
+  ]
+  if trackers.public(values) != values:
+    return ""
+  if len(command) > 1 and os.access(command[1], os.X_OK):
+    command = command[1:]  # A script that needs no interpreter named.
+  return f": {shlex.join(command)}"
 
 
 class Interrupts:
@@ -30,9 +51,11 @@ class Interrupts:
     """Starts without a request; `install` makes signals count."""
     self.requested = False
     self._deferring = False
+    self._last_words = ""
 
   def install(self) -> Interrupts:
     """Handles SIGTERM and SIGINT from now on; returns itself."""
+    self._last_words = f"stopped; the same command goes on{how_to_go_on()}\n"
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # Python's own handlers wait while XLA compiles; this thread does not.
@@ -75,5 +98,5 @@ class Interrupts:
       came += 1
       if came > 1 or not self._deferring:
         time.sleep(_GRACE_SECONDS)
-        os.write(2, b"stopped; the same command goes on\n")
+        os.write(2, self._last_words.encode())
         os._exit(EXIT_PREEMPTED)

@@ -1,6 +1,7 @@
 """Requests to stop, by the handler's own calls and by real signals."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +34,22 @@ def test_a_deferred_signal_counts_when_signals_are_allowed_again():
     interrupts.allow()
 
 
+@pytest.mark.parametrize("command, said", [
+  (["python", "-m", "stepsearch_jax", "train", "--workdir=a b"],
+   ": python -m stepsearch_jax train '--workdir=a b'"),
+  (["python", sys.executable, "train"], f": {sys.executable} train"),
+  (["python", "x.py", "--workdir=gs://bucket/run"],
+   ": python x.py --workdir=gs://bucket/run"),
+  (["python", "x.py", "--config.retrieval.remote=http://me:word@host/"], ""),
+  (["python", "x.py", "--remote", "http://host/?key=word"], ""),
+])
+def test_the_command_that_goes_on_is_said_but_no_secret(
+  monkeypatch, command, said
+):
+  monkeypatch.setattr(sys, "orig_argv", command)
+  assert interrupts_lib.how_to_go_on() == said
+
+
 BUSY = """
 import threading, time
 from stepsearch_jax.run import interrupts
@@ -60,4 +77,6 @@ def test_a_program_that_does_not_come_back_is_ended_soon(number):
   began = time.monotonic()
   assert process.wait(timeout=60) == interrupts_lib.EXIT_PREEMPTED
   assert time.monotonic() - began < 30
-  assert process.stderr.read() == "stopped; the same command goes on\n"
+  assert process.stderr.read() == (
+    f"stopped; the same command goes on: {shlex.join(process.args)}\n"
+  )
