@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import ml_collections
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with the argument `runlocal` (one update of 2 trajectories)."""
-  arg = common.parse_arg(arg, runlocal=False)
+  arg = arguments.parse_arg(arg, runlocal=False)
   config = common.base()
   config.total_steps = 2
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import ml_collections
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `method` and `runlocal` (seconds, not minutes)."""
-  arg = common.parse_arg(arg, method="steppo", runlocal=False)
+  arg = arguments.parse_arg(arg, method="steppo", runlocal=False)
   config = common.base()
   config.method = arg.method
   config.total_steps = 60

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import ml_collections
 
-from configs import common
+from configs import arguments, common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `paper`, `instruct` and `runlocal`."""
-  arg = common.parse_arg(arg, paper=False, instruct=False, runlocal=False)
+  arg = arguments.parse_arg(arg, paper=False, instruct=False, runlocal=False)
   config = common.base()
   suffix = "-Instruct" if arg.instruct else ""
   config.model.reference = f"Qwen/Qwen2.5-3B{suffix}"

@@ -14,7 +14,7 @@ Hardware: meant for v5p-32 or 16 x 80 GB GPUs. Time: not run. Score: not run
 
 import ml_collections
 
-from configs import common, stepsearch_qwen2_5_3b
+from configs import arguments, stepsearch_qwen2_5_3b
 
 sweep = stepsearch_qwen2_5_3b.sweep
 
@@ -22,7 +22,9 @@ sweep = stepsearch_qwen2_5_3b.sweep
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with arguments `paper`, `instruct` and `runlocal`."""
   config = stepsearch_qwen2_5_3b.get_config(arg)
-  options = common.parse_arg(arg, paper=False, instruct=False, runlocal=False)
+  options = arguments.parse_arg(
+    arg, paper=False, instruct=False, runlocal=False
+  )
   if not options.runlocal:
     suffix = "-Instruct" if options.instruct else ""
     config.model.reference = f"Qwen/Qwen2.5-7B{suffix}"

@@ -5,13 +5,13 @@ import pathlib
 
 import pytest
 
-from configs import common
+from configs import arguments
 from stepsearch_jax.run.settings import Settings
 
 NAMES = [
   path.stem
   for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-  if path.stem not in ("__init__", "common")
+  if path.stem not in ("__init__", "arguments", "common")
 ]
 
 
@@ -39,9 +39,9 @@ def test_paper_hyperparameters_differ_where_the_paper_does():
 
 
 def test_arguments_are_typed_and_unknown_ones_rejected():
-  parsed = common.parse_arg("n=3,flag", n=1, flag=False)
+  parsed = arguments.parse_arg("n=3,flag", n=1, flag=False)
   assert (parsed.n, parsed.flag) == (3, True)
   with pytest.raises(ValueError, match="unknown config argument 'x'"):
-    common.parse_arg("x=1", n=1)
+    arguments.parse_arg("x=1", n=1)
   with pytest.raises(ValueError, match="n is of type int, got 'a'"):
-    common.parse_arg("n=a", n=1)
+    arguments.parse_arg("n=a", n=1)
