@@ -18,7 +18,7 @@ from stepsearch_jax import buckets, files, types
 from stepsearch_jax.models.weights import hf as hf_weights
 from stepsearch_jax.retrieval import factory, local, recording
 from stepsearch_jax.retrieval.index import encoder
-from stepsearch_jax.tools import supervise
+from stepsearch_jax.supervision import supervise
 
 ROOT = pathlib.Path(__file__).parents[1]
 PASSAGES = [
