@@ -76,7 +76,7 @@ def run(
 
 def _cache_compilations() -> None:
   """Keeps compiled programs for the next start, where only the user reads."""
-  if jax.config.jax_compilation_cache_dir is not None:
+  if jax.config.values["jax_compilation_cache_dir"] is not None:
     return
   folder = epath.Path("~/.cache/stepsearch_jax/xla").expanduser()
   try:

@@ -34,7 +34,7 @@ class _Lowered:
   """A lowered program and the options that it is compiled with."""
 
   program: jax.stages.Lowered
-  options: dict[str, str | int | bool]
+  options: dict[str, Any]
 
   def compile(self) -> jax.stages.Compiled:
     return self.program.compile(compiler_options=self.options)
