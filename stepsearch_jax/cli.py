@@ -214,8 +214,7 @@ def _guarded(
     _cache_compilations()
     return main(list(argv[1:])) if arguments else main()
   except interrupts.PreemptedError as error:
-    logging.warning("%s%s", error, interrupts.how_to_go_on())
-    return interrupts.EXIT_PREEMPTED
+    stopped = str(error)
   except KeyboardInterrupt:
     sys.exit("interrupted")
   except jax.errors.JaxRuntimeError as error:
@@ -231,3 +230,7 @@ def _guarded(
   except _USER_ERRORS as error:
     logging.debug("where it happened", exc_info=True)
     sys.exit(f"error: {error}")
+  # The frames that were left are gone here, and with them their progress bars,
+  # which write once more as they end.
+  logging.warning("%s%s", stopped, interrupts.how_to_go_on())
+  return interrupts.EXIT_PREEMPTED
