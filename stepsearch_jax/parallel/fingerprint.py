@@ -29,8 +29,11 @@ def fingerprint(tree: types.Tree) -> str:
     16 hexadecimal digits.
   """
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    sums = [int(x) for x in _sums(leaf)]
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  # All are asked for before the first is waited for.
+  found = jax.device_get([_sums(leaf) for _, leaf in leaves])
+  for (path, leaf), sums in zip(leaves, found, strict=True):
+    sums = [int(x) for x in sums]
     digest.update(repr((
       jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sums,
     )).encode())

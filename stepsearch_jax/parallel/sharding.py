@@ -256,9 +256,7 @@ def decode_shardings(
 def batch(mesh: DeviceMesh) -> NamedSharding:
   """Returns the sharding of rows, split as the rule of "batch" says."""
   axes = dict(mesh.rules)["batch"]
-  return NamedSharding(mesh.mesh, PartitionSpec(axes) if axes else (
-    PartitionSpec()
-  ))
+  return NamedSharding(mesh.mesh, PartitionSpec(axes or None))
 
 
 def replicated(mesh: DeviceMesh) -> NamedSharding:

@@ -18,21 +18,6 @@ from stepsearch_jax.rollout import engine as engine_lib
 from stepsearch_jax.rollout import slot_cache
 
 
-@pytest.fixture(scope="module")
-def parts():
-  """Tokenizer, model and a policy that likes to write protocol tags."""
-  tokenizer = fakes.make_tokenizer()
-  model = fakes.make_model(tokenizer.vocab_size)
-  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
-  return tokenizer, model, policy
-
-
-@pytest.fixture(scope="module")
-def compiled(parts):
-  """Programs of the usual shape, compiled once for all tests here."""
-  return fakes.make_programs(*parts[:2])
-
-
 def play(parts, compiled, count=6, temperature=1.0, retriever=None, **settings):
   tokenizer, model, policy = parts
   engine = fakes.make_engine(

@@ -18,21 +18,6 @@ from stepsearch_jax.rollout import device, probing, reading, records
 SPEC = records.ProbeSpec(aliases=3, tokens=(6, 24), others=0, seed=0)
 
 
-@pytest.fixture(scope="module")
-def parts():
-  """Tokenizer, model and a policy that likes to write protocol tags."""
-  tokenizer = fakes.make_tokenizer()
-  model = fakes.make_model(tokenizer.vocab_size)
-  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
-  return tokenizer, model, policy
-
-
-@pytest.fixture(scope="module")
-def compiled(parts):
-  """Programs of the usual shape, compiled once for all tests here."""
-  return fakes.make_programs(*parts[:2])
-
-
 @pytest.fixture(autouse=True)
 def many_searches(monkeypatch):
   """Whatever the random policy writes is a search or, rarely, nothing."""

@@ -10,15 +10,6 @@ from stepsearch_jax import types
 from stepsearch_jax.rollout import device, programs
 
 
-@pytest.fixture(scope="module")
-def parts():
-  """Tokenizer, model and a policy that likes to write protocol tags."""
-  tokenizer = fakes.make_tokenizer()
-  model = fakes.make_model(tokenizer.vocab_size)
-  policy = fakes.make_tag_lover(tokenizer, fakes.make_policy(model))
-  return tokenizer, model, policy
-
-
 def test_a_block_ends_at_its_limit_and_when_enough_slots_stopped(parts):
   """Budgets 1, 2, 5 and 9 in four slots, blocks of up to 8 steps."""
   tokenizer, model, policy = parts
