@@ -18,8 +18,12 @@ EXIT_PREEMPTED = 75
 _GRACE_SECONDS = 10.0
 
 
-class PreemptedError(RuntimeError):
-  """The run was asked to stop, has saved, and can go on later."""
+class PreemptedError(BaseException):
+  """The run was asked to stop, has saved, and can go on later.
+
+  As with KeyboardInterrupt, no `except Exception` takes it for a failure: a
+  search that seemed to fail would cost the warm start one of its scripts.
+  """
 
 
 def how_to_go_on() -> str:

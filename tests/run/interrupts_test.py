@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from stepsearch_jax.parallel import distributed
 from stepsearch_jax.run import interrupts as interrupts_lib
 from stepsearch_jax.run.interrupts import Interrupts, PreemptedError
 
@@ -32,6 +33,16 @@ def test_a_deferred_signal_counts_when_signals_are_allowed_again():
   interrupts._handle(signal.SIGINT, None)
   with pytest.raises(PreemptedError):
     interrupts.allow()
+
+
+def test_a_stop_is_no_error_that_a_run_survives():
+  """A search that fails costs its script, an unreadable file its progress."""
+
+  def search():
+    Interrupts()._handle(signal.SIGTERM, None)
+
+  with pytest.raises(PreemptedError):
+    distributed.search_together(search, 1, 3)
 
 
 @pytest.mark.parametrize("command, said", [
