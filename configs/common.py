@@ -100,6 +100,9 @@ def _rollout():
   # stepsearch | stepsearch_think | search_r1 | plain | compact; see
   # env/prompts.py.
   rollout.template = "stepsearch"
+  # What a search shows: found | random (closed book) | gold (the supporting
+  # passages in order, whatever the query). The last two are controls.
+  rollout.documents = "found"
   rollout.max_turns = 5  # Searching turns; one forced answer turn follows.
   rollout.slots = 128  # Trajectories that are decoded side by side.
   rollout.context = 4096  # Longest trajectory, prompt included.

@@ -282,14 +282,15 @@ class _Schedule:
         return
       for result in self._searches.read():
         slot, turn = result.asker
+        documents = self._texts.documents(slot.record, result.documents)
         observation = self._texts.observation(
-          result.documents, len(slot.record.turns)
+          documents, len(slot.record.turns)
         )
-        if result.documents is None:
+        if documents is None:
           turn = dataclasses.replace(turn, failed=True)
         else:
           turn = dataclasses.replace(
-            turn, documents=tuple(result.documents), retrieved=True
+            turn, documents=tuple(documents), retrieved=True
           )
         self._observe(slot, turn, observation)
 

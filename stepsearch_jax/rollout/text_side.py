@@ -45,6 +45,13 @@ class TextSide:
     text = self.decode(record.tokens[record.turn_start :])
     return self._env.step(text, len(record.turns))
 
+  def documents(
+    self, record: recorder.Recorder, found: Sequence[types.Passage] | None
+  ) -> Sequence[types.Passage] | None:
+    """Returns what is shown of what a search found; None if it failed."""
+    del record
+    return found
+
   def observation(
     self, documents: Sequence[types.Passage] | None, turn: int
   ) -> search_env.Observation:

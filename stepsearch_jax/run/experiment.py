@@ -32,7 +32,7 @@ from stepsearch_jax.parallel import distributed, sharding
 from stepsearch_jax.ppo import estimators, trainable
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
-from stepsearch_jax.rollout import automaton, programs, text_side
+from stepsearch_jax.rollout import automaton, controls, programs, text_side
 from stepsearch_jax.rollout import engine as engine_lib
 from stepsearch_jax.run import checkpoints, identity, methods
 from stepsearch_jax.run.settings import Settings
@@ -244,7 +244,15 @@ class Experiment:
   @functools.cached_property
   def engine(self) -> engine_lib.Engine:
     """The rollout engine of the configured protocol."""
-    return self.make_engine(text_side.TextSide(self.env, self.tokenizer))
+    env, tokenizer = self.env, self.tokenizer
+    match self.settings.protocol.documents:
+      case controls.Documents.RANDOM:
+        return self.make_engine(
+          controls.RandomDocuments(env, tokenizer, self.corpus)
+        )
+      case controls.Documents.GOLD:
+        return self.make_engine(controls.GoldDocuments(env, tokenizer))
+    return self.make_engine(text_side.TextSide(env, tokenizer))
 
   def make_engine(self, texts: text_side.TextSide) -> engine_lib.Engine:
     """Returns a rollout engine over a freshly built stop automaton."""

@@ -231,6 +231,7 @@ def card_settings(
     "corpus": _corpus_name(settings),
     **retriever.describe(),
     "k": settings.protocol.topk,
+    "documents": settings.protocol.documents,
     "template": settings.protocol.template,
     "max_turns": settings.protocol.max_turns,
     "context": settings.sampler.context,

@@ -15,6 +15,7 @@ from typing import Any
 from stepsearch_jax.data import world
 from stepsearch_jax.models import decoder, families
 from stepsearch_jax.parallel import sharding
+from stepsearch_jax.rollout import controls
 from stepsearch_jax.run import trackers
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import expect
@@ -165,8 +166,11 @@ class ProtocolSpec:
   template: str
   max_turns: int
   topk: int
+  documents: str
 
   def __post_init__(self):
+    expect(self.documents in list(controls.Documents), "rollout.documents",
+           f"one of {', '.join(controls.Documents)}", self.documents)
     expect(self.max_turns >= 0, "rollout.max_turns", "0 or more",
            self.max_turns)
     expect(self.topk >= 1, "retrieval.topk", "1 or more", self.topk)

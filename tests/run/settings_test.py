@@ -35,6 +35,7 @@ def config_with(changes):
   ({"mesh.tensor": 0}, "mesh.tensor"),
   ({"mesh.rules": "width=fsdp"}, "mesh.rules"),
   ({"rollout.template": "x"}, "rollout.template"),
+  ({"rollout.documents": "none"}, "rollout.documents"),
   ({"rollout.retrieval_delay": 0}, "rollout.retrieval_delay"),
   ({"rollout.temperature": 0.0}, "rollout.temperature"),
   ({"rollout.context": 4}, "rollout.context"),

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from configs import quickstart
-from stepsearch_jax.rollout import text_side
+from stepsearch_jax.rollout import controls, text_side
 from stepsearch_jax.run import experiment as experiment_lib
 from stepsearch_jax.run import reporting
 from stepsearch_jax.run.experiment import Experiment
@@ -38,6 +38,7 @@ CHANGES = {
   "rollout.max_observation": 21, "rollout.answer_room": 10,
   "rollout.retrieval_delay": 5, "rollout.search_threads": 3,
   "rollout.max_prompt": 33, "rollout.context": 130, "batch.questions": 16,
+  "rollout.documents": "gold",
   "batch.rollouts": 2,
   "batch.dynamic": True, "batch.dynamic_limit": 6, "ppo.mini_batch": 8,
   "checkpoint.every": 17, "checkpoint.keep": 3, "eval.every": 12,
@@ -152,6 +153,21 @@ def test_the_environment_and_the_engine_take_their_settings(
   assert got["limits"].max_turn == 13
 
 
+@pytest.mark.parametrize("documents, kind", [
+  ("found", text_side.TextSide), ("random", controls.RandomDocuments),
+  ("gold", controls.GoldDocuments),
+])
+def test_what_a_search_shows_is_what_the_settings_say(
+  tmp_path, monkeypatch, documents, kind
+):
+  config = changed()
+  config.rollout.documents = documents
+  made = Experiment(Settings.from_config(config, devices=1),
+                    epath.Path(tmp_path))
+  monkeypatch.setattr(Experiment, "make_engine", lambda self, texts: texts)
+  assert type(made.engine) is kind
+
+
 def test_the_card_says_what_the_settings_say():
   class Retriever:
     def describe(self):
@@ -163,10 +179,11 @@ def test_the_card_says_what_the_settings_say():
   assert {name: card[name] for name in (
     "model", "k", "max_turns", "max_turn", "max_observation", "context",
     "template", "reward_preset", "seed", "index", "passages", "questions",
-    "split", "corpus",
+    "split", "corpus", "documents",
   )} == {
     "model": "mine", "k": 4, "max_turns": 7, "max_turn": 13,
     "max_observation": 21, "context": 130, "template": "compact",
     "reward_preset": "paper", "seed": 23, "index": "i", "passages": 5,
     "questions": "world", "split": "held out", "corpus": "the embedded world",
+    "documents": "gold",
   }
