@@ -20,6 +20,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -41,6 +42,9 @@ _COMMANDS = flags.DEFINE_bool(
   "commands", False, "Print the commands that can run now, one per line."
 )
 _ONLY = flags.DEFINE_list("only", [], "Play these arms only, for instance ppo.")
+_JOBS = flags.DEFINE_integer(
+  "jobs", 1, "Runs at a time; for machines with more cores than a run uses.", 1
+)
 _ALLOW_DIRTY = flags.DEFINE_bool(
   "allow_dirty", False, "Accept edited files; the table then says so."
 )
@@ -239,8 +243,13 @@ def chosen_rate(workdir: epath.Path, arm: ArmPlan) -> float | None:
 def ready(
   plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan]
 ) -> list[list[str]]:
-  """Commands of the runs that are not finished and wait for no other."""
-  found, start = [], plan.arms[0]
+  """Commands of the runs that are not finished and wait for no other.
+
+  Those that choose learning rates come first, then one seed after the other,
+  so that a study that is stopped has the same seeds of every arm.
+  """
+  found: list[tuple[int, list[str]]] = []
+  start, first = plan.arms[0], -1
   for arm in arms:
     rate = []
     if arm.rates:
@@ -249,10 +258,10 @@ def ready(
         seed = plan.tuning_seed
         if is_finished(run_folder(workdir, start, seed)):
           found += [
-            command(plan, workdir, arm, seed, folder, [
+            (first, command(plan, workdir, arm, seed, folder, [
               f"--config.ppo.policy_lr={value}",
               "--config.data.split=validation",
-            ])
+            ]))
             for value in arm.rates
             if not is_finished(
               folder := workdir / "rates" / arm.name / f"{value:g}")
@@ -268,8 +277,61 @@ def ready(
       waits = arm.from_start and arm is not start and not is_finished(
         run_folder(workdir, start, seed))
       if not is_finished(folder) and not waits:
-        found.append(command(plan, workdir, arm, seed, folder, rate))
-  return found
+        turn = first if seed == plan.tuning_seed else seed
+        found.append((turn, command(plan, workdir, arm, seed, folder, rate)))
+  return [line for _, line in sorted(found, key=lambda pair: pair[0])]
+
+
+def play(
+  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], jobs: int
+) -> None:
+  """Plays all runs, `jobs` of them at a time.
+
+  With several jobs each run's output goes to a file of its name in logs/.
+
+  Raises:
+    UserError: a run failed; those that were under way have ended.
+  """
+  running: dict[str, subprocess.Popen] = {}
+  failed: list[str] = []
+  try:
+    while True:
+      waiting = [
+        line for line in ready(plan, workdir, arms)
+        if shlex.join(line) not in running
+      ]
+      while waiting and len(running) < jobs and not failed:
+        print(f"{len(waiting)} runs can start", flush=True)
+        line = waiting.pop(0)
+        running[shlex.join(line)] = _begin(line, workdir, alone=jobs == 1)
+      if not running:
+        break
+      time.sleep(0.2)
+      for text, process in list(running.items()):
+        if process.poll() is not None:
+          del running[text]
+          if process.returncode:
+            failed.append(f"{text} ended with code {process.returncode}")
+  finally:
+    for process in running.values():  # Where this process is stopped.
+      process.terminate()
+      process.wait()
+  if failed:
+    raise types.UserError(f"{failed[0]}; the same study goes on from there")
+
+
+def _begin(
+  line: Sequence[str], workdir: epath.Path, alone: bool
+) -> subprocess.Popen:
+  """Starts a run; its output is this terminal's only if it is alone."""
+  if alone:
+    return subprocess.Popen(line)
+  folder = next(x for x in line if x.startswith("--workdir="))
+  name = epath.Path(folder.partition("=")[2]).relative_to(workdir)
+  log = workdir / "logs" / f"{'_'.join(name.parts)}.log"
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with open(log, "a") as out:
+    return subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT)
 
 
 def report(plan: Plan, workdir: epath.Path) -> list[str]:
@@ -308,14 +370,7 @@ def main() -> None:
     for line in ready(plan, workdir, arms):
       print(shlex.join(line))
     return
-  while commands := ready(plan, workdir, arms):
-    print(f"{len(commands)} runs to go", flush=True)
-    code = subprocess.run(commands[0], check=False).returncode
-    if code:
-      raise types.UserError(
-        f"{shlex.join(commands[0])} ended with code {code}; the same study "
-        "goes on from there"
-      )
+  play(plan, workdir, arms, _JOBS.value)
   lines = report(plan, workdir)
   files.write_text(workdir / "study.md", "\n".join(lines) + "\n")
   print("\n".join(lines))

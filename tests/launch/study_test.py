@@ -64,7 +64,7 @@ def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
                  "method='ppo')\n")
   plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
   first = launcher.ready(plan, workdir, plan.arms)
-  assert [flag(c, "config.seed") for c in first] == [["0"], ["1"], ["99"]]
+  assert [flag(c, "config.seed") for c in first] == [["99"], ["0"], ["1"]]
   assert all(flag(c, "config.total_steps") == ["0"] for c in first)
   for seed in (0, 1, 99):
     finish(workdir / "start" / f"seed_{seed}")
@@ -84,6 +84,67 @@ def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
   assert len(launcher.ready(plan, workdir, plan.arms)) == 1
 
 
+def test_one_seed_comes_after_the_other_whatever_the_arm(launcher, tmp_path):
+  config = write(tmp_path, "".join(
+    f"  add('{name}', seeds=2, method='ppo')\n" for name in ("ppo", "other")
+  ))
+  plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
+  for seed in (0, 1, 99):
+    finish(workdir / "start" / f"seed_{seed}")
+  runs = launcher.ready(plan, workdir, plan.arms)
+  assert [flag(c, "workdir")[0].removeprefix(f"{workdir}/") for c in runs] == [
+    "ppo/seed_0", "other/seed_0", "ppo/seed_1", "other/seed_1"
+  ]
+
+
+# Ends only when another run is under way; fails where it is told to.
+RUN = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1].partition("=")[2])
+folder.mkdir(parents=True)
+(folder / "begun").touch()
+print("hello from", folder.name, folder.parent.name)
+if "fails" in str(folder):
+  sys.exit(3)
+end = time.time() + 30
+while len(list(folder.parents[1].glob("*/*/begun"))) < 2:
+  assert time.time() < end
+  time.sleep(0.02)
+(folder / "summary.json").write_text("{}")
+"""
+
+
+def test_runs_that_can_are_played_side_by_side(
+  launcher, tmp_path, monkeypatch
+):
+  config = write(tmp_path, "  add('ppo', seeds=2, method='ppo')\n")
+  plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
+
+  def command(plan, workdir, arm, seed, folder, extra=()):
+    return [sys.executable, "-c", RUN, f"--workdir={folder}"]
+
+  monkeypatch.setattr(launcher, "command", command)
+  launcher.play(plan, workdir, plan.arms, jobs=2)
+  assert not launcher.ready(plan, workdir, plan.arms)
+  log = (workdir / "logs/ppo_seed_1.log").read_text()
+  assert log == "hello from seed_1 ppo\n"
+
+
+def test_a_run_that_fails_ends_the_study_when_the_others_are_done(
+  launcher, tmp_path, monkeypatch
+):
+  config = write(tmp_path, "  add('fails', seeds=1, from_start=False, "
+                 "method='ppo')\n")
+  plan, workdir = launcher.load(config), epath.Path(tmp_path) / "w"
+  monkeypatch.setattr(launcher, "command", lambda *rest, **more: [
+    sys.executable, "-c", RUN, f"--workdir={rest[4]}"
+  ])
+  with pytest.raises(types.UserError, match="ended with code 3; the same"):
+    launcher.play(plan, workdir, plan.arms, jobs=2)
+  unfinished = launcher.ready(plan, workdir, plan.arms)
+  assert {flag(c, "workdir")[0].split("/")[-2] for c in unfinished} >= {"fails"}
+
+
 def test_an_arm_without_rates_waits_for_the_start_of_its_seed(
   launcher, tmp_path
 ):
@@ -94,7 +155,7 @@ def test_an_arm_without_rates_waits_for_the_start_of_its_seed(
   assert [flag(c, "config.warm_start.policy") for c in runs] == [
     [], [], [str(workdir / "start/seed_1")]
   ]
-  assert [flag(c, "config.seed") for c in runs] == [["0"], ["99"], ["1"]]
+  assert [flag(c, "config.seed") for c in runs] == [["99"], ["0"], ["1"]]
 
 
 def test_arms_with_other_rollouts_or_fields_are_refused(launcher, tmp_path):
