@@ -5,9 +5,9 @@
 Every seed has one start, an imitation of imperfect demonstrations, that all
 arms share. All arms that learn from rewards play the same number of rollouts
 and take the same number of optimizer steps; each chooses its learning rate
-from the same three values on the validation split. Beside them: the start,
-imitation of the same demonstrations for about the same time, and imitation of
-clean ones.
+from the same three values on the validation split. Beside them: the start, the
+start without retrieval (random passages) and with gold passages, imitation of
+the same demonstrations for about the same time, and imitation of clean ones.
 
 Hardware: 2 CPU cores per run. Time and score: see the table in README.md.
 """
@@ -36,6 +36,10 @@ def study(add: Callable[..., None]) -> None:
   """Lists the arms; the first one is the start."""
   imitated = quickstart.get_config().warm_start.steps
   add("start", seeds=10, total_steps=0)
+  add("start, random passages", seeds=5, total_steps=0,
+      rollout=dict(documents="random"))
+  add("start, gold passages", seeds=5, total_steps=0,
+      rollout=dict(documents="gold"))
   add("imitation for the same time", seeds=5, total_steps=0,
       warm_start=dict(steps=2 * imitated))
   add("clean imitation", seeds=5, from_start=False, total_steps=0,
@@ -54,6 +58,16 @@ def study(add: Callable[..., None]) -> None:
       reward=dict(search_key_reward=False))
   add("ppo, bonus per search", seeds=10, rates=RATES, method="ppo",
       reward=dict(search_bonus=0.1))
+  groups = dict(questions=16, rollouts=4)
+  for method in ("turn_ppo", "bilevel", "tips"):
+    add(method, seeds=5, rates=RATES, method=method)
+  for method in ("igpo", "gigpo", "turn_rloo", "stratified", "llds_grpo"):
+    add(method, seeds=5, rates=RATES, method=method, batch=groups)
+  # Equal rollouts: what differs is kept, nothing is asked in place of the rest.
+  add("dapo", seeds=5, rates=RATES, method="dapo",
+      batch=groups | dict(dynamic_limit=1))
+  add("grpo, step rewards", seeds=5, rates=RATES, method="grpo",
+      batch=groups, reward=dict(outcome_only=False))
 
 
 def sweep(add: Callable[..., None]) -> None:
