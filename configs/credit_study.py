@@ -20,7 +20,7 @@ from configs import quickstart
 
 BASELINE = "ppo"
 TUNING_SEED = 1000  # Takes part in no comparison.
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 2e-4, 4e-4)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -53,6 +53,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.batch.questions = 64
   config.ppo.mini_batch = 32
   config.ppo.micro_rows = 8
+  # The paper has 1: then all that comes later counts for every token, and the
+  # value model has less of it to explain (.18 of the variance, .37 with .95).
+  config.ppo.lam = 0.95
   config.ppo.policy_lr = 3e-4
   config.ppo.value_lr = 1e-3
   config.ppo.policy_warmup_ratio = 0.05
