@@ -154,6 +154,37 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_numbers(
   assert records(ours) == records(workdir)
 
 
+@pytest.mark.parametrize("eos, dropped", [("trained", ()), ("dropped", (7,))])
+def test_a_step_trains_the_end_token_unless_the_reward_drops_it(
+  tmp_path, monkeypatch, eos, dropped
+):
+  config = tiny()
+  config.reward.eos = eos
+  part, got = python_types.SimpleNamespace, {}
+  job = part(
+    experiment=part(
+      settings=Settings.from_config(config),
+      tokenizer=part(eos_ids=(7,), pad_id=0),
+    ),
+    state=part(step=0, asked=0, learner=part(reference=None)), stream=None,
+    profiler=metrics.Profiler(tmp_path, ()),
+  )
+
+  class GotThereError(Exception):
+    pass
+
+  def batch(*others):
+    got.update(dropped=others[-1])
+    raise GotThereError
+
+  played = part(batch=part(trajectories=[], rewards=[]))
+  monkeypatch.setattr(train.filling, "play_batch", lambda *others: played)
+  monkeypatch.setattr(train.batching, "trajectories_to_batch", batch)
+  with pytest.raises(GotThereError):
+    train.Job.step(job)
+  assert got["dropped"] == dropped
+
+
 @pytest.mark.slow
 def test_a_users_function_that_fails_loses_no_step(tmp_path, monkeypatch):
   calls = []
