@@ -1,8 +1,8 @@
 """Runs a config's `sweep(add)`: here, N at a time, or on any scheduler.
 
-  python launch/sweep.py --config=configs/quickstart.py --workdir=runs/sweep \
+  stepsearch sweep --config=quickstart --workdir=runs/sweep \
     --config.total_steps=20
-  python launch/sweep.py --config=... --workdir=gs://... --dry_run | parallel
+  stepsearch sweep --config=... --workdir=gs://... --dry_run | parallel
 
 Every run gets a numbered folder; the same command resumes what was interrupted
 and skips what is finished with the same settings (what was finished with other
@@ -336,6 +336,12 @@ def _play(workdir: pathlib.Path, runs: Sequence[Run],
              "goes on from there")
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Reads this command's flags; the others are overrides."""
+  cli.help_if_asked(main, argv)
+  return flags.FLAGS(argv, known_only=True)
+
+
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+  app.run(main, flags_parser=_parse)

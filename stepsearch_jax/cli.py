@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -98,16 +99,18 @@ def _value(argv: Sequence[str], name: str) -> str | None:
   return None
 
 
-def _with_saved_config(argv: Sequence[str]) -> list[str]:
-  """Adds the config that the work directory holds, if no other is given."""
-  workdir = _value(argv, "workdir")
-  if (
-    "config" not in flags.FLAGS or not workdir or _value(argv, "config")
-    or not (epath.Path(workdir) / "config.json").exists()
-  ):
+def _with_found_config(argv: Sequence[str]) -> list[str]:
+  """Adds a config where none is given: that of --workdir, or of --model."""
+  if "config" not in flags.FLAGS or _value(argv, "config"):
     return list(argv)
-  saved = epath.Path(__file__).parent / "run" / "saved.py"
-  return [argv[0], f"--config={saved}:{workdir}", *argv[1:]]
+  run = epath.Path(__file__).parent / "run"
+  workdir, model = _value(argv, "workdir"), _value(argv, "model")
+  if workdir and (epath.Path(workdir) / "config.json").exists():
+    return [argv[0], f"--config={run / 'saved.py'}:{workdir}", *argv[1:]]
+  if model and "index" in flags.FLAGS:
+    find_config("common")  # Can be imported from now on.
+    return [argv[0], f"--config={run / 'exported.py'}:{model}", *argv[1:]]
+  return list(argv)
 
 
 def _config_folders() -> list[epath.Path]:
@@ -162,8 +165,10 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
   return [argv[0], f"--config={find_config(value)}", *rest]
 
 
-def _print_help(main: Callable) -> None:
-  """Prints what a command does and the flags that are its own."""
+def help_if_asked(main: Callable, argv: Sequence[str]) -> None:
+  """Prints what a command does and its flags, and ends it, if asked to."""
+  if not {"--help", "-h", "-help", "--helpshort"} & set(argv):
+    return
   module = sys.modules[main.__module__]
   print((module.__doc__ or "").strip(), "\n\nflags:")
   own = flags.FLAGS.get_key_flags_for_module(module.__name__) or (
@@ -179,25 +184,48 @@ def _print_help(main: Callable) -> None:
       (flag.help or "") + default, 76, initial_indent="      ",
       subsequent_indent="      ",
     ))
+  sys.exit(0)
+
+
+def _unknown_field(error: Exception, argv: Sequence[str]) -> str:
+  """Returns the line about an override of a field that no config has."""
+  # ml_collections: a name in quotes, perhaps 'Did you mean "policy_lr" ...'.
+  text = str(error.args[0])
+  field = re.findall(r"\w+", text)[0]
+  near = re.search('Did you mean "([^"]+)"', text)
+  wrong = [arg for arg in argv if f".{field}" in arg]
+  known = f"did you mean {near[1]}?" if near else "see configs/README.md"
+  return (f"{' '.join(wrong) or field}: the config has no field {field!r}; "
+          f"{_RENAMED.get(field, known)}")
+
+
+def _wrong_flags(error: flags.Error) -> str:
+  """Returns what is wrong with flags, in one line.
+
+  Of a config that refuses its argument, its own error; of one that is broken,
+  the whole traceback.
+  """
+  if "Error whilst parsing config file" in str(error):
+    own = error.__context__.__context__  # ml_collections raises it once more.
+    return f"--config: {own}" if isinstance(own, ValueError) else str(error)
+  lines = [
+    re.sub(r"^flag (--\S+)=None: .* other than None\.", r"\1 is missing",
+           line.strip())
+    for line in str(error).splitlines()
+  ]
+  return "; ".join([*lines, "--help shows the flags"])
 
 
 def _parse(main: Callable, argv: Sequence[str]) -> list[str]:
-  if {"--help", "-h", "-help", "--helpshort"} & set(argv):
-    _print_help(main)
-    sys.exit(0)
-  argv = _with_saved_config(_with_config_path(argv))
+  help_if_asked(main, argv)
+  argv = _with_found_config(_with_config_path(argv))
   sys.argv[:] = argv  # Where ml_collections looks for overrides of fields.
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f"error: {_wrong_flags(error)}")
   except (AttributeError, KeyError) as error:
-    # ml_collections refuses unknown fields with a bare key.
-    field = str(error).strip("\"'")
-    wrong = [arg for arg in argv if f".{field}" in arg]
-    known = _RENAMED.get(field, "all fields are in configs/README.md")
-    sys.exit(
-      f"error: {' '.join(wrong) or field}: the config has no field {field!r}; "
-      f"{known}"
-    )
+    sys.exit(f"error: {_unknown_field(error, argv)}")
 
 
 def _guarded(

@@ -1,10 +1,10 @@
 """Evaluates a policy on multi-hop questions: EM, F1 and how it searched.
 
-  python -m stepsearch_jax.evaluate --workdir=runs/quickstart
+  stepsearch evaluate --workdir=runs/quickstart
 
-  python -m stepsearch_jax.evaluate --workdir=runs/quickstart \\
+  stepsearch evaluate --workdir=runs/quickstart \\
     --suite=musique=dev.jsonl,hotpotqa=hotpot_dev.json
-  python -m stepsearch_jax.evaluate --compare=runs/steppo,runs/ppo
+  stepsearch evaluate --compare=runs/steppo,runs/ppo
 
 plays the held-out questions with the newest checkpoint of a run; its settings
 come from the folder. With `--model=` (and `--config=`) it plays any Hugging

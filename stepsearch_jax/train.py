@@ -1,6 +1,6 @@
 """Trains a search agent: rollout, rewards, advantages, update, repeat.
 
-  python -m stepsearch_jax.train --config=configs/quickstart.py \\
+  stepsearch train --config=quickstart \\
     --workdir=runs/quickstart
 
 The same command resumes a run that was interrupted; --workdir alone is enough

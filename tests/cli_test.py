@@ -1,9 +1,12 @@
 """Verbs, help, configs by name, and requests to stop."""
 
+import ast
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 from stepsearch_jax import __main__ as verbs
 
@@ -18,13 +21,19 @@ def stepsearch(*arguments, cwd=ROOT):
   )
 
 
+def source_of(verb):
+  if verb in verbs.LAUNCHERS:
+    return ROOT / f"launch/{verb}.py"
+  module = verbs.VERBS[verb][0].replace(".", "/")
+  return ROOT / "stepsearch_jax" / f"{module}.py"
+
+
 def test_every_verb_names_a_module_that_runs_as_a_command():
-  for verb, (module, _) in verbs.VERBS.items():
-    if verb in verbs.LAUNCHERS:
-      path = ROOT / f"launch/{verb}.py"
-    else:
-      path = ROOT / "stepsearch_jax" / (module.replace(".", "/") + ".py")
-    assert 'if __name__ == "__main__":' in path.read_text(), verb
+  for verb in verbs.VERBS:
+    text = source_of(verb).read_text()
+    assert 'if __name__ == "__main__":' in text, verb
+    # What --help prints.
+    assert f"\n  stepsearch {verb}" in ast.get_docstring(ast.parse(text)), verb
   assert stepsearch("help").stdout.count("\n  ") >= len(verbs.VERBS)
 
 
@@ -44,6 +53,44 @@ def test_help_shows_the_flags_of_the_verb_with_an_example(tmp_path):
   for part in ("--workdir=runs/quickstart", "--dtype", "--output"):
     assert part in done.stdout
   assert "--logtostderr" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", verbs.VERBS)
+def test_every_verb_has_help(verb, tmp_path):
+  done = stepsearch(verb, "--help", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert f"  stepsearch {verb}" in done.stdout
+  assert "\nflags:\n  --" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [
+  (["train", "--config=quickstart", "--config.ppo.policy_lrr=3"],
+   "--config.ppo.policy_lrr=3: the config has no field 'policy_lrr'; did you "
+   "mean policy_lr?"),
+  (["train", "--config=quickstart:fast"],
+   "--config: unknown config argument 'fast'; accepted: ['method', "
+   "'runlocal']"),
+  (["view", "--ouput=r.html"],
+   "Unknown command line flag 'ouput'. Did you mean: output ?; --help shows "
+   "the flags"),
+  (["train"],
+   "--config is missing; --workdir is missing; --help shows the flags"),
+])
+def test_wrong_flags_are_one_line(tmp_path, arguments, said):
+  done = stepsearch(*arguments, cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (1, f"error: {said}\n")
+
+
+def test_a_model_brings_its_own_settings(tmp_path):
+  (tmp_path / "stepsearch.json").write_text('{"rollout": {"turns": 3}}')
+  done = stepsearch("ask", f"--model={tmp_path}", "--index=i", cwd=tmp_path)
+  assert done.returncode == 1
+  assert "stepsearch.json was written by another version" in done.stderr
+  assert "Traceback" not in done.stderr
+  done = stepsearch("ask", "--model=.", "--index=i", cwd=ROOT)
+  assert done.stderr == (
+    "error: --index: i is no index: manifest.json is missing\n")
 
 
 def test_configs_are_found_from_anywhere(tmp_path):

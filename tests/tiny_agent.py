@@ -30,14 +30,14 @@ def tag_lover(folder):
 @contextlib.contextmanager
 def scripted(folder, turns=TURNS):
   """Yields an agent whose policy writes the given turns; all else is real."""
-  with _scripted_device(turns), _agent(folder) as made:
+  with scripted_device(turns), _agent(folder) as made:
     yield made
 
 
 @contextlib.contextmanager
 def scripted_experiment(folder, turns=TURNS):
   """Yields an experiment whose policy writes the given turns."""
-  with _scripted_device(turns):
+  with scripted_device(turns):
     made = Experiment(Settings.from_config(config()), epath.Path(folder))
     yield made
     made.engine.close()
@@ -54,7 +54,8 @@ def config():
   return found
 
 
-def _scripted_device(turns):
+def scripted_device(turns=TURNS):
+  """A context in which every policy writes the given turns."""
   def make_engine(self, texts):
     programs = fakes.ScriptedPrograms(self.tokenizer, turns, slots=1)
     return engine.Engine(programs, texts, self.retriever,

@@ -204,17 +204,21 @@ def _ready_index(spec: RetrievalSpec) -> epath.Path:
   if not (folder / "manifest.json").exists():
     raise types.UserError(
       f"retrieval.index = {spec.index!r} does not exist: build it with "
-      "python -m stepsearch_jax.tools.build_index"
+      "stepsearch index"
     )
   return folder
 
 
 def _open_ready(spec, encoder, passages, corpus_path):
+  folder = _ready_index(spec)
+  if corpus_path == str(folder / passages_lib.TEXTS):
+    # Its own passages: nothing to compare, and there may be many.
+    return local.open_retriever(folder, encoder, None, spec.cache)
   if corpus_path:
     logging.info("comparing %s with the index", corpus_path)
     passages = corpus_lib.stream_corpus(corpus_path)
   return local.open_retriever(
-    _ready_index(spec), encoder, corpus_lib.corpus_hash(passages), spec.cache
+    folder, encoder, corpus_lib.corpus_hash(passages), spec.cache
   )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,8 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.env import actions, search_env
+from stepsearch_jax.retrieval.index import index as index_lib
+from stepsearch_jax.retrieval.index import passages
 from stepsearch_jax.rollout import recorder, text_side
 from stepsearch_jax.run import saved
 from stepsearch_jax.run.experiment import Experiment
@@ -145,20 +148,23 @@ class _TellingTexts(text_side.TextSide):
 
 
 class Agent:
-  """A run's policy that answers questions."""
+  """A policy that answers questions: a run's, or `model.reference`."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, workdir: epath.Path,
+    self, config: ml_collections.ConfigDict, workdir: epath.Path | None,
     step: int | None = None,
   ):
     """Loads the policy of a run, or `model.reference` where there is none.
 
     Args:
-      config: settings of the run; one slot per device is enough here.
-      workdir: of the run.
+      config: settings; one slot per device is enough here.
+      workdir: of the run; None where the config names model and index.
       step: checkpoint, None for the newest.
     """
     config = copy.deepcopy(config)
+    # Parts want a folder to look into, even if there is nothing to find.
+    self._scratch = tempfile.TemporaryDirectory()
+    workdir = workdir or epath.Path(self._scratch.name)
     saved.search_own_index(config, workdir)
     mesh = Settings.from_config(config).mesh
     shards = mesh.shards("slots", jax.device_count())
@@ -169,15 +175,10 @@ class Agent:
     parts = self._experiment
     self._texts = _TellingTexts(parts.env, parts.tokenizer)
     self._engine = parts.make_engine(self._texts)
-    if (workdir / "checkpoints").exists():
+    if _has_policy(workdir):
       number, self._policy = parts.trained_policy(step)
       self.name = f"{workdir}, step {number}"
     else:
-      types.expect(
-        bool(settings.model.reference), "--workdir",
-        "a run with checkpoints, or a config with model.reference",
-        str(workdir),
-      )
       self._policy = parts.initial_policy()
       self.name = settings.model.reference
     self._asked = 0
@@ -218,25 +219,91 @@ class Agent:
   def close(self) -> None:
     """Ends the search threads."""
     self._engine.close()
+    self._scratch.cleanup()
+
+
+def _has_policy(workdir: epath.PathLike | None) -> bool:
+  """Whether a run has a policy of its own."""
+  return bool(workdir) and (epath.Path(workdir) / "checkpoints").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """Which agent a command's flags name.
+
+  Attributes:
+    workdir: folder of a run; None for none.
+    step: checkpoint of it, None for the newest.
+    model: plays instead of a run's policy (HF folder or id, *.gguf,
+      package:<name>); None for none.
+    index: folder that is searched instead of what the config says.
+  """
+
+  workdir: str | None = None
+  step: int | None = None
+  model: str | None = None
+  index: str | None = None
+
+  def fill(self, config: ml_collections.ConfigDict) -> None:
+    """Puts model and index into a config, and checks that both are known.
+
+    Raises:
+      UserError: naming the flag that is missing, wrong or too much.
+    """
+    trained = _has_policy(self.workdir)
+    types.expect(
+      not (self.model and trained), "--model",
+      f"no run beside it, but --workdir={self.workdir} has checkpoints",
+      self.model,
+    )
+    if self.model:
+      config.model.reference = self.model
+    types.expect(
+      trained or bool(config.model.reference), "--workdir",
+      "a run with checkpoints (or --model)", self.workdir,
+    )
+    if self.index:
+      self._search_index(config)
+    found = config.retrieval
+    types.expect(
+      bool(self.workdir or found.index or found.remote or found.replay
+           or found.engine == "online"),
+      "--index", "the folder of an index to search (see stepsearch index)",
+      self.index,
+    )
+
+  def _search_index(self, config: ml_collections.ConfigDict) -> None:
+    """Makes a ready index what is searched, whatever built it."""
+    retrieval = config.retrieval
+    retrieval.encoder, encoding = index_lib.encoder_of(
+      index_lib.read_manifest(self.index, "--index: ")
+    )
+    retrieval.encoding.update(dataclasses.asdict(encoding))
+    retrieval.index, retrieval.engine = self.index, "index"
+    # Its own passages stand for the files that they came from.
+    config.data.train = ""
+    config.data.corpus = str(epath.Path(self.index) / passages.TEXTS)
 
 
 def open_agent(
-  config: ml_collections.ConfigDict | None, workdir: str,
-  step: int | None = None,
+  config: ml_collections.ConfigDict | None, wanted: Wanted
 ) -> Agent:
   """Returns the agent that a command's flags name.
 
   Args:
-    config: None where `workdir` holds no settings and none were given.
-    workdir: folder of the run.
-    step: checkpoint, None for the newest.
+    config: None where neither a flag nor the run nor the model has one.
+    wanted: what the flags say.
 
   Raises:
-    UserError: there is no policy to load.
+    UserError: there is no policy to load, or nothing to search.
   """
   if config is None:
+    given = f"--workdir={wanted.workdir}, which holds no config.json"
     raise types.UserError(
-      f"--workdir={workdir} holds no run (no config.json); without one, give "
-      "--config with model.reference"
+      "expected --workdir of a run, or --model and --index; got "
+      + (given if wanted.workdir else "neither")
     )
-  return Agent(config, epath.Path(workdir), step)
+  config = copy.deepcopy(config)
+  wanted.fill(config)
+  workdir = epath.Path(wanted.workdir) if wanted.workdir else None
+  return Agent(config, workdir, wanted.step)

@@ -170,9 +170,10 @@ def _usage(experiment: Experiment, name: str) -> list[str]:
   return [
     "## Use", "",
     "The model writes a turn up to `</search>` or `</answer>`. Behind a search "
-    "it is shown the passages and goes on; `stepsearch ask` and `stepsearch "
-    "serve-agent` do that. The prompt, with the question in place of "
-    "`{question}`:", "", *_fenced(prompt), "",
+    "it is shown the passages and goes on. `stepsearch ask --model=" + name +
+    " --index=FOLDER` does that, `stepsearch serve-agent` with the same flags "
+    "serves it, as stepsearch.json says. The prompt, with the question in "
+    "place of `{question}`:", "", *_fenced(prompt), "",
     "What follows a search, here with one passage:", "", *_fenced(reply), "",
     "One turn with transformers:", "", *_fenced(python, "python"), "",
     "With vLLM, `vllm serve " + name + "`, then completions of the same prompt "

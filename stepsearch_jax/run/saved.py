@@ -6,6 +6,8 @@ Commands that are given --workdir alone read it through this file, so every
 field can still be overridden on the command line.
 """
 
+from typing import Any
+
 import ml_collections
 from etils import epath
 
@@ -13,14 +15,15 @@ from stepsearch_jax.retrieval.index import passages
 from stepsearch_jax.run import identity
 
 
+def restored(value: Any) -> Any:
+  """Returns what JSON gives back of a config, lists as tuples."""
+  if isinstance(value, dict):
+    return {name: restored(inner) for name, inner in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
 def get_config(workdir: str) -> ml_collections.ConfigDict:
-  """Returns the fields of the run in `workdir`, lists as tuples."""
-
-  def restored(value):
-    if isinstance(value, dict):
-      return {name: restored(inner) for name, inner in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
+  """Returns the fields of the run in `workdir`."""
   return ml_collections.ConfigDict(restored(identity.read(workdir)["config"]))
 
 

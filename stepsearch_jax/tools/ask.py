@@ -3,9 +3,10 @@
   stepsearch ask --workdir=runs/quickstart "Who founded the port of Larn?"
   stepsearch ask --workdir=runs/quickstart            # a prompt that goes on
   stepsearch ask --workdir=runs/quickstart --json "Who ...?"
-  stepsearch ask --config=musique_smollm2 --workdir=runs/ask \\
-    --config.model.reference=folder --config.retrieval.index=folder
+  stepsearch ask --model=quickstart_hf --index=runs/quickstart/index "Who ...?"
 
+A model that `stepsearch export` wrote plays as it was trained to; another one
+plays the protocol of the released StepSearch models, or that of --config.
 At the prompt: /docs 2 shows the second document in full, /why ANSWER what that
 gold answer would have earned, /temp .7 samples, /greedy does not, /quit ends.
 """
@@ -23,10 +24,18 @@ from stepsearch_jax.rewards import step_rewards, text_match
 from stepsearch_jax.run import asking
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Default: the settings that --workdir holds."
+  "config", None, "Default: the settings that --workdir or --model holds."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Play this model (HF folder or id, *.gguf, package:<name>) "
+  "instead of a run's policy."
+)
+_INDEX = flags.DEFINE_string(
+  "index", None, "Search this folder (see stepsearch index) instead of what "
+  "the settings say."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the reply as one JSON line.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", 0.0)
 
@@ -137,7 +146,9 @@ def converse(agent: asking.Agent, temperature: float) -> None:
 
 def main(argv: list[str]) -> None:
   """Entry; see the module docstring."""
-  agent = asking.open_agent(_CONFIG.value, _WORKDIR.value, _STEP.value)
+  agent = asking.open_agent(_CONFIG.value, asking.Wanted(
+    _WORKDIR.value, _STEP.value, _MODEL.value, _INDEX.value
+  ))
   question = " ".join(argv)
   if _JSON.value:
     types.expect(bool(question), "--json", "a question behind the flags", "")
@@ -152,4 +163,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, required=["workdir"], arguments=True)
+  cli.run(main, arguments=True)

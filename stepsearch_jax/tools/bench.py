@@ -1,7 +1,7 @@
 """Measures this project beside its peers, in one run, on the same work.
 
   pip install -e ".[bench]"
-  python -m stepsearch_jax.tools.bench --suite=rewards --json=rewards.json
+  stepsearch bench --suite=rewards --json=rewards.json
 
 Suites with a peer: rewards, retrieval, rollout (replay, decode, prefill),
 update (and its memory), step (whole PPO steps). Without one: growth (of cost

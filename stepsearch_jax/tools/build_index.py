@@ -1,6 +1,6 @@
 """Embeds a corpus and writes an index folder for training and evaluation.
 
-  python -m stepsearch_jax.tools.build_index --corpus=wiki-18.jsonl.gz \\
+  stepsearch index --corpus=wiki-18.jsonl.gz \\
     --encoder=intfloat/e5-base-v2 --output=wiki18_index
 
 The same command goes on after a signal or a kill. With --multihost (or

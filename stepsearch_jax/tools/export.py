@@ -1,11 +1,11 @@
 """Writes the policy of a run as a Hugging Face folder.
 
-  python -m stepsearch_jax.tools.export --workdir=runs/quickstart \\
-    --output=quickstart_hf
+  stepsearch export --workdir=runs/quickstart --output=quickstart_hf
 
 The folder holds safetensors, config, generation config, tokenizer and chat
-template; `transformers`, vLLM and this project's `--config.model.reference=`
-read it.
+template, which `transformers`, vLLM and `--config.model.reference=` read, a
+model card, and stepsearch.json: how the policy plays, for `stepsearch ask` and
+`serve-agent` with --model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.models.weights import export
-from stepsearch_jax.run import model_card
+from stepsearch_jax.run import exported, model_card
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 
@@ -48,7 +48,8 @@ def main() -> None:
   card = model_card.render(experiment, step, folder.name, _LICENSE.value)
   export.save_policy(
     folder, policy, experiment.model, experiment.tokenizer, _DTYPE.value,
-    readme=card,
+    texts={"README.md": card,
+           exported.FILE: exported.text(experiment.settings.config)},
   )
   print(f"policy of step {step}: {_OUTPUT.value}")
 

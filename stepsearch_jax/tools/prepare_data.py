@@ -1,13 +1,13 @@
 """Checks, supervises, audits and converts question files before a run.
 
-  python -m stepsearch_jax.tools.prepare_data --check --input=train.jsonl
-  python -m stepsearch_jax.tools.prepare_data --check --json --input=train.jsonl
-  python -m stepsearch_jax.tools.prepare_data --input=musique.jsonl \\
+  stepsearch data --check --input=train.jsonl
+  stepsearch data --check --json --input=train.jsonl
+  stepsearch data --input=musique.jsonl \\
     --supervise --writers=rules,Qwen/Qwen2.5-7B-Instruct \\
     --retrievers=intfloat/e5-base-v2,bm25,hashed_tfidf --output=train.jsonl
-  python -m stepsearch_jax.tools.prepare_data --input=dev.jsonl --audit \\
+  stepsearch data --input=dev.jsonl --audit \\
     --corpus=wiki-18.jsonl.gz --merged=wiki-18-complete.jsonl
-  python -m stepsearch_jax.tools.prepare_data --input=train.parquet \\
+  stepsearch data --input=train.parquet \\
     --tfds_dir=gs://bucket/tfds --name=musique --split=train
 
 `--check` prints the first questions as the policy will see them, with the

@@ -1,6 +1,6 @@
 """Scores a file of trajectories with the rewards of training.
 
-  python -m stepsearch_jax.tools.score --preset=released \\
+  stepsearch score --preset=released \\
     --input=cases.jsonl --output=scores.jsonl
 
 A line holds `response`, `target` and optionally `search_keys` and

@@ -2,8 +2,7 @@
 
   pip install -e ".[serve]"
   stepsearch serve-agent --workdir=runs/quickstart --port=8001
-  stepsearch serve-agent --config=musique_smollm2 --workdir=served \\
-    --config.model.reference=folder --config.retrieval.index=folder
+  stepsearch serve-agent --model=quickstart_hf --index=runs/quickstart/index
 
   curl http://127.0.0.1:8001/v1/chat/completions -d '{"model": "quickstart",
     "messages": [{"role": "user", "content": "Who founded Larn?"}]}'
@@ -27,12 +26,21 @@ from stepsearch_jax.run import asking
 from stepsearch_jax.serving import listening
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Default: the settings that --workdir holds."
+  "config", None, "Default: the settings that --workdir or --model holds."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Play this model (HF folder or id, *.gguf, package:<name>) "
+  "instead of a run's policy."
+)
+_INDEX = flags.DEFINE_string(
+  "index", None, "Search this folder (see stepsearch index) instead of what "
+  "the settings say."
+)
 _NAME = flags.DEFINE_string(
-  "name", None, "Of the model; default the name of --workdir's folder."
+  "name", None, "Of the model; default the name of the folder of --workdir or "
+  "--model."
 )
 _HOST = flags.DEFINE_string(
   "host", "127.0.0.1", "Address to listen on; 0.0.0.0 opens it to the network."
@@ -60,9 +68,13 @@ def main() -> None:
     _BODY_BYTES.value, _QUESTION_CHARS.value, _WAITING.value, _TIMEOUT.value
   )
   bound = listening.bind(_HOST.value, _PORT.value)
-  agent = asking.open_agent(_CONFIG.value, _WORKDIR.value, _STEP.value)
+  agent = asking.open_agent(_CONFIG.value, asking.Wanted(
+    _WORKDIR.value, _STEP.value, _MODEL.value, _INDEX.value
+  ))
   agent.ask("Warm up?")  # Compiles before the first request.
-  name = _NAME.value or epath.Path(_WORKDIR.value).name
+  name = _NAME.value or epath.Path(
+    _WORKDIR.value or _MODEL.value or agent.name
+  ).name
   logging.info("%s as %r on http://%s:%d/v1", agent.name, name, _HOST.value,
                _PORT.value)
   listening.serve(chat.make_app(agent, name, limits), bound)
@@ -70,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, required=["workdir"])
+  cli.run(main)

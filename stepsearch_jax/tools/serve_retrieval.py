@@ -1,7 +1,7 @@
 """Serves an index as the /retrieve of Search-R1 and StepSearch.
 
   pip install -e ".[serve]"
-  python -m stepsearch_jax.tools.serve_retrieval --index=wiki18_index \\
+  stepsearch serve --index=wiki18_index \\
     --port=8000
 
 Training here needs no server; this one is for other projects and for sharing
@@ -16,7 +16,6 @@ needs no extra and listens on no port.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from importlib import metadata
@@ -24,9 +23,9 @@ from importlib import metadata
 from absl import flags, logging
 from etils import epath
 
-from stepsearch_jax import cli, types
+from stepsearch_jax import cli
 from stepsearch_jax.retrieval import local, search_request, search_tool
-from stepsearch_jax.retrieval.index import encoder, encoding
+from stepsearch_jax.retrieval.index import encoder, encoding, index
 from stepsearch_jax.serving import listening, mcp
 
 _MCP = flags.DEFINE_bool(
@@ -56,28 +55,20 @@ _WAITING = flags.DEFINE_integer(
 _TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds until status 503.", 0.1)
 
 
-def _load_encoder(index: epath.Path) -> encoder.Encoder:
+def _load_encoder(folder: epath.Path) -> encoder.Encoder:
   """The encoder that the index names, with its prefixes and pooling."""
-  path = index / "manifest.json"
-  if not path.exists():
-    raise types.UserError(f"--index: {path} does not exist")
-  given = json.loads(path.read_text())["encoder"]
-  if given["name"] == "hashed_tfidf":
-    return encoder.load_encoder(f"hashed_tfidf:{given['dim']}")
-  loaded = encoder.load_encoder(
-    _ENCODER.value or given["name"], encoding.EncodingSpec(**{
-      field: given[field] for field in
-      ("pooling", "query_prefix", "passage_prefix", "max_length")
-    }),
-  )
-  loaded.settings["name"] = given["name"]
+  name, spec = index.encoder_of(index.read_manifest(folder, "--index: "))
+  if spec == encoding.FROM_MODEL:
+    return encoder.load_encoder(name)
+  loaded = encoder.load_encoder(_ENCODER.value or name, spec)
+  loaded.settings["name"] = name
   return loaded
 
 
 def _open() -> local.LocalRetriever:
   """The retriever over the index, ready for its first query."""
-  index = epath.Path(_INDEX.value)
-  opened = local.open_retriever(index, _load_encoder(index))
+  folder = epath.Path(_INDEX.value)
+  opened = local.open_retriever(folder, _load_encoder(folder))
   opened.search(["warm up"], _TOPK.value)  # Compiles before the first request.
   return opened
 

@@ -88,6 +88,19 @@ def test_an_index_is_built_once_in_the_work_directory(tmp_path, monkeypatch):
     factory.load_retriever(spec(), workdir, PASSAGES[:2])
 
 
+def test_an_index_is_not_compared_with_its_own_passages(tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path)
+  factory.load_retriever(spec(), workdir, PASSAGES)
+  monkeypatch.setattr(
+    factory.corpus_lib, "corpus_hash", lambda passages: pytest.fail("compared")
+  )
+  index = str(workdir / "index")
+  found = factory.load_retriever(
+    spec(index=index), workdir, (), f"{index}/passages.jsonl"
+  )
+  assert found.search(["river Mossing"], 1)[0][0].id == "2"
+
+
 def test_a_shard_that_is_ready_is_opened_without_counting_words_again(
   tmp_path, monkeypatch
 ):

@@ -267,7 +267,7 @@ def test_the_service_encodes_as_the_index_was_encoded(tmp_path):
   )
   loaded = serve_retrieval._load_encoder(epath.Path(tmp_path) / "i")
   assert loaded.settings == embed.settings
-  with pytest.raises(types.UserError, match="--index: .*does not exist"):
+  with pytest.raises(types.UserError, match="--index: .*j is no index"):
     serve_retrieval._load_encoder(epath.Path(tmp_path) / "j")
 
 

@@ -1,9 +1,15 @@
 """One's own question is played like any other, and told while it happens."""
 
+import fakes
 import pytest
 import tiny_agent
+from etils import epath
 
 from stepsearch_jax import types
+from stepsearch_jax.models.weights import export
+from stepsearch_jax.run import asking, exported
+from stepsearch_jax.run.experiment import Experiment
+from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.tools import ask
 
 
@@ -84,3 +90,73 @@ def test_why_compares_with_a_gold_answer(agent):
   assert "exact match 0, F1 0.500" in text
   assert "search 2, 'Larn': redundancy penalty 1.00" in text
   assert "documents that hold the gold answer: [1, 2]" in text
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """Folders of a run, and of its exported policy; the run has an index."""
+  run = epath.Path(tmp_path_factory.mktemp("run"))
+  parts = Experiment(Settings.from_config(tiny_agent.config()), run)
+  policy = fakes.make_tag_lover(
+    parts.tokenizer, fakes.make_policy(parts.model)
+  )
+  export.save_policy(
+    run / "hf", policy, parts.model, parts.tokenizer, "float32",
+    texts={exported.FILE: exported.text(parts.settings.config)},
+  )
+  assert parts.retriever.search(["Larn"], 1)
+  return run, str(run / "hf")
+
+
+def test_an_exported_policy_with_an_index_replies_as_its_run(folders, agent):
+  run, model = folders
+  config = exported.get_config(model)
+  config.rollout.max_turns = 3  # An override counts.
+  wanted = asking.Wanted(model=model, index=str(run / "index"))
+  alone = asking.open_agent(config, wanted)
+  assert alone.name == model and config.retrieval.index == ""
+  config = tiny_agent.config()
+  config.rollout.max_turns = 3
+  config.model.reference = model
+  as_run = asking.Agent(config, run)
+  for text in ("Who founded Larn?", "Who is Ada?"):
+    ours, theirs = (one.ask(text, 1.0).trajectory for one in (alone, as_run))
+    assert ours.tokens.tolist() == theirs.tokens.tolist()
+  alone.close()
+  as_run.close()
+
+
+def test_the_index_that_is_named_is_searched(folders):
+  run, model = folders
+  index = str(run / "index")
+  config = exported.get_config(model)
+  with tiny_agent.scripted_device():
+    alone = asking.open_agent(config, asking.Wanted(model=model, index=index))
+    reply = alone.ask("Who?")
+  alone.close()
+  experiment = Experiment(Settings.from_config(tiny_agent.config()), run)
+  (found,) = experiment.retriever.search(["founder of Larn"], 1)
+  assert list(reply.trajectory.turns[0].documents) == found != []
+
+
+@pytest.mark.parametrize("flags, said", [
+  (dict(model="hf"), "--index: expected the folder of an index .*got None"),
+  (dict(model="hf", index="."), "--index: .* is no index: manifest.json is"),
+  (dict(model="hf", index="index", workdir="trained"),
+   "--model: expected no run beside it, but .*trained has checkpoints"),
+  (dict(index="index"), "--workdir: expected a run with checkpoints"),
+])
+def test_flags_that_name_no_agent_are_one_line(folders, flags, said):
+  run, model = folders
+  (run / "trained/checkpoints").mkdir(parents=True, exist_ok=True)
+  config = exported.get_config(flags.get("model") and model or "")
+  flags = {name: str(run / value) for name, value in flags.items()}
+  with pytest.raises(types.UserError, match=said):
+    asking.open_agent(config, asking.Wanted(**flags))
+
+
+def test_without_settings_the_flags_that_would_do_are_named():
+  with pytest.raises(types.UserError, match="--model and --index; got neither"):
+    asking.open_agent(None, asking.Wanted())
+  with pytest.raises(types.UserError, match="got --workdir=w, which holds no"):
+    asking.open_agent(None, asking.Wanted("w"))

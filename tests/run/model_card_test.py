@@ -162,3 +162,6 @@ def test_the_command_writes_the_card_into_the_folder(
   text = (tmp_path / "my_agent/README.md").read_text()
   assert text == model_card.render(experiment, 7, "my_agent", "mit")
   assert (tmp_path / "my_agent/model.safetensors").exists()
+  carried = json.loads((tmp_path / "my_agent/stepsearch.json").read_text())
+  assert carried["rollout"]["max_turn"] == 24  # Of tiny_agent.config.
+  assert "`stepsearch ask --model=my_agent --index=FOLDER`" in text

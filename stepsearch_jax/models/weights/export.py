@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +61,7 @@ def tensors(
 def save_policy(
   folder: epath.PathLike, params: types.Tree, config: decoder.DecoderConfig,
   tokenizer: tokenizer_lib.Tokenizer, dtype: str = "bfloat16",
-  shard_bytes: int = 4 * 10**9, readme: str = "",
+  shard_bytes: int = 4 * 10**9, texts: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a whole Hugging Face folder, or nothing.
 
@@ -72,7 +72,7 @@ def save_policy(
     tokenizer: `models.tokenizer.Tokenizer`, chat template included.
     dtype: stored type, "bfloat16" or "float32".
     shard_bytes: a new safetensors file begins before this is exceeded.
-    readme: text of its README.md; none if empty.
+    texts: further files by name, for instance README.md.
 
   Raises:
     UserError: the folder exists or the type is another one.
@@ -97,8 +97,8 @@ def save_policy(
   ):
     (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
   tokenizer.save(temporary)
-  if readme:
-    (temporary / "README.md").write_text(readme)
+  for name, text in (texts or {}).items():
+    (temporary / name).write_text(text)
   buckets.publish(temporary, folder, last="config.json")
   if temporary.exists():
     temporary.rmtree()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from etils import epath
 
 from stepsearch_jax import buckets, types
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
+from stepsearch_jax.retrieval.index import encoding, tuning
 from stepsearch_jax.retrieval.index import passages as passages_lib
-from stepsearch_jax.retrieval.index import tuning
 
 FORMAT = 2
 
@@ -122,6 +123,45 @@ def exact_search(
   return rows, np.take_along_axis(scores, rows, axis=1)
 
 
+def read_manifest(
+  folder: epath.PathLike, named: str = ""
+) -> dict[str, Any]:
+  """Returns the manifest of an index folder.
+
+  Args:
+    folder: of the index.
+    named: what an error begins with, such as the flag that names the folder.
+
+  Raises:
+    UserError: no index there, or one of another format.
+  """
+  path = epath.Path(folder) / "manifest.json"
+  if not path.exists():
+    raise types.UserError(
+      f"{named}{folder} is no index: manifest.json is missing"
+    )
+  manifest = json.loads(path.read_text())
+  if manifest.get("format") != FORMAT:
+    raise types.UserError(
+      f"{named}{folder}: index format {manifest.get('format')}, "
+      f"expected {FORMAT}; build it again"
+    )
+  return manifest
+
+
+def encoder_of(
+  manifest: Mapping[str, Any]
+) -> tuple[str, encoding.EncodingSpec]:
+  """Returns the reference and the texts of the encoder that built an index."""
+  given = manifest["encoder"]
+  if given["name"] == "hashed_tfidf":
+    return f"hashed_tfidf:{given['dim']}", encoding.FROM_MODEL
+  return given["name"], encoding.EncodingSpec(**{
+    field.name: given[field.name]
+    for field in dataclasses.fields(encoding.EncodingSpec)
+  })
+
+
 def open_index(
   folder: epath.PathLike,
   encoder: encoder_lib.Encoder,
@@ -139,15 +179,7 @@ def open_index(
     UserError: no index there.
   """
   folder = epath.Path(folder)
-  path = folder / "manifest.json"
-  if not path.exists():
-    raise types.UserError(f"{folder} is no index: manifest.json is missing")
-  manifest = json.loads(path.read_text())
-  if manifest.get("format") != FORMAT:
-    raise types.UserError(
-      f"{folder}: index format {manifest.get('format')}, "
-      f"expected {FORMAT}; build it again"
-    )
+  manifest = read_manifest(folder)
   if manifest["encoder"] != encoder.settings:
     raise IndexMismatchError(
       f"index {folder} was built with encoder {manifest['encoder']}, "
