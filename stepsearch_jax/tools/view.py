@@ -1,8 +1,8 @@
 """Shows runs as one HTML page: settings, curves, rollouts with their credit.
 
-  stepsearch view --workdir=runs/quickstart --output=report.html
-  stepsearch view --workdir=runs/a,runs/b --output=report.html
-  stepsearch view --workdir=runs/quickstart --live
+  stepsearch view runs/quickstart --output=report.html
+  stepsearch view runs/a runs/b --output=report.html
+  stepsearch view runs/quickstart --live
 
 The page needs no network and opens from a mail. In it every token of the
 policy can be colored by reward, advantage, log-probability, KL, value or
@@ -16,10 +16,12 @@ import http.server
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli, files
+from stepsearch_jax import cli, files, types
 from stepsearch_jax.view import collect, page
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of the runs.")
+_WORKDIR = flags.DEFINE_list(
+  "workdir", [], "Further runs, separated by commas."
+)
 _OUTPUT = flags.DEFINE_string("output", "report.html", "HTML file to write.")
 _ROLLOUTS = flags.DEFINE_integer(
   "rollouts", 1000, "Rollouts in the page at most.", lower_bound=0
@@ -63,9 +65,11 @@ def serve(workdirs: list[epath.Path]) -> None:
       print()
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Entry; see the module docstring."""
-  workdirs = [epath.Path(folder) for folder in _WORKDIR.value]
+  folders = [*argv, *_WORKDIR.value]
+  types.expect(bool(folders), "stepsearch view", "one run or more", folders)
+  workdirs = [epath.Path(folder) for folder in folders]
   data = collect.collect(workdirs, _ROLLOUTS.value)
   if _LIVE.value:
     serve(workdirs)
@@ -78,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, required=["workdir"])
+  cli.run(main, arguments=True)

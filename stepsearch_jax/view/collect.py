@@ -54,9 +54,9 @@ def _names(workdirs: Sequence[epath.Path]) -> list[str]:
 
 def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
   path = workdir / "metrics.jsonl"
-  if not path.exists():
-    raise types.UserError(f"{workdir}: no run (expected {path.name} there)")
   config = _json(workdir / "config.json")
+  if not config and not path.exists():
+    raise types.UserError(f"{workdir}: no run (expected {path.name} there)")
   return {
     "name": name,
     "summary": _json(workdir / "summary.json"),
@@ -64,7 +64,8 @@ def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
       field: _short(value) for field, value in _flat(config.get("config", {}))
     },
     "changes": config.get("changes", []),
-    "curves": _curves(path),
+    # A run that has only begun has none.
+    "curves": _curves(path) if path.exists() else {},
     "rollouts": _rollouts(workdir / "trajectories", limit),
   }
 

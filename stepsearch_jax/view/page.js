@@ -10,13 +10,14 @@ const main = document.getElementById("main");
 const PAGE = 100;
 
 function show() {
+  remember();
   const tabs = [["overview", "Overview"], ["curves", "Curves"],
     ["rollouts", `Rollouts (${rollouts.length})`]];
   document.getElementById("header").replaceChildren(
     element("h1", {}, "stepsearch_jax"),
     ...tabs.map(([key, text]) => element("button", {
       "aria-selected": String(state.tab === key && state.open === null),
-      onclick: () => { state.tab = key; state.open = null; go(); }}, text)),
+      onclick: () => { state.tab = key; state.open = null; show(); }}, text)),
     element("span", {class: "soft"},
       "keys: 1 2 3 tabs, / filter, j k next and previous, Esc back"));
   const draw = state.open !== null ? drawOne : {overview: drawOverview,
@@ -24,19 +25,54 @@ function show() {
   main.replaceChildren(...draw());
 }
 
-function go() {
-  const open = state.open === null ? "" : "/" + [state.open, state.other]
-    .filter((x) => x !== null).join("/");
-  history.replaceState(null, "", `#${state.tab}${open}`);
-  show();
+// The address holds what is shown: a reload, or a link, shows it again.
+function remember() {
+  const query = new URLSearchParams();
+  const note = (key, value, usual) => {
+    if (value !== usual) query.set(key, value);
+  };
+  Object.entries(state.filter).forEach(([key, value]) => note(key, value, ""));
+  note("color", state.measure, 0);
+  note("sort", state.sort, "step");
+  note("down", state.down, false);
+  note("curves", state.metrics && state.metrics.join(" "), null);
+  const open = [state.tab, state.open, state.other].filter((x) => x !== null);
+  const text = String(query);
+  try {
+    history.replaceState(null, "", "#" + open.join("/") +
+      (text && "?" + text));
+  } catch (error) {
+    if (error.name !== "SecurityError") throw error;
+    // A page inside another one, such as a notebook, has no address.
+  }
 }
 
 function fromAddress() {
-  const [tab, open, other] = location.hash.slice(1).split("/");
+  const [place, text] = location.hash.slice(1).split("?");
+  const [tab, open, other] = place.split("/");
   if (["overview", "curves", "rollouts"].includes(tab)) state.tab = tab;
   const index = (text) => rollouts[text] ? Number(text) : null;
   state.open = index(open);
   state.other = index(other);
+  const query = new URLSearchParams(text);
+  Object.keys(state.filter).forEach((key) => {
+    state.filter[key] = query.get(key) || ""; });
+  const color = Number(query.get("color"));
+  state.measure = data.measures[color] ? color : 0;
+  state.sort = query.get("sort") || "step";
+  state.down = query.has("down");
+  const curves = query.get("curves");
+  state.metrics = curves === null ? null : curves.split(" ");
+}
+
+const typing = (node) => ["INPUT", "SELECT"].includes(node.tagName);
+
+// A live page loads itself again, but not under the hands of a typist.
+function reloadLater(seconds) {
+  setTimeout(() => {
+    if (typing(document.activeElement)) reloadLater(seconds);
+    else location.reload();
+  }, 1000 * seconds);
 }
 
 function drawOverview() {
@@ -133,7 +169,7 @@ function drawTable() {
   const from = state.page * PAGE;
   const body = order.slice(from, from + PAGE).map((i) => {
     const row = rollouts[i];
-    const open = () => { state.open = i; state.other = null; go(); };
+    const open = () => { state.open = i; state.other = null; show(); };
     return element("tr", {tabindex: 0, "data-rollout": i, onclick: open,
       onkeydown: (event) => { if (event.key === "Enter") open(); }},
     ...columns.map((name) => element("td", {class: name === "em" ?
@@ -163,13 +199,13 @@ function drawOne() {
     rollouts[i].step}`;
   const bar = element("div", {class: "filters"},
     element("button", {onclick: () => { state.open = null;
-      state.tab = "rollouts"; go(); }}, "back"),
+      state.tab = "rollouts"; show(); }}, "back"),
     choice("color by", data.measures.map((m, i) => [i, m]), state.measure,
       (value) => { state.measure = Number(value); show(); }),
     choice("beside", [["", same.length ? "none" :
       "no other rollout of this question"], ...same.map((i) => [i, label(i)])],
     state.other === null ? "" : state.other, (value) => {
-      state.other = value === "" ? null : Number(value); go(); }));
+      state.other = value === "" ? null : Number(value); show(); }));
   const shown = [state.open, state.other].filter((i) => i !== null);
   return [bar, element("div", {class: shown.length > 1 ? "pair two" : "pair"},
     ...shown.map((i) => drawRollout(rollouts[i], label(i))))];
@@ -223,22 +259,22 @@ function drawTurn(row, turn, t, largest) {
 }
 
 document.addEventListener("keydown", (event) => {
-  const typing = ["INPUT", "SELECT"].includes(event.target.tagName);
   if (event.key === "Escape") {
-    state.open = null; go();
-  } else if (!typing && event.key === "/") {
-    event.preventDefault(); state.tab = "rollouts"; state.open = null; go();
+    state.open = null; show();
+  } else if (!typing(event.target) && event.key === "/") {
+    event.preventDefault(); state.tab = "rollouts"; state.open = null; show();
     document.getElementById("text").focus();
-  } else if (!typing && ["1", "2", "3"].includes(event.key)) {
+  } else if (!typing(event.target) && ["1", "2", "3"].includes(event.key)) {
     state.tab = ["overview", "curves", "rollouts"][event.key - 1];
-    state.open = null; go();
-  } else if (!typing && ["j", "k"].includes(event.key) &&
+    state.open = null; show();
+  } else if (!typing(event.target) && ["j", "k"].includes(event.key) &&
       state.open !== null) {
     const order = found(), at = order.indexOf(state.open);
     const next = order[at + (event.key === "j" ? 1 : -1)];
-    if (next !== undefined) { state.open = next; state.other = null; go(); }
+    if (next !== undefined) { state.open = next; state.other = null; show(); }
   }
 });
 window.addEventListener("hashchange", () => { fromAddress(); show(); });
+if (Number(main.dataset.refresh)) reloadLater(Number(main.dataset.refresh));
 fromAddress();
 show();

@@ -31,13 +31,13 @@ def render(data: dict[str, Any], refresh: int = 0) -> str:
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   policy = (f"default-src 'none'; style-src 'unsafe-inline'; "
             f"script-src 'sha256-{digest}'")
-  again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">{again}
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>stepsearch_jax: runs</title><style>{style}</style></head>
-<body><header id="header"></header><main id="main"></main>
+<body><header id="header"></header>
+<main id="main" data-refresh="{refresh}"></main>
 <script type="application/json" id="data">{embed(data)}</script>
 <script>{script}</script></body></html>
 """

@@ -2,11 +2,18 @@
 
 import base64
 import hashlib
+import html
 import html.parser
+import http.server
 import json
+import os
+import pathlib
 import re
 import shutil
 import subprocess
+import sys
+import threading
+import time
 
 import pytest
 from etils import epath
@@ -15,6 +22,7 @@ from stepsearch_jax import types
 from stepsearch_jax.view import collect, page
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x>\u2028"
+ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -130,11 +138,97 @@ def test_a_thousand_rollouts_stay_small(tmp_path):
   assert len(text.encode()) < 20e6
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def browser(user, *arguments):
+  """The command of a browser of its own."""
+  return [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
+          "--disable-background-networking", f"--user-data-dir={user}",
+          *arguments]
+
+
+def browse(user, address):
+  """The DOM of a page in a browser, as text."""
+  return subprocess.run(
+    browser(user, "--dump-dom", address), capture_output=True, text=True,
+    timeout=120,
+  ).stdout
+
+
+def test_a_run_that_has_only_begun_is_shown(tmp_path):
+  run = write_run(tmp_path / "a", [])
+  (run / "metrics.jsonl").unlink()
+  (found,) = collect.collect([run], 10)["runs"]
+  assert found["curves"] == {} and found["settings"]["seed"] == "0"
+
+
+def test_the_command_takes_runs_by_place_and_by_flag(tmp_path):
+  runs = [write_run(tmp_path / name, [rollout(0)]) for name in "abc"]
+  done = subprocess.run(
+    [sys.executable, "-m", "stepsearch_jax", "view", "a", "b",
+     f"--workdir={runs[2]}", "--output=r.html"], cwd=tmp_path,
+    capture_output=True, text=True, timeout=120,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+  )
+  assert done.stdout.startswith("r.html: 3 runs, 6 rollouts"), done.stderr
+
+
+IN_BROWSER = pytest.mark.skipif(
+  CHROMIUM is None, reason="chromium is not installed"
+)
+
+
+@IN_BROWSER
+def test_a_live_page_loads_itself_again_whatever_it_shows(tmp_path):
+  run = write_run(tmp_path / "a", [rollout(0), rollout(1, "Bo", 0.0)])
+  text = page.render(collect.collect([run], 100), refresh=1).encode()
+  loads = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      loads.append(self.path)
+      self.send_response(200)
+      self.send_header("Content-Type", "text/html; charset=utf-8")
+      self.end_headers()
+      self.wfile.write(text)
+
+    def log_message(self, *unused):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = f"http://127.0.0.1:{server.server_port}/#rollouts?right=wrong"
+    with subprocess.Popen(browser(tmp_path / "user", place)) as process:
+      for _ in range(600):
+        if loads.count("/") > 2:
+          break
+        time.sleep(0.1)
+      process.terminate()
+    server.shutdown()
+  assert loads.count("/") > 2
+
+
+@IN_BROWSER
+def test_the_page_works_inside_another_one(tmp_path):
+  run = write_run(tmp_path / "a", [rollout(0)])
+  text = html.escape(page.render(collect.collect([run], 100)))
+  outer = tmp_path / "notebook.html"
+  outer.write_text(f"""<iframe srcdoc="{text}"></iframe><p id="seen"></p>
+    <script>window.onload = () => {{
+      const inner = document.querySelector("iframe").contentDocument;
+      inner.querySelectorAll("header button")[2].click();
+      document.getElementById("seen").textContent =
+        inner.querySelector("main").textContent;
+    }};</script>""")
+  shown = browse(tmp_path / "user", f"file://{outer}")
+  assert "2 of 2 rollouts" in shown.partition('id="seen"')[2]
+
+
+@IN_BROWSER
 @pytest.mark.parametrize("address, wanted, unwanted", [
   ("overview", ["em_after", "Settings that differ", "ppo.policy_lr"], []),
   ("curves", ["val/em", "step 10"], []),
   ("rollouts", ["8 of 8 rollouts", "Who 1?"], []),
+  ("rollouts?right=right&text=who+1&sort=reward&down=true",
+   ["4 of 8 rollouts", "reward \u25be"], []),
   ("rollouts/0", ["Wanted: Ada", "support", "gain 0.500"], ["taken"]),
   ("rollouts/0/4", ["b, step 1"], ["taken"]),
 ])
@@ -145,15 +239,22 @@ def test_a_browser_shows_it(tmp_path, address, wanted, unwanted):
   ]
   file = tmp_path / "report.html"
   file.write_text(page.render(collect.collect(runs, 100)))
-  done = subprocess.run(
-    [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-     "--disable-background-networking", f"--user-data-dir={tmp_path}/user",
-     "--dump-dom", f"file://{file}#{address}"],
-    capture_output=True, text=True, timeout=120,
-  )
-  shown = done.stdout.partition("<main")[2].partition("</main>")[0]
+  whole = browse(tmp_path / "user", f"file://{file}#{address}")
+  shown = whole.partition("<main")[2].partition("</main>")[0]
   for text in wanted:
     assert text in shown, (text, shown[:2000])
-  title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
+  title = re.search(r"<title>(.*?)</title>", whole)[1]
   assert title == "stepsearch_jax: runs"
-  assert not any(f"<title>{text}" in done.stdout for text in unwanted)
+  assert not any(f"<title>{text}" in whole for text in unwanted)
+
+
+@IN_BROWSER
+@pytest.mark.parametrize("color, blank", [(0, True), (5, False)])
+def test_the_address_holds_the_color(tmp_path, color, blank):
+  run = write_run(tmp_path / "a", [rollout(0)])  # One token earns 0.
+  file = tmp_path / "report.html"
+  file.write_text(page.render(collect.collect([run], 100)))
+  shown = browse(tmp_path / "user", f"file://{file}#rollouts/0?color={color}")
+  article = shown.partition("<article>")[2].partition("</article>")[0]
+  assert "background:rgba" in article
+  assert ("background:transparent" in article) == blank
