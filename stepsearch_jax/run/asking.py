@@ -171,6 +171,7 @@ class Agent:
     config.rollout.slots = shards
     config.rollout.extend_rows = (shards,)
     settings = Settings.from_config(config)
+    self.reward = settings.reward  # What the run pays in training.
     self._experiment = Experiment(settings, workdir)
     parts = self._experiment
     self._texts = _TellingTexts(parts.env, parts.tokenizer)

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
-from stepsearch_jax.rewards import step_rewards, text_match
+from stepsearch_jax.rewards import step_rewards, text_match, token_rewards
 from stepsearch_jax.run import asking
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -58,22 +58,36 @@ def _shown(reply: asking.Reply) -> list[types.Passage]:
   return [p for turn in reply.trajectory.turns for p in turn.documents]
 
 
-def why(reply: asking.Reply, gold: str) -> str:
-  """Returns what a gold answer would have earned, in words."""
+def why(
+  reply: asking.Reply, gold: str, spec: step_rewards.RewardSpec
+) -> str:
+  """Returns what a reply would have earned with this gold answer, in words.
+
+  Args:
+    reply: what was played.
+    gold: the answer that would have been right.
+    spec: rewards of the run.
+  """
   trajectory = reply.trajectory
-  found = [turn for turn in trajectory.turns if turn.retrieved]
-  penalties = step_rewards.redundancy([
-    [passage.text for passage in turn.documents] for turn in found
-  ])
-  answer = trajectory.answer
+  evidence = token_rewards.evidence(trajectory)
+  parts = step_rewards.score(
+    spec, evidence, step_rewards.Gold((gold,), None, ())
+  )
   lines = [
-    f"answer {answer!r} against {gold!r}: exact match "
-    f"{text_match.exact_match(answer, (gold,)):.0f}, F1 "
-    f"{text_match.answer_f1(answer, (gold,)):.3f}",
+    f"answer {evidence.answer!r} against {gold!r}: exact match "
+    f"{text_match.exact_match(evidence.answer, (gold,)):.0f}, F1 "
+    f"{parts.answer_correct:.3f}",
+    f"outcome {parts.score:.3f}" + (
+      "" if evidence.well_formed else ": it does not end with an answer"
+    ),
   ]
+  penalties = step_rewards.redundancy(
+    evidence.documents, shown=evidence.shown
+  )
   lines += [
-    f"search {i}, {turn.content!r}: redundancy penalty {penalty:.2f}"
-    for i, (turn, penalty) in enumerate(zip(found, penalties, strict=True), 1)
+    f"search {i}, {query!r}: redundancy penalty {penalty:.2f}"
+    for i, (query, penalty) in enumerate(
+      zip(evidence.queries, penalties, strict=True), 1)
   ]
   holding = [
     i for i, passage in enumerate(_shown(reply), 1)
@@ -81,7 +95,30 @@ def why(reply: asking.Reply, gold: str) -> str:
     in text_match.normalize_answer(passage.text)
   ]
   lines.append(f"documents that hold the gold answer: {holding or 'none'}")
-  return "\n".join(lines)
+  return "\n".join([*lines, *_unknown(spec)])
+
+
+def _unknown(spec: step_rewards.RewardSpec) -> list[str]:
+  """What an answer alone does not tell of the rewards that the run pays."""
+  if spec.function:
+    return [f"paid in training by {spec.function} instead, which wants the "
+            "whole question"]
+  if spec.outcome_only:
+    return ["searches earn nothing in this run: it pays the outcome alone"]
+  lines = []
+  if spec.search_steps_reward and spec.information_gain:
+    paid = "gain - penalty" if spec.redundancy_penalty else "gain"
+    lines.append(
+      "information gain: needs supporting paragraphs, which an answer does not "
+      f"name; of a question with them a search is paid {spec.step_scale:g} x "
+      f"({paid})"
+    )
+  if spec.search_key_reward:
+    lines.append(
+      f"search keys, up to {spec.gamma_key:g} of the outcome: need the "
+      "phrases that sub-questions accept"
+    )
+  return lines
 
 
 def _play(agent: asking.Agent, text: str, temperature: float) -> asking.Reply:
@@ -92,7 +129,8 @@ def _play(agent: asking.Agent, text: str, temperature: float) -> asking.Reply:
 
 
 def _command(
-  line: str, reply: asking.Reply | None, temperature: float
+  line: str, reply: asking.Reply | None, temperature: float,
+  spec: step_rewards.RewardSpec,
 ) -> float:
   """Runs a /command; returns the temperature from now on."""
   name, _, rest = line.partition(" ")
@@ -111,9 +149,11 @@ def _command(
       passage = documents[int(rest) - 1]
       print(f"{passage.title}\n{passage.text}")
     else:
-      print(f"/docs: expected a number from 1 to {len(documents)}")
+      known = f"a number from 1 to {len(documents)}"
+      print(f"/docs: expected {known}" if documents else
+            "/docs: the last question found no document")
   elif name == "/why":
-    print(why(reply, rest) if rest else "/why: expected the gold answer")
+    print(why(reply, rest, spec) if rest else "/why: expected the gold answer")
   else:
     print("commands: /docs N, /why ANSWER, /temp X, /greedy, /quit")
   return temperature
@@ -136,7 +176,7 @@ def converse(agent: asking.Agent, temperature: float) -> None:
     if line in ("/quit", "/exit"):
       return
     if line.startswith("/"):
-      temperature = _command(line, reply, temperature)
+      temperature = _command(line, reply, temperature, agent.reward)
     elif line:
       try:
         reply = _play(agent, line, temperature)

@@ -1,5 +1,7 @@
 """One's own question is played like any other, and told while it happens."""
 
+import dataclasses
+
 import fakes
 import pytest
 import tiny_agent
@@ -79,17 +81,54 @@ def test_a_question_that_does_not_fit_is_one_line(agent):
     agent.ask("word " * 300)
 
 
-def test_why_compares_with_a_gold_answer(agent):
+@pytest.fixture
+def replied(agent):
+  """A reply with two equal searches and a half right answer."""
   passage = types.Passage("1", "Larn", "Larn was founded by Ada Brandt.")
   turn = types.Turn("<search> Larn </search>", types.Action.SEARCH, "Larn",
                     (passage,), "", 3, retrieved=True)
+  answer = types.Turn("<answer> Ada Brand </answer>", types.Action.ANSWER,
+                      "Ada Brand", (), "", 5)
   reply = agent.ask("Who?")
-  reply.trajectory.turns[:] = [turn, turn]
+  reply.trajectory.turns[:] = [turn, turn, answer]
   reply.trajectory.answer = "Ada Brand"
-  text = ask.why(reply, "Ada Brandt")
-  assert "exact match 0, F1 0.500" in text
+  return reply
+
+
+def test_why_compares_with_a_gold_answer(replied, agent):
+  text = ask.why(replied, "Ada Brandt", agent.reward)
+  assert "exact match 0, F1 0.500\noutcome 0.500\n" in text
+  assert "search 1, 'Larn': redundancy penalty 0.00" in text
   assert "search 2, 'Larn': redundancy penalty 1.00" in text
   assert "documents that hold the gold answer: [1, 2]" in text
+
+
+def test_why_says_what_an_answer_alone_does_not_tell(replied, agent):
+  def said(**changes):
+    spec = dataclasses.replace(agent.reward, **changes)
+    return ask.why(replied, "Ada Brandt", spec).splitlines()[5:]
+
+  gain, keys = said()
+  assert "needs supporting paragraphs" in gain
+  assert gain.endswith("paid 0.6 x (gain - penalty)")
+  assert keys.startswith("search keys, up to 0.618 of the outcome")
+  assert said(search_key_reward=False) == [gain]
+  assert said(search_steps_reward=False) == said(information_gain=False) == [
+    keys]
+  (line,) = said(outcome_only=True)
+  assert line.startswith("searches earn nothing in this run")
+  (line,) = said(function="mine:reward")
+  assert "mine:reward instead" in line
+
+
+def test_why_of_a_reply_without_an_answer_is_the_outcome_of_none(
+  replied, agent
+):
+  del replied.trajectory.turns[2:]
+  replied.trajectory.answer = None
+  text = ask.why(replied, "Ada Brandt",
+                 dataclasses.replace(agent.reward, malformed=-1.0))
+  assert "outcome -1.000: it does not end with an answer" in text
 
 
 @pytest.fixture(scope="module")
