@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -43,6 +43,8 @@ class Evaluation:
       rows beside.
     attempts: rollouts per question, over 1 for sampled decoding.
     temperature: 0 for greedy.
+    circumstances: more lines of the card, about what does not decide the
+      rollouts: when and where they were played.
   """
 
   questions: Sequence[types.Question]
@@ -54,6 +56,7 @@ class Evaluation:
   suite: bool = False
   attempts: int = 1
   temperature: float = 0.0
+  circumstances: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def overlong(
@@ -164,8 +167,9 @@ def _begun(
 
 def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
   made = card.make_card(
-    {**job.settings, **_recall_note(job), "n": len(job.questions)}, records,
-    job.attempts,
+    {**job.settings, **_recall_note(job), "n": len(job.questions),
+     **job.circumstances},
+    records, job.attempts,
   )
   if job.suite:
     made["suite"] = suites.table(

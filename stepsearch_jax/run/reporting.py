@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,7 +149,12 @@ def rollout_metrics(
 
 
 def summary(settings: Settings, state: RunState) -> dict:
-  """What `summary.json` holds, from a run's last state."""
+  """What `summary.json` holds, from a run's last state.
+
+  `train_seconds` is the time that led to this state: of every start, from the
+  building of its models to its last checkpoint. `wall_clock.summary` adds
+  `wall_seconds`, all time of all starts, and what it went to.
+  """
   before, after = state.baseline, state.latest
   return {
     "em_before": before["em"],
@@ -191,9 +197,19 @@ def evaluate(
   about |= changes.pop("about", {})
   job = playing.Evaluation(
     questions, about, folder, absent=absent,
-    chunk=max(256, 8 * settings.sampler.slots), **changes,
+    chunk=max(256, 8 * settings.sampler.slots),
+    circumstances=_circumstances(), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
+
+
+def _circumstances() -> dict[str, str]:
+  """When, where and with what an evaluation is played."""
+  return {
+    "date": datetime.date.today().isoformat(),
+    "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+  }
 
 
 def _decoding(settings: Settings, temperature: float, attempts: int) -> str:

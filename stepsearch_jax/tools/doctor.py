@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+import pathlib
 import platform
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from huggingface_hub import constants
 
 from stepsearch_jax import cli, types
 
 _PORTS = flags.DEFINE_list(
-  "ports", ["8000", "8899"], "Ports that serve and view --live would use."
+  "ports", ["8000", "8001", "8899"],
+  "Ports that serve, serve-agent and view --live would use."
 )
 
 # Package: (what it is for, what to install).
@@ -60,6 +65,47 @@ def versions() -> Iterator[tuple[str, str]]:
       yield "note", f"{name} is missing, needed for {use}: {how}"
     else:
       yield "ok", f"{name}: {use}"
+
+
+def models(hub: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """Yields lines about models in the hub's cache `hub` and in this folder."""
+  names = [
+    path.name.removeprefix("models--").replace("--", "/")
+    + " (in the hub's cache)" for path in sorted(hub.glob("models--*"))
+  ]
+  here = pathlib.Path()
+  for path in sorted([*here.glob("*/config.json"), *here.glob("*.gguf")]):
+    if path.suffix == ".gguf":
+      names.append(str(path))
+    elif "model_type" in _json(path):
+      names.append(str(path.parent))
+  yield from (("ok", f"model {name}") for name in names)
+  if not names:
+    yield ("note", "no model in the hub's cache or this folder; the quickstart "
+           "needs none")
+
+
+def indexes() -> Iterator[tuple[str, str]]:
+  """Yields lines about indexes in this folder and in its runs."""
+  found = False
+  for pattern in ("*", "*/index", "runs/*/index"):
+    for path in sorted(pathlib.Path().glob(f"{pattern}/manifest.json")):
+      manifest = _json(path)
+      if "encoder" in manifest:
+        found = True
+        yield ("ok", f"index {path.parent}: {manifest.get('count')} passages, "
+               f"encoder {manifest['encoder'].get('name')}")
+  if not found:
+    yield "note", "no index in this folder: stepsearch index builds one"
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  """Content of a file of others; {} where it is no JSON object."""
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return content if isinstance(content, dict) else {}
 
 
 def self_test(device: jax.Device) -> tuple[str, str]:
@@ -110,7 +156,9 @@ def main() -> int:
     failed |= state == "fail"
     print(f"{state:5} {line}", flush=True)
 
-  for lines in (versions(), memory(), ports(_PORTS.value)):
+  hub = pathlib.Path(constants.HF_HUB_CACHE)
+  for lines in (versions(), memory(), models(hub), indexes(),
+                ports(_PORTS.value)):
     for state, line in lines:
       tell(state, line)
   for device in jax.local_devices():

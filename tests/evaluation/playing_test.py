@@ -98,7 +98,10 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path):
   left = tmp_path / "b/eval/predictions.partial.jsonl"
   left.write_text(left.read_text() + '{"place": [0, 4], "ro')
   second = Engine()
-  again = playing.evaluate(second, None, Tokenizer(), job(tmp_path / "b"))
+  # On another day: that decides nothing of what is played.
+  again = playing.evaluate(second, None, Tokenizer(), job(
+    tmp_path / "b", circumstances={"date": "2026-11-27"}))
+  assert again["settings"].pop("date") == "2026-11-27"
   assert [name for name, _ in second.asked] == ["4", "5"]
   assert again == whole
   files = [(tmp_path / n / "eval/predictions.jsonl").read_text() for n in "ab"]

@@ -1,5 +1,6 @@
 """Launchers print what they would run, and refuse what they do not know."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -114,3 +115,14 @@ def test_gpu_check_names_bad_arguments_before_it_starts(
   done = launch("gpu_check.sh", f"--out={tmp_path / 'out'}", argument)
   assert done.returncode == 1 and message in done.stderr
   assert not (tmp_path / "out").exists()
+
+
+def test_the_quickstart_explains_itself_before_it_installs(tmp_path):
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  done = subprocess.run(
+    ["bash", str(tmp_path / "launch/quickstart.sh"), "--help"],
+    env={"PATH": os.environ["PATH"], "PYTHON": "false"}, cwd=tmp_path,
+    capture_output=True, text=True,
+  )
+  assert done.returncode == 0 and "bash launch/quickstart.sh" in done.stdout
+  assert not (tmp_path / ".venv").exists()

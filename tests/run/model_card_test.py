@@ -85,6 +85,9 @@ def test_the_body_holds_the_runs_settings_and_intervals(run):
   assert cells["training questions"] == "the embedded world"
   assert cells["tokens per turn, at most"] == str(settings.rollout.max_turn)
   assert cells["encoder"] == card["settings"]["encoder"]
+  assert cells["jax"] == jax.__version__
+  assert cells["machine"] == f"{jax.device_count()} x cpu"
+  assert re.fullmatch(r"20\d\d-\d\d-\d\d", cells["date"])
   for source, row in card["sources"].items():
     em, f1 = (f"{row[m]:.4f} ({row[m + '_interval'][0]:.4f}-"
               f"{row[m + '_interval'][1]:.4f})" for m in ("em", "f1"))

@@ -33,3 +33,28 @@ def test_a_device_that_computes_wrong_fails(monkeypatch):
     doctor.jnp, "dot", lambda a, b, precision: np.zeros((512, 512))
   )
   assert doctor.self_test(jax.devices()[0])[0] == "fail"
+
+
+def test_models_and_indexes_that_can_be_found_are_named(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  hub = tmp_path / "hub"
+  assert [state for state, _ in doctor.models(hub)] == ["note"]
+  assert [state for state, _ in doctor.indexes()] == ["note"]
+  for name, content in {
+    "hub/models--Qwen--Qwen2.5-3B/refs": "", "small.gguf": "",
+    "hf/config.json": '{"model_type": "llama"}',
+    "runs/a/config.json": '{"config": {}}', "other/config.json": "{",
+    "runs/a/index/manifest.json": '{"encoder": {"name": "e5"}, "count": 7}',
+    "wiki/manifest.json": '{"encoder": {"name": "tfidf"}, "count": 9}',
+    "site/manifest.json": "[]",
+  }.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+  assert list(doctor.models(hub)) == [
+    ("ok", "model Qwen/Qwen2.5-3B (in the hub's cache)"),
+    ("ok", "model hf"), ("ok", "model small.gguf"),
+  ]
+  assert list(doctor.indexes()) == [
+    ("ok", "index wiki: 9 passages, encoder tfidf"),
+    ("ok", "index runs/a/index: 7 passages, encoder e5"),
+  ]
