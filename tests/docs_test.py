@@ -1,13 +1,18 @@
 """What the documents say is true of the files beside them."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
 
+import cli_test
 import pytest
 from reference import worked_example
 
+from configs import common
+from stepsearch_jax import __main__ as verbs
 from stepsearch_jax import cli
+from stepsearch_jax.run import identity, signs
 from stepsearch_jax.run.settings import Settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -69,6 +74,41 @@ def test_modules_that_a_document_runs_exist(path):
     assert module.with_suffix(".py").exists() or (
       module / "__main__.py"
     ).exists(), name
+
+
+def commands(text):
+  """(verb, flags) of every `stepsearch VERB` in a document."""
+  text = text.replace("\\\n", " ")
+  for line in re.findall(r"stepsearch ([a-z].*)", text):
+    verb, _, rest = line.partition(" ")
+    if verb in verbs.VERBS:
+      rest = re.split(r"[`#|;)]", rest)[0]
+      yield verb, re.findall(r"(?<!\S)--(\w+)", rest)
+
+
+def flags_of(verb):
+  """Names of the flags that a verb defines, takes over or shares."""
+  sources = [cli_test.source_of(verb), ROOT / "stepsearch_jax/cli.py"]
+  return {"help"} | {
+    name for path in sources for name in re.findall(
+      r'(?:DEFINE_\w+|declare_key_flag)\(\s*"(\w+)"', path.read_text())
+  }
+
+
+@pytest.mark.parametrize("path", [
+  *DOCUMENTS, *(cli_test.source_of(verb) for verb in verbs.VERBS),
+], ids=name_of)
+def test_commands_that_a_document_shows_have_their_flags(path):
+  for verb, named in commands(path.read_text()):
+    given = {name for name in named if name != "config"}
+    assert given <= flags_of(verb), verb
+
+
+def test_the_commands_of_documents_are_found():
+  found = list(commands((ROOT / "README.md").read_text()))
+  assert ("view", ["output"]) in found
+  assert ("index", ["corpus", "encoder", "max_length", "output"]) in found
+  assert {verb for verb, _ in found} >= {"train", "ask", "serve", "plan"}
 
 
 def test_nobody_is_told_of_a_folder_of_one_machine():
@@ -147,3 +187,25 @@ def test_the_names_of_configs_are_found():
   assert "configs/quickstart.py:runlocal" in found
   assert "configs/quickstart.py:method=ppo" in found
   assert "stepsearch_qwen2_5_3b" in found and "x" not in found
+
+
+def test_the_table_of_troubles_names_metrics_and_fields_that_exist():
+  text = (ROOT / "launch/README.md").read_text()
+  table = text.split("## When something goes wrong")[1].split("\n## ")[0]
+  sources = "".join(
+    path.read_text() for place in ("run", "ppo", "evaluation", "rollout")
+    for path in (ROOT / "stepsearch_jax" / place).rglob("*.py")
+  ) + (ROOT / "stepsearch_jax/train.py").read_text()
+  metrics = set(re.findall(r"`(\w+/[\w/]+)`", table)) - {"val/em"}
+  assert len(metrics) > 15
+  for metric in metrics:
+    assert f'"{metric}"' in sources, metric
+  fields = identity.flat(common.base().to_dict())
+  for field in re.findall(r"`(\w+(?:\.\w+)+)`", table):
+    assert any(f == field or f.startswith(f"{field}.") for f in fields) or (
+      field == "metrics.jsonl"), field
+  # Whatever the sentinel speaks of has its row.
+  limits = signs.Limits(**{
+    f.name: 1 for f in dataclasses.fields(signs.Limits)})
+  for check in signs.collapses(limits) + signs.signs(limits):
+    assert check.metric.split()[-1] in metrics, check.metric
