@@ -131,11 +131,18 @@ def test_why_of_a_reply_without_an_answer_is_the_outcome_of_none(
   assert "outcome -1.000: it does not end with an answer" in text
 
 
+def small_index():
+  """The tiny config with an encoder that is not the default."""
+  found = tiny_agent.config()
+  found.retrieval.encoder = "hashed_tfidf:512"
+  return found
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
   """Folders of a run, and of its exported policy; the run has an index."""
   run = epath.Path(tmp_path_factory.mktemp("run"))
-  parts = Experiment(Settings.from_config(tiny_agent.config()), run)
+  parts = Experiment(Settings.from_config(small_index()), run)
   policy = fakes.make_tag_lover(
     parts.tokenizer, fakes.make_policy(parts.model)
   )
@@ -154,7 +161,7 @@ def test_an_exported_policy_with_an_index_replies_as_its_run(folders, agent):
   wanted = asking.Wanted(model=model, index=str(run / "index"))
   alone = asking.open_agent(config, wanted)
   assert alone.name == model and config.retrieval.index == ""
-  config = tiny_agent.config()
+  config = small_index()
   config.rollout.max_turns = 3
   config.model.reference = model
   as_run = asking.Agent(config, run)
@@ -173,7 +180,7 @@ def test_the_index_that_is_named_is_searched(folders):
     alone = asking.open_agent(config, asking.Wanted(model=model, index=index))
     reply = alone.ask("Who?")
   alone.close()
-  experiment = Experiment(Settings.from_config(tiny_agent.config()), run)
+  experiment = Experiment(Settings.from_config(small_index()), run)
   (found,) = experiment.retriever.search(["founder of Larn"], 1)
   assert list(reply.trajectory.turns[0].documents) == found != []
 
