@@ -201,6 +201,17 @@ def test_flags_that_name_no_agent_are_one_line(folders, flags, said):
     asking.open_agent(config, asking.Wanted(**flags))
 
 
+def test_flags_win_over_the_config(folders):
+  run, model = folders
+  config = tiny_agent.config()
+  config.retrieval.engine, config.data.corpus = "bm25", "other.jsonl"
+  index = str(run / "index")
+  asking.Wanted(model=model, index=index).fill(config)
+  assert config.model.reference == model
+  assert (config.retrieval.engine, config.retrieval.index) == ("index", index)
+  assert config.data.corpus == f"{index}/passages.jsonl"
+
+
 def test_without_settings_the_flags_that_would_do_are_named():
   with pytest.raises(types.UserError, match="--model and --index; got neither"):
     asking.open_agent(None, asking.Wanted())
