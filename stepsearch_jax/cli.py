@@ -138,7 +138,8 @@ def find_config(value: str) -> str:
     if not folders:
       known = sorted({
         path.stem for folder in _config_folders() if folder.exists()
-        for path in folder.glob("*.py") if path.stem not in ("__init__", "arguments", "common")
+        for path in folder.glob("*.py")
+        if path.stem not in ("__init__", "arguments", "common")
       })
       near = difflib.get_close_matches(stem, known, 1)
       sys.exit(
