@@ -18,7 +18,7 @@ import ml_collections
 
 from configs import quickstart
 
-BASELINE = "ppo"
+BASELINES = ("ppo", "imitation for the same time")
 TUNING_SEED = 1000  # Takes part in no comparison.
 RATES = (1e-4, 2e-4, 4e-4)
 

@@ -42,9 +42,8 @@ _COMMANDS = flags.DEFINE_bool(
   "commands", False, "Print the commands that can run now, one per line."
 )
 _ONLY = flags.DEFINE_list("only", [], "Play these arms only, for instance ppo.")
-_JOBS = flags.DEFINE_integer(
-  "jobs", 1, "Runs at a time; for machines with more cores than a run uses.", 1
-)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", 1)
+_TABLE = flags.DEFINE_bool("table", False, "Only tell what is finished.")
 _ALLOW_DIRTY = flags.DEFINE_bool(
   "allow_dirty", False, "Accept edited files; the table then says so."
 )
@@ -79,13 +78,13 @@ class Plan:
   Attributes:
     config: path of the config, with its argument.
     arms: in the order of the table; the first one is the start.
-    baseline: arm that the others are compared with.
+    baselines: arms that the others are compared with.
     tuning_seed: seed of the runs that choose learning rates.
   """
 
   config: str
   arms: tuple[ArmPlan, ...]
-  baseline: str
+  baselines: tuple[str, ...]
   tuning_seed: int
 
 
@@ -154,7 +153,7 @@ def load(config: str) -> Plan:
     if checked.schedule.trains:
       efforts[arm.name] = Effort.of(checked)
   _check_equal(efforts, path)
-  return Plan(config, tuple(arms), module.BASELINE, module.TUNING_SEED)
+  return Plan(config, tuple(arms), tuple(module.BASELINES), module.TUNING_SEED)
 
 
 def _check_equal(efforts: Mapping[str, Effort], path: str) -> None:
@@ -326,8 +325,8 @@ def _begin(
   """Starts a run; its output is this terminal's only if it is alone."""
   if alone:
     return subprocess.Popen(line)
-  folder = next(x for x in line if x.startswith("--workdir="))
-  name = epath.Path(folder.partition("=")[2]).relative_to(workdir)
+  flag = next(x for x in line if x.startswith("--workdir="))
+  name = epath.Path(flag.partition("=")[2]).relative_to(workdir)
   log = workdir / "logs" / f"{'_'.join(name.parts)}.log"
   log.parent.mkdir(parents=True, exist_ok=True)
   with open(log, "a") as out:
@@ -335,8 +334,13 @@ def _begin(
 
 
 def report(plan: Plan, workdir: epath.Path) -> list[str]:
-  """Returns the table of what is finished, and draws the curves."""
-  arms = []
+  """Draws the curves and returns the table of what is finished.
+
+  Raises:
+    UserError: no study has begun there, or none of its runs is finished.
+  """
+  about, arms = workdir / "study.json", []
+  types.expect(about.exists(), "--workdir", "the folder of a study", workdir)
   for arm in plan.arms:
     runs = {
       seed: folder for seed in arm.seeds
@@ -344,15 +348,14 @@ def report(plan: Plan, workdir: epath.Path) -> list[str]:
     }
     if runs:
       rate = chosen_rate(workdir, arm) if arm.rates else None
-      arms.append(study.read_arm(
-        arm.name, runs, f"policy_lr {rate:g}" if rate else ""))
-  if plan.baseline not in [arm.name for arm in arms]:
-    return [f"no finished run of {plan.baseline} yet"]
+      note = f"policy_lr {rate:g}" if rate else ""
+      arms.append(study.read_arm(arm.name, runs, note))
+  types.expect(bool(arms), "--workdir", "at least one finished run", workdir)
   study.plot(arms, workdir / "study.png")
-  about = json.loads((workdir / "study.json").read_text())
+  known = json.loads(about.read_text())
   return [
-    f"`{plan.config}`, commit {about['commit']}, jax {about['jax']}, "
-    f"{about['machine']}", "", *study.table(arms, plan.baseline),
+    f"`{plan.config}`, commit {known['commit']}, jax {known['jax']}, "
+    f"{known['machine']}", "", *study.table(arms, plan.baselines),
   ]
 
 
@@ -362,15 +365,21 @@ def main() -> None:
   names = [arm.name for arm in plan.arms]
   strange = set(_ONLY.value) - set(names)
   types.expect(not strange, "--only", f"names among {names}", sorted(strange))
+  if _TABLE.value:
+    return tell(plan, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   claim(workdir, plan.config)
   arms = [a for a in plan.arms if not _ONLY.value or a.name in _ONLY.value
           or a is plan.arms[0]]
   if _COMMANDS.value:
-    for line in ready(plan, workdir, arms):
-      print(shlex.join(line))
+    print(*map(shlex.join, ready(plan, workdir, arms)), sep="\n")
     return
   play(plan, workdir, arms, _JOBS.value)
+  tell(plan, workdir)
+
+
+def tell(plan: Plan, workdir: epath.Path) -> None:
+  """Writes and prints the table; see `report`."""
   lines = report(plan, workdir)
   files.write_text(workdir / "study.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
@@ -380,14 +389,11 @@ def main() -> None:
 
 def _fill(path: epath.Path, lines: Sequence[str]) -> None:
   """Puts lines between the markers of a file."""
-  text = path.read_text()
-  types.expect(BEGIN in text and END in text, "--report",
+  head, begin, rest = path.read_text().partition(BEGIN)
+  _, end, tail = rest.partition(END)
+  types.expect(bool(begin and end), "--report",
                f"a file with {BEGIN} and {END}", str(path))
-  head, _, rest = text.partition(BEGIN)
-  _, _, tail = rest.partition(END)
-  files.write_text(
-    path, head + BEGIN + "\n" + "\n".join(lines) + "\n" + END + tail
-  )
+  files.write_text(path, "\n".join([head + BEGIN, *lines, END + tail]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A study's runs as one table and one picture.
 
 The figure of a run is its last evaluation, the area under its curve the
-second; arms are compared with the baseline on the same seeds and questions.
+second; arms are compared with baselines on the same seeds and questions.
 It knows folders of finished runs, not how they were started.
 """
 
@@ -33,6 +33,8 @@ class Arm:
     hops: {hops: mean exact match}.
     means: further means over seeds and questions: searches, recall.
     seconds: mean seconds of a run.
+    step_seconds: mean seconds of a step after the first, which compiles; NaN
+      where nothing was learned from rewards.
   """
 
   name: str
@@ -44,6 +46,7 @@ class Arm:
   hops: dict[int, float]
   means: dict[str, float]
   seconds: float
+  step_seconds: float
 
   @property
   def area(self) -> float:
@@ -69,6 +72,7 @@ def read_arm(
     UserError: two runs were asked different questions.
   """
   seeds, ids, em, seconds = tuple(sorted(runs)), None, [], []
+  steps: list[float] = []
   curve, hops = collections.defaultdict(list), collections.defaultdict(list)
   means = collections.defaultdict(list)
   for seed in seeds:
@@ -92,13 +96,21 @@ def read_arm(
       means["recall"].append(row.get("retrieval_recall", np.nan))
     summary = json.loads((runs[seed] / "summary.json").read_text())
     seconds.append(summary["train_seconds"])
+    steps += _step_seconds(runs[seed])
   return Arm(
     name, note, seeds, ids or (), np.array(em, np.float64),
     {step: np.array(values) for step, values in curve.items()},
     {n: float(np.mean(values)) for n, values in sorted(hops.items()) if n},
     {key: float(np.nanmean(values)) for key, values in means.items()},
-    float(np.mean(seconds)),
+    float(np.mean(seconds)), float(np.mean(steps)) if steps else np.nan,
   )
+
+
+def _step_seconds(folder: epath.Path) -> list[float]:
+  """Seconds of the steps of a run, but for the first, which compiles."""
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [r["timing_s/step"] for r in rows if r["step"] > 1]
 
 
 def _predictions(folder: epath.Path) -> list[dict]:
@@ -126,39 +138,59 @@ def differences(arm: Arm, baseline: Arm) -> np.ndarray:
   ])
 
 
-def table(arms: Sequence[Arm], baseline: str) -> list[str]:
+def table(arms: Sequence[Arm], baselines: Sequence[str]) -> list[str]:
   """Returns a study as the lines of a Markdown table.
 
   Means have hierarchical bootstrap intervals over seeds and questions; the
-  p-value is of a paired permutation test over seeds' means against the
+  p-values are of a paired permutation test over seeds' means against a
   baseline, adjusted by Holm over the arms.
+
+  Args:
+    arms: with at least one finished run each.
+    baselines: names of the arms that the others are compared with; one that is
+      not among them gets no column.
   """
   by_name = {arm.name: arm for arm in arms}
-  base = by_name[baseline]
-  rivals = [arm for arm in arms if arm is not base]
-  gaps = {arm.name: differences(arm, base) for arm in rivals}
-  p_values = [
-    statistics.permutation_test(gap.mean(1), np.zeros(len(gap)))
-    for gap in gaps.values()
-  ]
-  adjusted = dict(zip(gaps, statistics.holm(p_values), strict=True))
+  known = [by_name[name] for name in baselines if name in by_name]
+  columns = [_against(arms, base) for base in known]
   kinds = sorted({n for arm in arms for n in arm.hops})
-  head = ["arm", "seeds", "EM (95 %)", f"EM - {baseline} (95 %)", "p (Holm)",
-          "area", *(f"{n} hops" for n in kinds), "searches", "recall",
-          "s per run", "note"]
+  head = ["arm", "seeds", "EM (95 %)"]
+  for base in known:
+    head += [f"EM - {base.name} (95 %)", "p (Holm)"]
+  head += ["area", *(f"{n} hops" for n in kinds), "searches", "recall",
+           "s per step", "s per run", "note"]
   lines = [_row(head), _row(["---"] * len(head))]
   for arm in arms:
     mean = statistics.hierarchical_bootstrap(arm.em)
-    cells = [arm.name, str(len(arm.seeds)), _estimate(mean), "-", "-"]
-    if arm is not base:
-      gap = statistics.hierarchical_bootstrap(gaps[arm.name])
-      cells[3:] = [_estimate(gap, signed=True), f"{adjusted[arm.name]:.3f}"]
+    cells = [arm.name, str(len(arm.seeds)), _estimate(mean)]
+    for column in columns:
+      cells += column.get(arm.name, ("-", "-"))
+    step = "-" if np.isnan(arm.step_seconds) else f"{arm.step_seconds:.2f}"
     cells += [f"{arm.area:.3f}"]
     cells += [f"{arm.hops[n]:.3f}" if n in arm.hops else "-" for n in kinds]
     cells += [f"{arm.means['searches']:.2f}", f"{arm.means['recall']:.3f}",
-              f"{arm.seconds:.0f}", arm.note]
+              step, f"{arm.seconds:.0f}", arm.note]
     lines.append(_row(cells))
   return lines
+
+
+def _against(
+  arms: Sequence[Arm], base: Arm
+) -> dict[str, tuple[str, str]]:
+  """Difference and p-value of every arm that shares seeds with a baseline."""
+  gaps = {
+    arm.name: differences(arm, base) for arm in arms
+    if arm is not base and set(arm.seeds) & set(base.seeds)
+  }
+  p_values = statistics.holm([
+    statistics.permutation_test(gap.mean(1), np.zeros(len(gap)))
+    for gap in gaps.values()
+  ])
+  return {
+    name: (_estimate(statistics.hierarchical_bootstrap(gap), signed=True),
+           f"{p:.3f}")
+    for (name, gap), p in zip(gaps.items(), p_values, strict=True)
+  }
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -27,6 +27,11 @@ def write_run(folder, finals, start=0.0, ids=None):
       json.dumps({"metrics": {"em": float(np.mean(scores))}})
     )
   (folder / "summary.json").write_text(json.dumps({"train_seconds": 7.0}))
+  steps = [{"step": 0}, {"step": 1, "timing_s/step": 90.0},
+           {"step": 2, "timing_s/step": 2.0}, {"step": 3, "timing_s/step": 3.0}]
+  (folder / "metrics.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in steps)
+  )
   return epath.Path(folder)
 
 
@@ -59,13 +64,25 @@ def test_differences_pair_seeds_and_questions(arms):
 
 
 def test_the_table_says_how_sure_a_difference_is(arms):
-  lines = study.table(arms, "ppo")
+  lines = study.table(arms, ["ppo", "not played"])
   assert lines[0].startswith("| arm | seeds | EM (95 %) | EM - ppo (95 %)")
   base, better = lines[2:]
   assert base.startswith("| ppo | 4 | 0.250 (")
   assert "| +0.500 (" in better and better.endswith("| policy_lr 0.0003 |")
   # Three equal signs: 2 of 2^3 patterns are as extreme.
   assert "| 0.250 |" in better
+  assert "| 2.50 | 7 |" in better and "not played" not in lines[0]
+
+
+def test_the_table_has_a_difference_per_baseline(arms, tmp_path):
+  apart = study.read_arm("apart", {
+    9: write_run(tmp_path / "apart", [1.0, 1.0, 1.0, 1.0])
+  })
+  lines = study.table([*arms, apart], ["ppo", "steppo"])
+  assert "EM - ppo (95 %) | p (Holm) | EM - steppo (95 %)" in lines[0]
+  base, better, other = lines[2:]
+  assert "| - | - | -0.500 (" in base and "| +0.500 (" in better
+  assert "| 1.000 (1.000 to 1.000) | - | - | - | - | 0.500 |" in other
 
 
 def test_runs_on_other_questions_are_refused(tmp_path):
@@ -84,8 +101,8 @@ def test_the_curves_are_drawn(arms, tmp_path):
 
 def test_the_area_weighs_an_evaluation_by_the_steps_around_it():
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([0.0])}
-  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0)
+  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0, 0.0)
   assert arm.area == pytest.approx((10 * 0.5 + 30 * 0.5) / 40)
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([1.0])}
-  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0)
+  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0, 0.0)
   assert arm.area == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)
