@@ -81,6 +81,10 @@ class _ReplayedTexts:
     del limit
     return self._turn(record)[0]
 
+  def written(self, record: recorder.Recorder) -> None:
+    """Hears that a turn has grown."""
+    del record
+
   def judge(self, record: recorder.Recorder) -> search_env.Step:
     """Returns a search for the recorded observation, or the end."""
     _, observed = self._turn(record)

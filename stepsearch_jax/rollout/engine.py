@@ -243,6 +243,8 @@ class _Schedule:
         continue
       # 4. The policy speaks until some turn ends or a search is due ...
       ended = self._cache.decode(speaking, self._searches.steps_until_due())
+      for slot in speaking:
+        self._texts.written(slot.record)
       # 5. ... and the environment judges each turn that ended.
       self._end_turns(ended, stats)
     self._probe()

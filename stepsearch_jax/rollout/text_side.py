@@ -40,6 +40,10 @@ class TextSide:
     del record
     return limit
 
+  def written(self, record: recorder.Recorder) -> None:
+    """Hears that the policy's turn may have grown; nobody listens here."""
+    del record
+
   def judge(self, record: recorder.Recorder) -> search_env.Step:
     """Returns what the turn that the policy has just ended asks for."""
     text = self.decode(record.tokens[record.turn_start :])

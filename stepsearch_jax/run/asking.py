@@ -31,7 +31,9 @@ class Happening:
   """One thing to tell.
 
   Attributes:
-    kind: "turn" (what the policy wrote) or "documents" (what it was shown).
+    kind: "text" (what the policy has just written), "turn" (the turn that it
+      ended, whose text has been told in pieces) or "documents" (what it was
+      shown).
     text: the policy's text; "" for documents.
     documents: passages, best first; None where the search failed.
   """
@@ -46,6 +48,8 @@ class Happening:
       turn = actions.parse(self.text)
       return {"kind": self.kind, "thought": actions.thought(self.text),
               "action": str(turn.action), "content": turn.content}
+    if self.kind == "text":
+      return {"kind": self.kind, "text": self.text}
     return {"kind": self.kind, "failed": self.documents is None,
             "titles": [passage.title for passage in self.documents or ()]}
 
@@ -99,7 +103,7 @@ def _ignore(happening: Happening) -> None:
 
 
 class _TellingTexts(text_side.TextSide):
-  """A text side that reports turns and documents, and counts tokens."""
+  """A text side that reports texts and documents, and counts tokens."""
 
   def begin(
     self, tell: Callable[[Happening], None], max_tokens: int | None
@@ -107,6 +111,7 @@ class _TellingTexts(text_side.TextSide):
     """Starts over for the next question."""
     self._tell = tell
     self._left = max_tokens
+    self._told = 0  # Characters of the current turn that are told.
     self._began = time.perf_counter()
     # When each turn so far was over, its search included.
     self._ends: list[float] = []
@@ -128,11 +133,26 @@ class _TellingTexts(text_side.TextSide):
     budget = super().turn_budget(record, limit)
     return budget if self._left is None else min(budget, self._left)
 
+  def written(self, record: recorder.Recorder) -> None:
+    """Reports what a turn has grown by."""
+    text = self.decode(record.tokens[record.turn_start :])
+    # Bytes of a character that is not complete are held back.
+    self._tell_rest(text.rstrip("\ufffd"))
+
+  def _tell_rest(self, text: str) -> None:
+    """Reports what is not told yet of a turn's text so far."""
+    rest, self._told = text[self._told :], max(self._told, len(text))
+    if rest:
+      self._tell(Happening("text", rest))
+
   def judge(self, record: recorder.Recorder) -> search_env.Step:
     """Reports a turn, then judges it; the last one if no token is left."""
     tokens = record.tokens[record.turn_start :]
+    text = self.decode(tokens)
+    self._tell_rest(text)
+    self._told = 0
     self._ends.append(time.perf_counter())
-    self._tell(Happening("turn", self.decode(tokens)))
+    self._tell(Happening("turn", text))
     step = super().judge(record)
     if self._left is not None:
       self._left -= len(tokens)

@@ -172,7 +172,9 @@ class AskQueue:
     def tell(happening: Event) -> None:
       if job.gone.is_set():
         raise _GoneError
-      say(_Told(happening.as_row()))
+      row = happening.as_row()
+      if row["kind"] != "text":  # A turn is streamed whole, when it ends.
+        say(_Told(row))
 
     request = job.request
     try:

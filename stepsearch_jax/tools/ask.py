@@ -40,17 +40,38 @@ _JSON = flags.DEFINE_bool("json", False, "Print the reply as one JSON line.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", 0.0)
 
 
-def tell(happening: asking.Happening) -> None:
-  """Prints a turn or the documents that it found."""
-  if happening.kind == "turn":
-    print("  " + happening.text.strip().replace("\n", "\n  "), flush=True)
-  elif happening.documents is None:
-    print("      the search failed", flush=True)
-  elif not happening.documents:
-    print("      nothing found", flush=True)
-  else:
-    for passage in happening.documents:
-      print(f"      - {passage.title}: {passage.text[:100]}", flush=True)
+class Screen:
+  """Prints what happens: texts as they are written, documents as found."""
+
+  def __init__(self):
+    """Begins with nothing printed of the first turn."""
+    self._blank = ""  # Printed once something stands behind it.
+    self._begun = False
+
+  def tell(self, happening: asking.Happening) -> None:
+    """Prints what is new."""
+    if happening.kind == "text":
+      self._write(happening.text)
+    elif happening.kind == "turn":
+      print(flush=True)
+      self._blank, self._begun = "", False
+    elif happening.documents is None:
+      print("      the search failed", flush=True)
+    elif not happening.documents:
+      print("      nothing found", flush=True)
+    else:
+      for passage in happening.documents:
+        print(f"      - {passage.title}: {passage.text[:100]}", flush=True)
+
+  def _write(self, text: str) -> None:
+    """Prints a piece of a turn, without blanks around the whole of it."""
+    text = self._blank + text
+    shown = text.rstrip()
+    self._blank = text[len(shown) :]
+    if not self._begun:
+      shown = "  " + shown.lstrip() if shown else ""
+      self._begun = bool(shown)
+    print(shown.replace("\n", "\n  "), end="", flush=True)
 
 
 def _shown(reply: asking.Reply) -> list[types.Passage]:
@@ -122,7 +143,7 @@ def _unknown(spec: step_rewards.RewardSpec) -> list[str]:
 
 
 def _play(agent: asking.Agent, text: str, temperature: float) -> asking.Reply:
-  reply = agent.ask(text, temperature, tell)
+  reply = agent.ask(text, temperature, Screen().tell)
   print(f"answer: {reply.trajectory.answer or '(none)'}   "
         f"[{reply.seconds:.2f} s, {reply.tokens} tokens]")
   return reply

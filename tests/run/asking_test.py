@@ -46,6 +46,56 @@ def test_a_question_is_played_and_told(agent):
   ]
 
 
+def test_a_turn_is_told_while_it_is_written(agent):
+  happened = []
+  agent.ask("Who founded Larn?", 1.0, happened.append)
+  pieces, wholes = [[]], []
+  for happening in happened:
+    if happening.kind == "text":
+      pieces[-1].append(happening.text)
+    elif happening.kind == "turn":
+      wholes.append(happening.text)
+      pieces.append([])
+  assert ["".join(turn) for turn in pieces[:-1]] == wholes
+  # Turns of up to 24 tokens in blocks of 8.
+  assert max(map(len, pieces)) > 1 and pieces[-1] == []
+  assert all(piece for turn in pieces for piece in turn)
+
+
+def test_half_a_character_is_held_back_until_it_is_whole(tmp_path):
+  turns = ("<answer> na\u00efve \U0001f600\u20ac </answer>",)
+  happened = []
+  with tiny_agent.scripted(tmp_path, turns) as agent:
+    agent._engine.programs.spec = dataclasses.replace(
+      agent._engine.programs.spec, block=1
+    )
+    reply = agent.ask("Who?", tell=happened.append)
+  pieces = [h.text for h in happened if h.kind == "text"]
+  assert "".join(pieces) == turns[0] and "\ufffd" not in "".join(pieces)
+  assert 5 < len(pieces) < reply.tokens  # Its emoji is several tokens.
+
+
+def test_what_stays_broken_is_told_when_the_turn_ends(tmp_path):
+  happened = []
+  with tiny_agent.scripted(tmp_path, ("a \U0001f600",)) as agent:
+    agent.ask("Who?", tell=happened.append, max_tokens=3)
+  assert [h.kind for h in happened] == ["text", "text", "turn"]
+  assert happened[0].text + happened[1].text == happened[2].text
+  assert happened[0].text.strip() == "a" and "\ufffd" in happened[1].text
+
+
+def test_the_screen_shows_each_turn_once_and_while_it_grows(capsys):
+  screen, seen = ask.Screen(), []
+  for piece in ("\n I", " look.\n", "\n<search> x </search>", " \n"):
+    screen.tell(asking.Happening("text", piece))
+    seen.append(capsys.readouterr().out)
+  assert seen == ["  I", " look.", "\n  \n  <search> x </search>", ""]
+  screen.tell(asking.Happening("turn", "told"))
+  screen.tell(asking.Happening("documents", documents=None))
+  screen.tell(asking.Happening("text", "  Next"))
+  assert capsys.readouterr().out == "\n      the search failed\n  Next"
+
+
 def test_a_reply_writes_no_more_tokens_than_it_was_given(agent):
   whole = agent.ask("Who founded Larn?")
   assert whole.tokens > 3 and not whole.cut
