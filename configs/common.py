@@ -339,7 +339,8 @@ def _log():
   log.project = "stepsearch"  # Of the tracker.
   # (first, last) training step of a profile in the run's profile/; () = none.
   log.profile = ()
-  log.trajectories = 16  # Rollouts kept of a step in trajectories/; 0 = none.
+  # Rollouts kept of a step, and of every evaluation, to be looked at; 0 = none.
+  log.trajectories = 16
   # Steps between two that keep rollouts, besides the first and the last.
   log.trajectories_every = 10
   return log

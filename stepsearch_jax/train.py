@@ -289,8 +289,8 @@ class Job:
       return
     kept = slice(log.trajectories)
     rows = trajectories_lib.describe(
-      batch.trajectories[kept], batch.rewards[kept], experience,
-      self.experiment.tokenizer,
+      batch.trajectories[kept], batch.rewards[kept],
+      self.experiment.tokenizer, experience,
     )
     files.write_text(
       self.experiment.workdir / "trajectories" / f"step_{step:06d}.jsonl",

@@ -121,7 +121,7 @@ def test_ten_sigkills_change_nothing(tmp_path):
     for folder in (killed, whole)
   )
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-  for name in ("predictions.jsonl", "card.json"):
+  for name in ("predictions.jsonl", "card.json", "trajectories.jsonl"):
     name = f"evaluations/step_000014/{name}"
     ours, theirs = (
       (folder / name).read_text().replace(str(folder), "")

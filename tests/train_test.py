@@ -65,7 +65,8 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
   for name in ("curves.png", "step_time.png", "tensorboard",
                "config.json", "evaluations/step_000000/card.json",
                "evaluations/step_000002/card.md",
-               "evaluations/step_000002/predictions.jsonl"):
+               "evaluations/step_000002/predictions.jsonl",
+               "evaluations/step_000000/trajectories.jsonl"):
     assert (workdir / name).exists(), name
   steps = records(workdir)
   assert [r["step"] for r in steps] == [0, 1, 2]

@@ -34,7 +34,8 @@ class Evaluation:
   Attributes:
     questions: all that count.
     settings: the settings half of the card.
-    folder: receives card.md, card.json and predictions.jsonl.
+    folder: receives card.md, card.json and predictions.jsonl, and
+      trajectories.jsonl where rollouts are described.
     skip_overlong: count questions whose prompt is too long as unanswered
       instead of refusing them.
     absent: ids of gold passages that the corpus lacks; None if nobody looked.
@@ -45,6 +46,8 @@ class Evaluation:
     temperature: 0 for greedy.
     circumstances: more lines of the card, about what does not decide the
       rollouts: when and where they were played.
+    described: rollouts, the first ones, that `describe` is asked about.
+    describe: returns a rollout's row for people to look at; None for none.
   """
 
   questions: Sequence[types.Question]
@@ -57,6 +60,21 @@ class Evaluation:
   attempts: int = 1
   temperature: float = 0.0
   circumstances: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  described: int = 0
+  describe: Callable[[types.Trajectory], dict | None] | None = None
+
+  @property
+  def places(self) -> list[tuple[int, int]]:
+    """(attempt, question) of every rollout, in the order of playing."""
+    return [
+      (attempt, i) for attempt in range(self.attempts)
+      for i in range(len(self.questions))
+    ]
+
+  @property
+  def described_places(self) -> list[tuple[int, int]]:
+    """Those of the rollouts that are described."""
+    return self.places[: self.described] if self.describe else []
 
 
 def overlong(
@@ -116,18 +134,15 @@ def evaluate(
     logging.warning("%d overlong questions count as unanswered", len(refused))
   log = files.RowLog(job.folder / "predictions.partial.jsonl")
   done = _begun(log, _identity(job, params))
-  places = [
-    (attempt, i) for attempt in range(job.attempts)
-    for i in range(len(job.questions))
-  ]
+  described, places = set(job.described_places), job.places
   waiting = []
   for place in places:
-    if place in done:
-      continue
     question = job.questions[place[1]]
     if question.id in refused:
-      done[place] = unplayed(question, refused[question.id])
-    else:
+      done[place] = {"row": unplayed(question, refused[question.id])}
+    elif place not in done or (
+      place in described and "described" not in done[place]
+    ):
       waiting.append(place)
   bar = tqdm.tqdm(
     total=len(places), initial=len(places) - len(waiting), desc="evaluate",
@@ -143,18 +158,22 @@ def evaluate(
       temperature=job.temperature,
     )
     for place, trajectory in zip(part, played.trajectories, strict=True):
-      done[place] = record(trajectory, tokenizer, job.absent or ())
+      line = done[place] = {
+        "row": record(trajectory, tokenizer, job.absent or ())
+      }
       if distributed.is_primary():
-        log.append({"place": place, "row": done[place]})
+        if job.describe and place in described:
+          line["described"] = job.describe(trajectory)
+        log.append({"place": place, **line})
     bar.update(len(part))
   bar.close()
-  return _finish(job, [done[place] for place in places], log)
+  return _finish(job, done, log)
 
 
 def _begun(
   log: files.RowLog, identity: str
 ) -> dict[tuple[int, int], dict]:
-  """Returns the rows of an interrupted evaluation, or opens a new log."""
+  """Returns what an interrupted evaluation has, or opens a new log."""
   done = _resumed(log, identity)
   distributed.wait("partial predictions read")
   if done:
@@ -165,7 +184,10 @@ def _begun(
   return done
 
 
-def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
+def _finish(
+  job: Evaluation, done: Mapping[tuple[int, int], dict], log: files.RowLog
+) -> dict:
+  records = [done[place]["row"] for place in job.places]
   made = card.make_card(
     {**job.settings, **_recall_note(job), "n": len(job.questions),
      **job.circumstances},
@@ -179,10 +201,24 @@ def _finish(job: Evaluation, records: list[dict], log: files.RowLog) -> dict:
     files.write_text(
       job.folder / "predictions.jsonl", files.to_jsonl(records)
     )
+    _write_described(job, done)
     card.write_card(job.folder, made)
     log.close()
     log.path.unlink()
   return made
+
+
+def _write_described(
+  job: Evaluation, done: Mapping[tuple[int, int], dict]
+) -> None:
+  """Writes the rollouts that people look at; an earlier file goes."""
+  found = [done[place].get("described") for place in job.described_places]
+  rows = [row for row in found if row]
+  path = job.folder / "trajectories.jsonl"
+  if rows:
+    files.write_text(path, files.to_jsonl(rows))
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _identity(job: Evaluation, params: types.Tree) -> str:
@@ -199,11 +235,15 @@ def _identity(job: Evaluation, params: types.Tree) -> str:
 def _resumed(
   log: files.RowLog, identity: str
 ) -> dict[tuple[int, int], dict]:
-  """Returns the records of an earlier attempt at the same evaluation."""
+  """Returns what an earlier attempt at the same evaluation has, by place.
+
+  Each has the "row" of its prediction and, if it was asked for, what is
+  "described".
+  """
   rows = log.rows()
   if not rows or rows[0].get("evaluation") != identity:
     return {}
-  return {tuple(row["place"]): row["row"] for row in rows[1:]}
+  return {tuple(row.pop("place")): row for row in rows[1:]}
 
 
 def _recall_note(job: Evaluation) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rewards import probe_rewards, step_rewards
 from stepsearch_jax.rollout import records
 from stepsearch_jax.run import filling, metrics
+from stepsearch_jax.run import trajectories as trajectories_lib
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.run.state import RunState
@@ -180,7 +182,8 @@ def evaluate(
     experiment: the run's parts.
     policy: whole policy parameters.
     name: of the policy, for the card.
-    folder: receives card.md, card.json and predictions.jsonl.
+    folder: receives card.md, card.json, predictions.jsonl and
+      trajectories.jsonl.
     **changes: other fields of `playing.Evaluation`, for instance questions,
       attempts and temperature; `about` changes what the card says.
   """
@@ -198,7 +201,11 @@ def evaluate(
   job = playing.Evaluation(
     questions, about, folder, absent=absent,
     chunk=max(256, 8 * settings.sampler.slots),
-    circumstances=_circumstances(), **changes,
+    circumstances=_circumstances(), described=settings.log.trajectories,
+    describe=functools.partial(
+      trajectories_lib.describe_evaluated, settings.reward,
+      experiment.tokenizer,
+    ), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
 

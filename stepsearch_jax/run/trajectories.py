@@ -1,46 +1,83 @@
-"""Rollouts of a step as rows that a person can look into.
+"""Rollouts as rows that a person can look into.
 
 Training keeps some rollouts of some steps in `trajectories/step_N.jsonl`: the
-text token by token with what each token earned and how the learner saw it.
+text token by token with what each token earned and how the learner saw it. An
+evaluation keeps some in its folder, without what only a learner knows.
 `view` draws them; this module only writes them down.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from stepsearch_jax import types
-from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.ppo import records
-from stepsearch_jax.rewards import text_match, token_rewards
+from stepsearch_jax.rewards import (
+  probe_rewards,
+  step_rewards,
+  text_match,
+  token_rewards,
+)
 
-# Per policy token, in the order of a row's "values".
+# Per policy token, in the order of a row's "values"; null if not known.
 MEASURES = ("reward", "advantage", "logp", "kl", "value", "entropy")
 
 
 def describe(
   trajectories: Sequence[types.Trajectory],
   rewards: Sequence[token_rewards.TrajectoryReward],
-  experience: records.Experience,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: types.TextCodec,
+  experience: records.Experience | None = None,
 ) -> list[dict]:
   """Returns a JSON-able row per trajectory.
 
   Args:
-    trajectories: the first ones of the batch.
+    trajectories: the first ones of a batch.
     rewards: theirs.
-    experience: of the whole batch, in the batch's order.
     tokenizer: spells the tokens.
+    experience: of the whole batch, in the batch's order; None where nothing
+      was learned from it, which leaves rewards and the log-probabilities under
+      which tokens were sampled.
   """
-  return [
-    _row(trajectory, reward, _measures(experience, i, reward), tokenizer)
-    for i, (trajectory, reward) in enumerate(
-      zip(trajectories, rewards, strict=True)
-    )
-  ]
+  rows = []
+  for i, (trajectory, reward) in enumerate(
+    zip(trajectories, rewards, strict=True)
+  ):
+    measures = {"reward": reward.tokens, "logp": trajectory.logprobs}
+    if experience is not None:
+      measures |= _learned(experience, i, len(reward.tokens))
+    rows.append(_row(trajectory, reward, measures, tokenizer))
+  return rows
+
+
+def describe_evaluated(
+  spec: step_rewards.RewardSpec, tokenizer: types.TextCodec,
+  trajectory: types.Trajectory,
+) -> dict | None:
+  """Returns the row of a rollout that was only played.
+
+  Nobody asks how likely the gold answer was, so that the rewards of probes are
+  not among its own. None, and a warning, where it cannot be rewarded: an
+  evaluation does not end for that.
+
+  Args:
+    spec: what the run pays.
+    tokenizer: spells the tokens.
+    trajectory: the rollout.
+  """
+  spec = dataclasses.replace(spec, probe=probe_rewards.ProbeRewardSpec.off())
+  try:
+    rewards = token_rewards.score_trajectories(spec, [trajectory], tokenizer)
+  except types.UserError as error:
+    logging.warning("a rollout is not kept to be looked at: %s", error)
+    return None
+  (row,) = describe([trajectory], rewards, tokenizer)
+  return row
 
 
 def brief(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,29 +93,25 @@ def brief(row: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _measures(
-  experience: records.Experience, i: int,
-  reward: token_rewards.TrajectoryReward,
-) -> np.ndarray:
-  """[T, 6] measures of trajectory i, see MEASURES."""
-  length = len(reward.tokens)
+def _learned(
+  experience: records.Experience, i: int, length: int
+) -> dict[str, np.ndarray]:
+  """[T] each of what the learner knows of trajectory i, see MEASURES."""
   logp = experience.logp[i, :length]
-  entropy = np.zeros(length)
+  measures = {
+    "advantage": experience.advantages[i, :length],
+    "logp": logp,
+    "kl": logp - experience.reference_logp[i, :length],
+    "value": experience.values[i, :length],
+  }
   if experience.entropy is not None:
-    entropy = experience.entropy[i, :length]
-  return np.stack([
-    reward.tokens,
-    experience.advantages[i, :length],
-    logp,
-    logp - experience.reference_logp[i, :length],
-    experience.values[i, :length],
-    entropy,
-  ], axis=-1)
+    measures["entropy"] = experience.entropy[i, :length]
+  return measures
 
 
 def _row(
   trajectory: types.Trajectory, reward: token_rewards.TrajectoryReward,
-  measures: np.ndarray, tokenizer: tokenizer_lib.Tokenizer,
+  measures: Mapping[str, np.ndarray], tokenizer: types.TextCodec,
 ) -> dict:
   question = trajectory.question
   start = int((trajectory.turn_index < 0).sum())
@@ -127,8 +160,8 @@ def _turns(
 
 
 def _tokens(
-  trajectory: types.Trajectory, measures: np.ndarray, start: int,
-  tokenizer: tokenizer_lib.Tokenizer,
+  trajectory: types.Trajectory, measures: Mapping[str, np.ndarray],
+  start: int, tokenizer: types.TextCodec,
 ) -> list[dict]:
   """Tokens behind the prompt: text, turn, and measures of the policy's."""
   policy = trajectory.policy_mask
@@ -139,6 +172,9 @@ def _tokens(
       "turn": int(trajectory.turn_index[place]),
     }
     if policy[place]:
-      row["values"] = [round(float(x), 4) for x in measures[place]]
+      row["values"] = [
+        round(float(measures[name][place]), 4) if name in measures else None
+        for name in MEASURES
+      ]
     rows.append(row)
   return rows

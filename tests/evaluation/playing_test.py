@@ -108,6 +108,44 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path):
   assert files[0] == files[1]
 
 
+def describe(trajectory):
+  if trajectory.question.id == "1":
+    return None  # It cannot be rewarded.
+  return {"id": trajectory.question.id, "episode": trajectory.episode}
+
+
+def described(folder):
+  text = (folder / "eval/trajectories.jsonl").read_text()
+  return [json.loads(line)["episode"] for line in text.splitlines()]
+
+
+def test_the_first_rollouts_are_described_beside_the_predictions(tmp_path):
+  playing.evaluate(Engine(), None, Tokenizer(), job(
+    tmp_path, describe=describe, described=8, attempts=2, temperature=1.0))
+  assert described(tmp_path) == [0, 2, 3, 4, 5, 6]
+  playing.evaluate(Engine(), None, Tokenizer(), job(
+    tmp_path, describe=describe, described=0))
+  assert not (tmp_path / "eval/trajectories.jsonl").exists()
+
+
+@pytest.mark.parametrize("before", [5, 1, 0])
+def test_a_killed_evaluation_loses_and_repeats_no_described_rollout(
+  tmp_path, before
+):
+  whole = playing.evaluate(Engine(), None, Tokenizer(), job(tmp_path / "a"))
+  with pytest.raises(KeyboardInterrupt):
+    playing.evaluate(Engine(dies_at="5"), None, Tokenizer(), job(
+      tmp_path / "b", describe=describe, described=before))
+  second = Engine()
+  again = playing.evaluate(second, None, Tokenizer(), job(
+    tmp_path / "b", describe=describe, described=5))
+  assert again == whole and described(tmp_path / "b") == [0, 2, 3, 4]
+  # What is described is not played again, whatever came of it.
+  assert [int(i) for i, _ in second.asked] == [*range(before, 4), 4, 5]
+  files = [(tmp_path / n / "eval/predictions.jsonl").read_text() for n in "ab"]
+  assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("changes", [
   {"settings": {"model": "another"}}, {"questions": QUESTIONS[::-1]},
   {"questions": [dataclasses.replace(QUESTIONS[0], answers=("other",)),

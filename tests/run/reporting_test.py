@@ -157,3 +157,4 @@ def test_the_card_says_how_tokens_were_chosen(
     parts, None, "m", tmp_path, questions=[ROLLOUTS[0].question], **changes
   )
   assert jobs[0].settings["decoding"].startswith(want)
+  assert jobs[0].described == config.log.trajectories > 0

@@ -1,17 +1,19 @@
 """A kept rollout says what each token earned, and what each turn was shown."""
 
+import dataclasses
+
 import fakes
 import numpy as np
 import pytest
 
 from stepsearch_jax import types
 from stepsearch_jax.ppo import records
-from stepsearch_jax.rewards import step_rewards, token_rewards
+from stepsearch_jax.rewards import probe_rewards, step_rewards, token_rewards
 from stepsearch_jax.run import trajectories
 
 
 @pytest.fixture(scope="module")
-def row():
+def played():
   tokenizer = fakes.make_tokenizer()
   gold = types.Passage("g", "Silent Harbor", "directed by Ada Brandt.")
   question = types.Question(
@@ -34,7 +36,7 @@ def row():
   ends = np.nonzero(np.diff([*turn, 9]))[0]
   trajectory = types.Trajectory(
     question, 5, np.int32(tokens), np.int8(provenance), np.int16(turn),
-    np.zeros(len(tokens), np.float32),
+    -np.arange(len(tokens), dtype=np.float32),
     [
       types.Turn(
         pieces[1][0], types.Action.SEARCH, "Silent Harbor", (gold,),
@@ -48,10 +50,16 @@ def row():
     ],
     "Ada Brandt", types.StopReason.ANSWER,
   )
+  return tokenizer, trajectory, pieces
+
+
+@pytest.fixture(scope="module")
+def row(played):
+  tokenizer, trajectory, pieces = played
   (reward,) = token_rewards.score_trajectories(
     step_rewards.PRESETS["paper"](), [trajectory], tokenizer
   )
-  count = len(tokens)
+  count = len(trajectory.tokens)
   numbers = np.arange(count, dtype=np.float32)[None]
   masks = records.Masks(*[trajectory.policy_mask[None]] * 3)
   experience = records.Experience(
@@ -59,7 +67,7 @@ def row():
     numbers, 0.0, 4 * numbers,
   )
   (found,) = trajectories.describe(
-    [trajectory], [reward], experience, tokenizer
+    [trajectory], [reward], tokenizer, experience
   )
   return found, reward, pieces
 
@@ -95,6 +103,51 @@ def test_only_policy_tokens_carry_values_each_its_own(row):
   assert paid == pytest.approx(found["reward"], abs=1e-3)
   turns = {t["turn"] for t in found["tokens"] if "values" in t}
   assert turns == {0, 1}
+
+
+def test_what_only_a_learner_knows_is_absent_from_an_evaluation(row, played):
+  tokenizer, trajectory, _ = played
+  spec = step_rewards.PRESETS["paper"]()
+  found = trajectories.describe_evaluated(spec, tokenizer, trajectory)
+  start = found["start"]
+  for ours, theirs in zip(found["tokens"], row[0]["tokens"], strict=True):
+    assert ("values" in ours) == ("values" in theirs)
+    if "values" in ours:
+      assert ours["values"] == [theirs["values"][0], None, -start, *[None] * 3]
+    start += 1
+  del found["tokens"]
+  assert found == {k: v for k, v in row[0].items() if k != "tokens"}
+
+
+def test_an_evaluation_pays_no_probes_and_survives_a_reward_that_fails(
+  row, played, monkeypatch
+):
+  tokenizer, trajectory, _ = played
+  spec = step_rewards.PRESETS["paper"]()
+  probing = dataclasses.replace(spec, probe=dataclasses.replace(
+    spec.probe, reward=probe_rewards.Kind.IGPO))
+  found = trajectories.describe_evaluated(probing, tokenizer, trajectory)
+  assert found["reward"] == row[0]["reward"]
+  broken = dataclasses.replace(spec, function="no_such_module:reward")
+  assert trajectories.describe_evaluated(broken, tokenizer, trajectory) is None
+
+
+def test_entropy_that_no_pass_has_computed_is_absent(played):
+  tokenizer, trajectory, _ = played
+  numbers = np.zeros((1, len(trajectory.tokens)), np.float32)
+  spec = step_rewards.PRESETS["paper"]()
+  experience = records.Experience(
+    None, records.Masks(numbers, numbers, numbers), *[numbers] * 6, 0.0, None
+  )
+  (found,) = trajectories.describe(
+    [trajectory],
+    token_rewards.score_trajectories(spec, [trajectory], tokenizer),
+    tokenizer, experience,
+  )
+  assert {
+    tuple(x is None for x in token["values"])
+    for token in found["tokens"] if "values" in token
+  } == {(False,) * 5 + (True,)}
 
 
 def test_turns_mark_support_and_repeats(row):
