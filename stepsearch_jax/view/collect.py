@@ -6,7 +6,9 @@ in a compact form. It knows files of a run and nothing of how they came about.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,21 +30,25 @@ def collect(workdirs: Sequence[epath.Path], limit: int) -> dict[str, Any]:
 
   Args:
     workdirs: of the runs, at least one.
-    limit: rollouts in all; each run gives its share, spread over its steps.
+    limit: rollouts in all; each run gives its share, spread over its steps
+      and evaluations.
 
   Raises:
     UserError: a folder holds no run.
   """
   share = max(limit // max(len(workdirs), 1), 1)
   names = _names(workdirs)
+  runs = [
+    _run(name, workdir, share)
+    for name, workdir in zip(names, workdirs, strict=True)
+  ]
   return {
     "first": [name for name in FIRST],
     "measures": ["reward", "advantage", "log-probability", "KL to reference",
                  "value", "entropy"],
-    "runs": [
-      _run(name, workdir, share)
-      for name, workdir in zip(names, workdirs, strict=True)
-    ],
+    "runs": runs,
+    # Rollouts that the runs hold and the page does not.
+    "left_out": sum(run.pop("held") - len(run["rollouts"]) for run in runs),
   }
 
 
@@ -54,6 +60,7 @@ def _names(workdirs: Sequence[epath.Path]) -> list[str]:
 
 def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
   path = workdir / "metrics.jsonl"
+  rollouts, held = _rollouts(workdir, limit)
   config = _json(workdir / "config.json")
   if not config and not path.exists():
     raise types.UserError(f"{workdir}: no run (expected {path.name} there)")
@@ -66,7 +73,8 @@ def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
     "changes": config.get("changes", []),
     # A run that has only begun has none.
     "curves": _curves(path) if path.exists() else {},
-    "rollouts": _rollouts(workdir / "trajectories", limit),
+    "rollouts": rollouts,
+    "held": held,
   }
 
 
@@ -109,24 +117,58 @@ def _curves(path: epath.Path) -> dict[str, list[list[float]]]:
   return curves
 
 
-def _rollouts(folder: epath.Path, limit: int) -> list[dict[str, Any]]:
-  """Compact rows of the kept rollouts, the first ones of every step."""
-  if not folder.exists():
-    return []
-  files = sorted(folder.glob("step_*.jsonl"))
-  rows = []
-  for file in files:
-    step = int(file.name.removeprefix("step_").removesuffix(".jsonl"))
-    for row in list(_lines(file))[: max(limit // len(files), 1)]:
-      rows.append(_compact(step, row))
-  return rows[:limit]
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """A file of kept rollouts.
+
+  Attributes:
+    path: JSONL.
+    origin: "training" or "evaluation".
+    place: which one, in words.
+    step: of the policy; None where the folder does not tell.
+  """
+
+  path: epath.Path
+  origin: str
+  place: str
+  step: int | None
 
 
-def _compact(step: int, row: Mapping[str, Any]) -> dict[str, Any]:
+def _sources(workdir: epath.Path) -> list[_Source]:
+  """Files of kept rollouts: of training steps, then of evaluations."""
+  found = []
+  for path in sorted((workdir / "trajectories").glob("step_*.jsonl")):
+    step = int(path.stem.removeprefix("step_"))
+    found.append(_Source(path, "training", f"step {step}", step))
+  for path in sorted(workdir.glob("evaluations/*/trajectories.jsonl")):
+    name = path.parent.name
+    known = re.search(r"step_(\d+)", name)
+    found.append(_Source(
+      path, "evaluation", f"evaluation {name}",
+      int(known[1]) if known else None,
+    ))
+  return found
+
+
+def _rollouts(
+  workdir: epath.Path, limit: int
+) -> tuple[list[dict[str, Any]], int]:
+  """Compact rows of the first rollouts of every source, and how many it has."""
+  sources = _sources(workdir)
+  rows, held = [], 0
+  for source in sources:
+    found = list(_lines(source.path))
+    held += len(found)
+    for row in found[: max(limit // len(sources), 1)]:
+      rows.append(_compact(source, row))
+  return rows[:limit], held
+
+
+def _compact(source: _Source, row: Mapping[str, Any]) -> dict[str, Any]:
   """A row with its tokens as parallel lists."""
   tokens = row["tokens"]
   return {
-    "step": step,
+    "from": source.origin, "place": source.place, "step": source.step,
     **{name: row[name] for name in (
       "id", "question", "answers", "prediction", "em", "f1", "hops", "reward",
       "outcome", "prompt", "stop_reason",
@@ -137,8 +179,9 @@ def _compact(step: int, row: Mapping[str, Any]) -> dict[str, Any]:
     "start": row["start"],
     "texts": [token["text"] for token in tokens],
     "turn_of": [token["turn"] for token in tokens],
-    # [] marks a token that the policy did not write.
+    # [] marks a token that the policy did not write, null what is not known.
     "values": [
-      [float(f"{x:.3g}") for x in token.get("values", [])] for token in tokens
+      [x if x is None else float(f"{x:.3g}") for x in token.get("values", [])]
+      for token in tokens
     ],
   }

@@ -5,7 +5,7 @@ const rollouts = data.runs.flatMap((run, r) =>
   run.rollouts.map((row) => ({...row, run: r})));
 const state = {tab: "overview", open: null, other: null, measure: 0,
   sort: "step", down: false, page: 0, metrics: null,
-  filter: {run: "", step: "", right: "", searches: "", hops: "", text: ""}};
+  filter: {run: "", from: "", step: "", right: "", searches: "", hops: "", text: ""}};
 const main = document.getElementById("main");
 const PAGE = 100;
 
@@ -125,6 +125,7 @@ function drawCurves() {
 function matches(row) {
   const f = state.filter;
   return (f.run === "" || row.run === Number(f.run)) &&
+    (f.from === "" || row.from === f.from) &&
     (f.step === "" || row.step === Number(f.step)) &&
     (f.right === "" || (row.em === 1) === (f.right === "right")) &&
     (f.searches === "" || row.searches === Number(f.searches)) &&
@@ -143,7 +144,8 @@ function found() {
 function drawTable() {
   const f = state.filter;
   const values = (key) => [["", "all"], ...[...new Set(rollouts.map((r) =>
-    r[key]))].sort((a, b) => a - b).map((v) => [v, v])];
+    r[key]))].filter((v) => v !== null).sort((a, b) => a - b)
+    .map((v) => [v, v])];
   const set = (key) => (value) => { f[key] = value; state.page = 0; show(); };
   const text = element("input", {id: "text", type: "search", value: f.text,
     placeholder: "text", "aria-label": "text in question or rollout",
@@ -151,12 +153,14 @@ function drawTable() {
   const filters = element("div", {class: "filters"},
     choice("run", [["", "all"], ...data.runs.map((r, i) => [i, r.name])],
       f.run, set("run")),
+    choice("from", [["", "all"], ["training", "training"],
+      ["evaluation", "evaluation"]], f.from, set("from")),
     choice("step", values("step"), f.step, set("step")),
     choice("answer", [["", "all"], ["right", "right"], ["wrong", "wrong"]],
       f.right, set("right")),
     choice("searches", values("searches"), f.searches, set("searches")),
     choice("hops", values("hops"), f.hops, set("hops")), text);
-  const columns = ["run", "step", "question", "prediction", "em", "reward",
+  const columns = ["run", "from", "step", "question", "prediction", "em", "reward",
     "searches", "hops"];
   const head = columns.map((name) => element("th", {scope: "col",
     "aria-sort": state.sort !== name ? null :
@@ -182,7 +186,8 @@ function drawTable() {
   const move = (by) => () => { state.page += by; show(); };
   return [filters,
     element("p", {class: "soft", id: "count"},
-      `${order.length} of ${rollouts.length} rollouts`),
+      `${order.length} of ${rollouts.length} rollouts` + (data.left_out ?
+        `; ${data.left_out} more are not in this page` : "")),
     element("table", {}, element("thead", {}, element("tr", {}, ...head)),
       element("tbody", {}, ...body)),
     element("p", {},
@@ -195,8 +200,8 @@ function drawOne() {
   const row = rollouts[state.open];
   const same = rollouts.map((r, i) => i).filter((i) => i !== state.open &&
     rollouts[i].id === row.id);
-  const label = (i) => `${data.runs[rollouts[i].run].name}, step ${
-    rollouts[i].step}`;
+  const label = (i) => `${data.runs[rollouts[i].run].name}, ${
+    rollouts[i].place}`;
   const bar = element("div", {class: "filters"},
     element("button", {onclick: () => { state.open = null;
       state.tab = "rollouts"; show(); }}, "back"),
@@ -212,8 +217,8 @@ function drawOne() {
 }
 
 function drawRollout(row, label) {
-  const column = row.values.filter((v) => v.length).map((v) =>
-    Math.abs(v[state.measure])).sort((a, b) => a - b);
+  const column = row.values.map((v) => v[state.measure]).filter((x) =>
+    typeof x === "number").map(Math.abs).sort((a, b) => a - b);
   const largest = column[Math.floor(.98 * (column.length - 1))] ||
     column[column.length - 1] || 0;
   const turns = row.turns.map((turn, t) => drawTurn(row, turn, t, largest));
@@ -226,6 +231,8 @@ function drawRollout(row, label) {
         right ? " \u2713" : " \u2717"),
       `. Reward ${number(row.reward)}, of it outcome ${number(row.outcome)}. `,
       `Ended by ${row.stop_reason}.`),
+    column.length ? "" : element("p", {class: "soft"},
+      `${data.measures[state.measure]}: not known of this rollout`),
     element("details", {}, element("summary", {}, "prompt"),
       element("div", {class: "text"}, row.prompt)), ...turns);
 }
@@ -235,13 +242,16 @@ function drawTurn(row, turn, t, largest) {
   row.texts.forEach((piece, i) => {
     if (row.turn_of[i] !== t || !row.values[i].length) return;
     const values = row.values[i];
-    const notes = data.measures.map((m, k) => `${m} ${number(values[k])}`);
+    const known = (k) => values[k] !== null;
+    const notes = data.measures.map((m, k) => `${m} ${number(values[k])}`)
+      .filter((note, k) => known(k));
     const paid = row.start + i === turn.position && turn.action === "search";
     if (paid) {
       notes.unshift(`gain ${number(turn.gain)}, redundancy ${
         number(turn.redundancy)}, key ${number(turn.key)}`);
     }
-    text.append(element("span", {class: paid ? "token paid" : "token",
+    text.append(element("span", {class: "token" + (paid ? " paid" : "") +
+      (known(state.measure) ? "" : " absent"),
       style: `background:${shade(values[state.measure], largest)}`,
       title: notes.join("\n")}, piece));
   });

@@ -8,6 +8,7 @@ text, and its policy lets no other script run.
 from __future__ import annotations
 
 import base64
+import collections
 import hashlib
 import json
 from typing import Any
@@ -15,6 +16,44 @@ from typing import Any
 from etils import epath
 
 _HERE = epath.Path(__file__).parent
+
+
+def bound(data: dict[str, Any], most: int) -> dict[str, Any]:
+  """Returns the data of a page of at most so many bytes.
+
+  Whole rollouts are left out, of every step and evaluation the last ones
+  first, and counted. Everything else stays, however large.
+
+  Args:
+    data: see `collect.collect`.
+    most: bytes of the page.
+  """
+  runs = data["runs"]
+  count = sum(len(run["rollouts"]) for run in runs)
+  empty = {**data, "runs": [{**run, "rollouts": []} for run in runs],
+           "left_out": data["left_out"] + count}
+  room = most - len(render(empty).encode())
+  seen: dict[Any, int] = collections.Counter()
+  ranked = []  # (place within step or evaluation, run, place in the run)
+  for number, run in enumerate(runs):
+    for i, row in enumerate(run["rollouts"]):
+      source = number, row["place"]
+      ranked.append((seen[source], number, i))
+      seen[source] += 1
+  kept: list[list[int]] = [[] for _ in runs]
+  for _, number, i in sorted(ranked):
+    size = len(embed(runs[number]["rollouts"][i]).encode()) + 1
+    if size <= room:
+      kept[number].append(i)
+      room -= size
+  return {
+    **data,
+    "runs": [
+      {**run, "rollouts": [run["rollouts"][i] for i in sorted(places)]}
+      for run, places in zip(runs, kept, strict=True)
+    ],
+    "left_out": empty["left_out"] - sum(map(len, kept)),
+  }
 
 
 def render(data: dict[str, Any], refresh: int = 0) -> str:

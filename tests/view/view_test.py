@@ -80,6 +80,46 @@ def test_the_page_holds_settings_curves_and_rollouts(tmp_path):
   assert row["values"][2] == [] and row["values"][3][1] == -2
 
 
+def evaluated(number, text="Ada", em=1.0):
+  """A rollout of which only reward and log-probability are known."""
+  row = rollout(number, text, em)
+  for token in row["tokens"]:
+    if "values" in token:
+      earned, _, logp, *_ = token["values"]
+      token["values"] = [earned, None, logp, None, None, None]
+  return row
+
+
+def write_evaluation(run, name, rollouts):
+  folder = run / "evaluations" / name
+  folder.mkdir(parents=True)
+  (folder / "trajectories.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in rollouts)
+  )
+
+
+def test_rollouts_of_evaluations_are_there_with_what_is_known(tmp_path):
+  run = write_run(tmp_path / "a", [rollout(0)])
+  write_evaluation(run, "step_000010", [evaluated(i) for i in (1, 2)])
+  write_evaluation(run, "runs_a_step_7_on_musique", [evaluated(3)])
+  write_evaluation(run, "some_model", [evaluated(4)])
+  (run / "evaluations/step_000001").mkdir()  # An older version's.
+  (found,) = collect.collect([run], limit=100)["runs"]
+  assert [(r["from"], r["place"], r["step"], r["id"])
+          for r in found["rollouts"]] == [
+    ("training", "step 1", 1, "q0"), ("training", "step 10", 10, "q0"),
+    ("evaluation", "evaluation runs_a_step_7_on_musique", 7, "q3"),
+    ("evaluation", "evaluation some_model", None, "q4"),
+    ("evaluation", "evaluation step_000010", 10, "q1"),
+    ("evaluation", "evaluation step_000010", 10, "q2"),
+  ]
+  row = found["rollouts"][-1]
+  assert row["values"] == [
+    [0.0, None, -1.0, None, None, None], [0.5, None, -1.0, None, None, None],
+    [], [1.0, None, -3.0, None, None, None],
+  ]
+
+
 def test_a_failed_search_is_no_search(tmp_path):
   failed = rollout(0)
   failed["turns"].insert(0, failed["turns"][0] | {"failed": True})
@@ -136,6 +176,44 @@ def test_a_thousand_rollouts_stay_small(tmp_path):
   run = write_run(tmp_path / "a", [long] * 500)
   text = page.render(collect.collect([run], 1000))
   assert len(text.encode()) < 20e6
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 2])
+def test_a_page_keeps_to_its_size_and_counts_what_it_leaves_out(
+  tmp_path, share
+):
+  rollouts = [rollout(i, "\u00e9" * 50 * (i + 1)) for i in range(8)]
+  run = write_run(tmp_path / "a", rollouts)
+  write_evaluation(run, "step_000010", rollouts[:3])
+  data = collect.collect([run], limit=24)
+  assert data["left_out"] == 0
+  bare = dict(data["runs"][0], rollouts=[])
+  least = len(page.render({**data, "runs": [bare]}).encode())
+  whole = len(page.render(data).encode())
+  most = int(least + share * (whole - least))
+  made = page.bound(data, most)
+  assert len(page.render(made).encode()) <= max(most, least + 9)
+  (found,) = made["runs"]
+  kept = found["rollouts"]
+  assert len(kept) + made["left_out"] == 19
+  assert [r for r in data["runs"][0]["rollouts"] if r in kept] == kept
+  counts = [sum(r["place"] == place for r in kept)
+            for place in ("step 1", "step 10", "evaluation step_000010")]
+  if share == 2:
+    assert made == data
+  elif share:
+    # The first ones of each are there, about as many of every step.
+    assert abs(counts[0] - counts[1]) <= 1 and counts[2] >= min(counts[0], 3)
+    assert 0 < len(kept) < 19
+  else:
+    assert kept == []
+  assert {k: v for k, v in found.items() if k != "rollouts"} == {
+    k: v for k, v in bare.items() if k != "rollouts"}
+
+
+def test_rollouts_past_the_limit_count_as_left_out(tmp_path):
+  run = write_run(tmp_path / "a", [rollout(i) for i in range(4)])
+  assert collect.collect([run], limit=6)["left_out"] == 2
 
 
 def browser(user, *arguments):
@@ -231,14 +309,23 @@ def test_the_page_works_inside_another_one(tmp_path):
    ["4 of 8 rollouts", "reward \u25be"], []),
   ("rollouts/0", ["Wanted: Ada", "support", "gain 0.500"], ["taken"]),
   ("rollouts/0/4", ["b, step 1"], ["taken"]),
+  ("rollouts?from=evaluation",
+   ["2 of 6 rollouts; 3 more are not in this page"], []),
+  ("rollouts/2?color=1",
+   ["a, evaluation step_000010", "advantage: not known of this rollout",
+    "token absent"], []),
 ])
 def test_a_browser_shows_it(tmp_path, address, wanted, unwanted):
   runs = [
     write_run(tmp_path / name, [rollout(0, HOSTILE, 0.0), rollout(1)], seed)
     for seed, name in enumerate("ab")
   ]
+  if "evaluation" in address or "color" in address:
+    for run in runs:
+      (run / "trajectories/step_000010.jsonl").unlink()
+      write_evaluation(run, "step_000010", [evaluated(0)])
   file = tmp_path / "report.html"
-  file.write_text(page.render(collect.collect(runs, 100)))
+  file.write_text(page.render({**collect.collect(runs, 100), "left_out": 3}))
   whole = browse(tmp_path / "user", f"file://{file}#{address}")
   shown = whole.partition("<main")[2].partition("</main>")[0]
   for text in wanted:
