@@ -155,18 +155,19 @@ def _evaluate_model() -> None:
     playing.refuse_overlong(
       playing.overlong(asked, experiment.engine.prompt_tokens), len(asked)
     )
+  about = {}
   if _MODEL.value:
     policy, name = experiment.initial_policy(), _MODEL.value
   else:
     step, policy = experiment.trained_policy(_STEP.value)
     name = f"{workdir} step {step}"
+    about = reporting.training_settings(experiment.settings, step)
   # A folder of its own: the card of training's last evaluation stays.
   folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
-  about = {}
   if suite:
     names = "_".join(suites.parse_suite(_SUITE.value))
     folder = folder.with_name(f"{folder.name}_on_{names}")
-    about = {"questions": _SUITE.value, "split": "benchmark suite"}
+    about |= {"questions": _SUITE.value, "split": "benchmark suite"}
   if _TEMPERATURE.value:
     folder = folder.with_name(
       f"{folder.name}_t{_TEMPERATURE.value:g}_k{_ATTEMPTS.value}")

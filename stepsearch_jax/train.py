@@ -348,6 +348,7 @@ class Job:
       self.experiment, self.learner.whole_policy(state.learner),
       f"{workdir} step {state.step}",
       workdir / "evaluations" / f"step_{state.step:06d}",
+      about=reporting.training_settings(self.experiment.settings, state.step),
     )
     state.note_evaluation(card["metrics"])
     self.clock.lap("evaluation")

@@ -38,7 +38,8 @@ def make_card(
     attempts: rollouts per question.
 
   Returns:
-    Settings, metrics, and tables per source and per number of hops.
+    Settings, metrics with their intervals, and tables per source and per
+    number of hops.
   """
   hops = by_hops(records, attempts)
   return {
@@ -46,6 +47,7 @@ def make_card(
     "metrics": summarize(records) | {
       f"em_{number}_hops": row["em"] for number, row in hops.items()
     },
+    "intervals": intervals(records, attempts),
     "sources": by_source(records, attempts),
     "hops": hops,
   }
@@ -61,6 +63,23 @@ def summarize(records: Sequence[dict]) -> dict[str, float]:
     name: float(np.mean([row[name] for row in records if name in row]))
     for name in _MEANS if any(name in row for row in records)
   }
+
+
+def intervals(
+  records: Sequence[dict], attempts: int = 1
+) -> dict[str, list[float]]:
+  """Returns [low, high] of EM and F1, and of EM per number of hops.
+
+  95 %, by bootstrap over questions.
+  """
+  columns = _per_question(records, attempts)
+  for hops, rows in _of_hops(records).items():
+    columns[f"em_{hops}_hops"] = _per_question(rows, attempts)["em"]
+  found = {
+    name: statistics.bootstrap_mean(scores.mean(axis=1))
+    for name, scores in columns.items()
+  }
+  return {name: [x.low, x.high] for name, x in found.items()}
 
 
 def by_source(
@@ -99,7 +118,7 @@ def _per_question(
   else:
     grouped = collections.defaultdict(list)
     for row in rows:
-      grouped[row["id"]].append(row)
+      grouped[row["data_source"], row["id"]].append(row)
     places = list(grouped.values())
   return {
     name: np.array([[row[name] for row in group] for group in places],
@@ -110,18 +129,23 @@ def _per_question(
 
 def by_hops(records: Sequence[dict], attempts: int = 1) -> dict[str, dict]:
   """Returns EM, F1 and questions per number of hops, where that is known."""
-  groups = collections.defaultdict(list)
-  for row in records:
-    if row.get("hops"):
-      groups[row["hops"]].append(row)
   return {
     str(hops): {
       "n": len(rows) // attempts,
       "em": float(np.mean([row["em"] for row in rows])),
       "f1": float(np.mean([row["f1"] for row in rows])),
     }
-    for hops, rows in sorted(groups.items())
+    for hops, rows in _of_hops(records).items()
   }
+
+
+def _of_hops(records: Sequence[dict]) -> dict[int, list[dict]]:
+  """Rows by their number of hops, fewest first; others are left out."""
+  groups = collections.defaultdict(list)
+  for row in records:
+    if row.get("hops"):
+      groups[row["hops"]].append(row)
+  return dict(sorted(groups.items()))
 
 
 def write_card(folder: epath.Path, card: dict) -> None:
@@ -129,7 +153,10 @@ def write_card(folder: epath.Path, card: dict) -> None:
   files.write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
   lines = ["# Evaluation card", "", "| what | value |", "|---|---|"]
   lines += [f"| {k} | {v} |" for k, v in card["settings"].items()]
-  lines += [f"| {k} | {v:.4f} |" for k, v in card["metrics"].items()]
+  for name, value in card["metrics"].items():
+    between = card.get("intervals", {}).get(name)
+    shown = f" ({between[0]:.4f}-{between[1]:.4f})" if between else ""
+    lines.append(f"| {name} | {value:.4f}{shown} |")
   lines += ["", "| source | n | EM (95 %) | F1 (95 %) |", "|---|---|---|---|"]
   for source, row in card["sources"].items():
     cells = [

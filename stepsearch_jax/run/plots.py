@@ -10,15 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+# Title, metrics, unit of the axis.
 _PANELS = (
-  ("reward per question", ("critic/score/mean", "critic/answer_correct/mean")),
+  ("reward", ("critic/score/mean", "critic/answer_correct/mean"),
+   "reward per question"),
   ("step rewards", ("critic/information_gain/mean", "critic/redundancy/mean",
-                    "critic/search_key/mean")),
-  ("held-out", ("val/em", "val/f1", "val/em_2_hops", "val/em_3_hops",
-                "val/em_4_hops")),
-  ("searches per question", ("env/searches_per_question",)),
-  ("KL to the reference", ("critic/kl",)),
-  ("entropy", ("actor/entropy",)),
+                    "critic/search_key/mean"), "sum per question"),
+  ("held-out, 95 % intervals", (
+    "val/em", "val/f1", "val/em_2_hops", "val/em_3_hops", "val/em_4_hops",
+  ), "mean per question (1 = all right)"),
+  ("searches", ("env/searches_per_question",), "searches per question"),
+  ("KL to the reference", ("critic/kl",), "nats per token"),
+  ("entropy", ("actor/entropy",), "nats per token"),
 )
 
 
@@ -39,17 +42,38 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
   if not records:
     return None
   figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-  for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
+  for axis, (title, names, unit) in zip(axes.flat, _PANELS, strict=True):
     for name in names:
       points = [(r["step"], r[name]) for r in records if name in r]
       if points:
         marker = "o" if len(points) < 20 else ""
-        axis.plot(*zip(*points, strict=True), label=name, marker=marker)
-    axis.set_title(title)
-    axis.set_xlabel("step")
+        axis.errorbar(
+          *zip(*points, strict=True), _error_bars(workdir, name, points),
+          label=name, marker=marker, capsize=3, elinewidth=1,
+        )
+    axis.set(title=title, xlabel="training step", ylabel=unit)
     if axis.lines:
       axis.legend(fontsize=8)
   return _save(figure, workdir / "curves.png")
+
+
+def _error_bars(
+  workdir: epath.Path, name: str, points: Sequence[tuple[int, float]]
+) -> np.ndarray | None:
+  """[2, points] how far the intervals of the cards reach down and up.
+
+  NaN for an evaluation without one; None for a metric of no evaluation.
+  """
+  if not name.startswith("val/"):
+    return None
+  reach = np.full((2, len(points)), np.nan)
+  for i, (step, value) in enumerate(points):
+    path = workdir / "evaluations" / f"step_{step:06d}" / "card.json"
+    card = json.loads(path.read_text()) if path.exists() else {}
+    interval = card.get("intervals", {}).get(name.removeprefix("val/"))
+    if interval:
+      reach[:, i] = value - interval[0], interval[1] - value
+  return reach.clip(min=0)
 
 
 def overlay(workdirs: Sequence[epath.Path], path: epath.Path) -> None:
@@ -59,12 +83,12 @@ def overlay(workdirs: Sequence[epath.Path], path: epath.Path) -> None:
   styles = ("-", "--", ":", "-.")
   for i, workdir in enumerate(workdirs):
     records = read_metrics(workdir / "metrics.jsonl")
-    for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
+    for axis, (_, names, unit) in zip(axes.flat, _PANELS, strict=True):
       points = [(r["step"], r[names[0]]) for r in records if names[0] in r]
       if points:
         axis.plot(*zip(*points, strict=True), styles[i % 4],
                   label=workdir.name)
-      axis.set(title=f"{title}: {names[0]}", xlabel="step")
+      axis.set(title=names[0], xlabel="training step", ylabel=unit)
       axis.title.set_fontsize(9)
   axes.flat[0].legend(fontsize=8)
   _save(figure, path)

@@ -15,6 +15,7 @@ from stepsearch_jax import types
 from stepsearch_jax.data import coverage
 from stepsearch_jax.evaluation import card as evaluation
 from stepsearch_jax.evaluation import playing
+from stepsearch_jax.ppo import estimators
 from stepsearch_jax.retrieval import remote
 from stepsearch_jax.rewards import probe_rewards, step_rewards
 from stepsearch_jax.rollout import records
@@ -208,6 +209,31 @@ def evaluate(
     ), **changes,
   )
   return playing.evaluate(experiment.engine, policy, experiment.tokenizer, job)
+
+
+def training_settings(settings: Settings, step: int) -> dict[str, Any]:
+  """What decided a policy that a run trained, for its cards.
+
+  Args:
+    settings: of the run; the card has their seed already.
+    step: of the policy.
+  """
+  config = settings.config
+  steps = config["total_steps"] or f"{config['total_epochs']:g} epochs"
+  found = {
+    "method": settings.method,
+    "trained_on": settings.data.train,
+    "trained_steps": f"{step} of {steps}",
+    "batch": f"{settings.batch.questions} questions x "
+             f"{settings.batch.rollouts} rollouts",
+    "policy_lr": config["ppo"]["policy_lr"],
+  }
+  if estimators.find(settings.learner(1).estimator.name).needs_values:
+    found["value_lr"] = config["ppo"]["value_lr"]
+  begin = settings.warm_start
+  if begin.policy or begin.steps:
+    found["warm_start"] = begin.policy or f"{begin.steps} steps of imitation"
+  return found
 
 
 def _circumstances() -> dict[str, str]:

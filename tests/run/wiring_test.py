@@ -187,3 +187,26 @@ def test_the_card_says_what_the_settings_say():
     "questions": "world", "split": "held out", "corpus": "the embedded world",
     "documents": "gold",
   }
+
+
+def test_the_card_of_a_run_says_what_was_trained():
+  config = changed()
+  config.method, config.total_steps = "ppo", 30
+  config.warm_start.steps, config.warm_start.policy = 11, ""
+  found = reporting.training_settings(
+    Settings.from_config(config, devices=1), 12
+  )
+  assert found == {
+    "method": "ppo", "trained_on": "world", "trained_steps": "12 of 30",
+    "batch": f"{config.batch.questions} questions x "
+             f"{config.batch.rollouts} rollouts",
+    "policy_lr": config.ppo.policy_lr, "value_lr": config.ppo.value_lr,
+    "warm_start": "11 steps of imitation",
+  }
+  config.method, config.total_steps = "grpo", 0
+  config.total_epochs, config.warm_start.steps = 2.5, 0
+  found = reporting.training_settings(
+    Settings.from_config(config, devices=1), 12
+  )
+  assert found["trained_steps"] == "12 of 2.5 epochs"
+  assert "value_lr" not in found and "warm_start" not in found
