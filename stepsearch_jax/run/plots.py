@@ -15,7 +15,7 @@ _PANELS = (
   ("reward", ("critic/score/mean", "critic/answer_correct/mean"),
    "reward per question"),
   ("step rewards", ("critic/information_gain/mean", "critic/redundancy/mean",
-                    "critic/search_key/mean"), "sum per question"),
+                    "critic/search_key/mean"), "mean per question"),
   ("held-out, 95 % intervals", (
     "val/em", "val/f1", "val/em_2_hops", "val/em_3_hops", "val/em_4_hops",
   ), "mean per question (1 = all right)"),
