@@ -18,6 +18,7 @@ import importlib.util
 import json
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -268,9 +269,9 @@ def ready(
         continue
       rate = [f"--config.ppo.policy_lr={best}"]
     seeds = arm.seeds
-    if arm is start:
-      seeds = sorted({*arm.seeds, plan.tuning_seed,
-                      *(s for a in plan.arms for s in a.seeds)})
+    if arm is start:  # As many as the others need.
+      others = [a for a in arms if a is not start] or [start]
+      seeds = {plan.tuning_seed, *(s for a in others for s in a.seeds)}
     for seed in seeds:
       folder = run_folder(workdir, arm, seed)
       waits = arm.from_start and arm is not start and not is_finished(
@@ -306,11 +307,9 @@ def play(
       if not running:
         break
       time.sleep(0.2)
-      for text, process in list(running.items()):
-        if process.poll() is not None:
-          del running[text]
-          if process.returncode:
-            failed.append(f"{text} ended with code {process.returncode}")
+      for text in [t for t, run in running.items() if run.poll() is not None]:
+        if code := running.pop(text).returncode:
+          failed.append(f"{text} ended with code {code}")
   finally:
     for process in running.values():  # Where this process is stopped.
       process.terminate()
@@ -374,6 +373,7 @@ def main() -> None:
   if _COMMANDS.value:
     print(*map(shlex.join, ready(plan, workdir, arms)), sep="\n")
     return
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   play(plan, workdir, arms, _JOBS.value)
   tell(plan, workdir)
 
