@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # The paper has 1: then all that comes later counts for every token, and the
   # value model has less of it to explain (.18 of the variance, .37 with .95).
   config.ppo.lam = 0.95
-  config.ppo.policy_lr = 1e-4
+  config.ppo.policy_lr = 5e-5
   config.ppo.value_lr = 1e-3
   config.ppo.policy_warmup_ratio = 0.05
 

@@ -1,5 +1,6 @@
 """A run that is killed again and again ends where an unharmed one ends."""
 
+import functools
 import os
 import pathlib
 import random
@@ -33,8 +34,10 @@ def command(workdir, *more):
 
 
 def start(workdir, *more):
+  # A shell's background jobs ignore SIGINT, and so do their children.
+  heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
   return subprocess.Popen(
-    command(workdir, *more), cwd=ROOT,
+    command(workdir, *more), cwd=ROOT, preexec_fn=heed,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
   )
