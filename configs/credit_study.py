@@ -37,9 +37,9 @@ def study(add: Callable[..., None]) -> None:
   # 60 training steps take about as long as 200 of imitation.
   imitated = quickstart.get_config().warm_start.steps
   add("start", seeds=10, total_steps=0)
-  add("start, random passages", seeds=5, total_steps=0,
+  add("closed book", seeds=5, total_steps=0,
       rollout=dict(documents="random"))
-  add("start, gold passages", seeds=5, total_steps=0,
+  add("gold passages", seeds=5, total_steps=0,
       rollout=dict(documents="gold"))
   add("imitation for the same time", seeds=5, total_steps=0,
       warm_start=dict(steps=imitated // 2))  # From the start on.
@@ -57,7 +57,7 @@ def study(add: Callable[..., None]) -> None:
       reward=dict(redundancy_penalty=False))
   add("steppo without keys", seeds=5, rates=RATES, method="steppo",
       reward=dict(search_key_reward=False))
-  add("ppo, bonus per search", seeds=10, rates=RATES, method="ppo",
+  add("ppo + bonus per search", seeds=10, rates=RATES, method="ppo",
       reward=dict(search_bonus=0.1))
   groups = dict(questions=16, rollouts=4)
   for method in ("turn_ppo", "bilevel", "tips"):
@@ -67,7 +67,7 @@ def study(add: Callable[..., None]) -> None:
   # Equal rollouts: what differs is kept, nothing is asked in place of the rest.
   add("dapo", seeds=5, rates=RATES, method="dapo",
       batch=groups | dict(dynamic_limit=1))
-  add("grpo, step rewards", seeds=5, rates=RATES, method="grpo",
+  add("grpo + step rewards", seeds=5, rates=RATES, method="grpo",
       batch=groups, reward=dict(outcome_only=False))
 
 

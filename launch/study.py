@@ -71,6 +71,12 @@ class ArmPlan:
   from_start: bool
   rates: tuple[float, ...]
 
+  def fields(self, start: ArmPlan, folder: object) -> dict[str, object]:
+    """Returns all fields that it sets, `folder` being its start's run."""
+    if not self.from_start or self is start:
+      return self.overrides
+    return {"warm_start.policy": folder, "warm_start.steps": 0} | self.overrides
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -148,7 +154,7 @@ def load(config: str) -> Plan:
   efforts = {}
   for arm in arms:
     known = module.get_config(argument or None)
-    for field, value in arm.overrides.items():
+    for field, value in arm.fields(arms[0], "its folder").items():
       _set(known, f"{path}: arm {arm.name}", field, value)
     checked = Settings.from_config(known)
     if checked.schedule.trains:
@@ -213,14 +219,9 @@ def command(
 ) -> list[str]:
   """The command of one run."""
   start = plan.arms[0]
-  arguments = [f"--config={plan.config}", f"--workdir={folder}",
-               f"--config.seed={seed}"]
-  if arm.from_start and arm is not start:
-    arguments.append("--config.warm_start.policy="
-                     f"{run_folder(workdir, start, seed)}")
-    if "warm_start.steps" not in arm.overrides:
-      arguments.append("--config.warm_start.steps=0")
-  arguments += [f"--config.{k}={v}" for k, v in arm.overrides.items()]
+  fields = {"seed": seed} | arm.fields(start, run_folder(workdir, start, seed))
+  arguments = [f"--config={plan.config}", f"--workdir={folder}"]
+  arguments += [f"--config.{k}={v}" for k, v in fields.items()]
   return [sys.executable, "-m", "stepsearch_jax.train", *arguments, *extra]
 
 
@@ -351,11 +352,9 @@ def report(plan: Plan, workdir: epath.Path) -> list[str]:
       arms.append(study.read_arm(arm.name, runs, note))
   types.expect(bool(arms), "--workdir", "at least one finished run", workdir)
   study.plot(arms, workdir / "study.png")
-  known = json.loads(about.read_text())
-  return [
-    f"`{plan.config}`, commit {known['commit']}, jax {known['jax']}, "
-    f"{known['machine']}", "", *study.table(arms, plan.baselines),
-  ]
+  head = "`{config}`, commit {commit}, jax {jax}, {machine}".format_map(
+    json.loads(about.read_text()))
+  return [head, "", *study.table(arms, plan.baselines)]
 
 
 def main() -> None:

@@ -291,10 +291,11 @@ def _check_together(settings: Settings, devices: int) -> None:
   """Checks that span several sections; raises UserError."""
   batch, ppo = settings.batch, settings.config["ppo"]
   estimator = estimators.find(settings.config["estimator"])
+  start = settings.warm_start
   expect(
-    settings.schedule.trains or settings.warm_start.steps > 0,
-    "total_steps, total_epochs",
-    "one of the two to be positive where warm_start.steps = 0", (0, 0),
+    settings.schedule.trains or start.steps > 0 or bool(start.policy),
+    "total_steps, total_epochs", "one of the two to be positive where "
+    "warm_start has neither steps nor a policy to evaluate", (0, 0),
   )
   expect(
     not estimator.needs_groups or batch.rollouts > 1, "batch.rollouts",

@@ -52,7 +52,7 @@ def test_the_shipped_study_is_a_fair_one(launcher):
   names = [arm.name for arm in plan.arms]
   assert names[0] == "start" and set(plan.baselines) < set(names)
   seeds = {arm.name: len(arm.seeds) for arm in plan.arms}
-  for name in ("ppo", "grpo", "steppo", "ppo, bonus per search"):
+  for name in ("ppo", "grpo", "steppo", "ppo + bonus per search"):
     assert seeds[name] >= 10
   assert min(seeds.values()) >= 5
   rates = {arm.rates for arm in plan.arms if "method" in arm.overrides}
@@ -82,6 +82,18 @@ def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
   ]
   finish(workdir / "ppo/seed_0")
   assert len(launcher.ready(plan, workdir, plan.arms)) == 1
+
+
+def test_an_arm_that_only_evaluates_its_start_is_checked_with_it(
+  launcher, tmp_path
+):
+  config = write(tmp_path, "  add('gold', seeds=1, total_steps=0, "
+                 "rollout=dict(documents='gold'))\n")
+  launcher.load(config)
+  config = write(tmp_path, "  add('x', seeds=1, total_steps=0, "
+                 "from_start=False, warm_start=dict(steps=0))\n")
+  with pytest.raises(types.UserError, match="warm_start has neither steps nor"):
+    launcher.load(config)
 
 
 def test_one_seed_comes_after_the_other_whatever_the_arm(launcher, tmp_path):
