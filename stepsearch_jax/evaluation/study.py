@@ -18,6 +18,8 @@ from etils import epath
 from stepsearch_jax import types
 from stepsearch_jax.evaluation import statistics
 
+_DASHES = ("--", ":", "-.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -211,24 +213,27 @@ def plot(arms: Sequence[Arm], path: epath.Path) -> None:
   from matplotlib import pyplot as plt
 
   figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-  for arm in arms:
+  for number, arm in enumerate(arms):
+    color = plt.get_cmap("tab20")(number % 20)
     steps = sorted(arm.curve)
     values = [arm.curve[step] for step in steps]
     middle = [value.mean() for value in values]
     if len(steps) == 1:
-      axis.axhline(middle[0], linestyle="--", linewidth=1,
-                   label=f"{arm.name} ({len(arm.seeds)})")
+      axis.axhline(middle[0], linestyle=_DASHES[number % len(_DASHES)],
+                   color=color, label=f"{arm.name} ({len(arm.seeds)})")
       continue
-    (line,) = axis.plot(steps, middle, label=f"{arm.name} ({len(arm.seeds)})")
+    axis.plot(steps, middle, color=color, marker="o",
+              label=f"{arm.name} ({len(arm.seeds)})")
     error = [
       1.96 * value.std(ddof=1) / np.sqrt(len(value)) if len(value) > 1 else 0.0
       for value in values
     ]
     axis.fill_between(
       steps, np.subtract(middle, error), np.add(middle, error), alpha=0.15,
-      color=line.get_color(),
+      color=color,
     )
   axis.set(xlabel="training step", ylabel="held-out exact match, mean and 95 %")
+  axis.grid(alpha=0.3)
   axis.legend(fontsize=8)
   figure.savefig(str(path), dpi=110)
   plt.close(figure)
