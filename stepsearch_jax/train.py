@@ -368,6 +368,7 @@ class Job:
     self.state.seconds += now - self.began
     self.began = now
     self.state.monitor = self.sentinel.state
+    self.writer.flush()  # A resumed run writes no step before its checkpoint.
     self.saver.save(self.state)
     self.clock.lap("checkpoint")
 

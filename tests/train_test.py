@@ -187,6 +187,19 @@ def test_a_step_trains_the_end_token_unless_the_reward_drops_it(
   assert got["dropped"] == dropped
 
 
+def test_no_checkpoint_is_newer_than_its_metrics():
+  """In a bucket rows wait: a kill in between would lose them for good."""
+  part, done = python_types.SimpleNamespace, []
+  job = part(
+    state=part(seconds=0.0, monitor=None), began=0.0,
+    sentinel=part(state={}), clock=part(lap=lambda name: None),
+    writer=part(flush=lambda: done.append("metrics")),
+    saver=part(save=lambda state: done.append("checkpoint")),
+  )
+  train.Job.save(job)
+  assert done == ["metrics", "checkpoint"]
+
+
 @pytest.mark.slow
 def test_a_users_function_that_fails_loses_no_step(tmp_path, monkeypatch):
   calls = []

@@ -135,6 +135,11 @@ class MetricsWriter:
     if self._tracker is not None:
       self._tracker.log(step, values)
 
+  def flush(self) -> None:
+    """Returns once all records are in the file, a bucket's included."""
+    if self._active:
+      self._log.flush()
+
   def write_rollouts(
     self, step: int, rows: Sequence[Mapping[str, Any]]
   ) -> None:
