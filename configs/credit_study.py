@@ -34,7 +34,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def study(add: Callable[..., None]) -> None:
   """Lists the arms; the first one is the start."""
-  # 60 training steps take about as long as 200 of imitation.
+  # 300 more steps of imitation took 277 s, 60 training steps 259 s (means of
+  # five seeds, commit eeeec51).
   imitated = quickstart.get_config().warm_start.steps
   add("start", seeds=10, total_steps=0)
   add("closed book", seeds=5, total_steps=0,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import platform
 import shlex
 import signal
@@ -28,7 +29,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from stepsearch_jax import cli, files, types
+from stepsearch_jax import buckets, cli, files, types
 from stepsearch_jax.evaluation import card, study
 from stepsearch_jax.plan import machines
 from stepsearch_jax.run import identity
@@ -43,7 +44,7 @@ _COMMANDS = flags.DEFINE_bool(
   "commands", False, "Print the commands that can run now, one per line."
 )
 _ONLY = flags.DEFINE_list("only", [], "Play these arms only, for instance ppo.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", 1)
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time.", 1)
 _TABLE = flags.DEFINE_bool("table", False, "Only tell what is finished.")
 _ALLOW_DIRTY = flags.DEFINE_bool(
   "allow_dirty", False, "Accept edited files; the table then says so."
@@ -284,11 +285,9 @@ def ready(
 
 
 def play(
-  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], jobs: int
+  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], parallel: int
 ) -> None:
-  """Plays all runs, `jobs` of them at a time.
-
-  With several jobs each run's output goes to a file of its name in logs/.
+  """Plays all runs, `parallel` of them at a time.
 
   Raises:
     UserError: a run failed; those that were under way have ended.
@@ -297,17 +296,19 @@ def play(
   failed: list[str] = []
   try:
     while True:
+      # Reads many files, perhaps in a bucket: only when a run has ended.
       waiting = [
         line for line in ready(plan, workdir, arms)
         if shlex.join(line) not in running
       ]
-      while waiting and len(running) < jobs and not failed:
+      while waiting and len(running) < parallel and not failed:
         print(f"{len(waiting)} runs can start", flush=True)
         line = waiting.pop(0)
-        running[shlex.join(line)] = _begin(line, workdir, alone=jobs == 1)
+        running[shlex.join(line)] = _begin(line, quiet=parallel > 1)
       if not running:
         break
-      time.sleep(0.2)
+      while all(process.poll() is None for process in running.values()):
+        time.sleep(0.2)
       for text in [t for t, run in running.items() if run.poll() is not None]:
         if code := running.pop(text).returncode:
           failed.append(f"{text} ended with code {code}")
@@ -319,18 +320,15 @@ def play(
     raise types.UserError(f"{failed[0]}; the same study goes on from there")
 
 
-def _begin(
-  line: Sequence[str], workdir: epath.Path, alone: bool
-) -> subprocess.Popen:
-  """Starts a run; its output is this terminal's only if it is alone."""
-  if alone:
+def _begin(line: Sequence[str], quiet: bool) -> subprocess.Popen:
+  """Starts a run; its output goes to a file if others run beside it."""
+  if not quiet:
     return subprocess.Popen(line)
   flag = next(x for x in line if x.startswith("--workdir="))
-  name = epath.Path(flag.partition("=")[2]).relative_to(workdir)
-  log = workdir / "logs" / f"{'_'.join(name.parts)}.log"
+  log = pathlib.Path(flag.removeprefix("--workdir=")) / "log.txt"
   log.parent.mkdir(parents=True, exist_ok=True)
-  with open(log, "a") as out:
-    return subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT)
+  with log.open("a") as out:
+    return subprocess.Popen(line, stdout=out, stderr=out)
 
 
 def report(plan: Plan, workdir: epath.Path) -> list[str]:
@@ -365,6 +363,8 @@ def main() -> None:
   types.expect(not strange, "--only", f"names among {names}", sorted(strange))
   if _TABLE.value:
     return tell(plan, workdir)
+  alone = _PARALLEL.value == 1 or not buckets.is_bucket(workdir)
+  types.expect(alone, "--parallel", "1 in a bucket", _PARALLEL.value)
   workdir.mkdir(parents=True, exist_ok=True)
   claim(workdir, plan.config)
   arms = [a for a in plan.arms if not _ONLY.value or a.name in _ONLY.value
@@ -373,7 +373,7 @@ def main() -> None:
     print(*map(shlex.join, ready(plan, workdir, arms)), sep="\n")
     return
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  play(plan, workdir, arms, _JOBS.value)
+  play(plan, workdir, arms, _PARALLEL.value)
   tell(plan, workdir)
 
 

@@ -1,7 +1,6 @@
 """Trains a search agent: rollout, rewards, advantages, update, repeat.
 
-  stepsearch train --config=quickstart \\
-    --workdir=runs/quickstart
+  stepsearch train --config=quickstart --workdir=runs/quickstart
 
 The same command resumes a run that was interrupted; --workdir alone is enough
 then. Every config field can be overridden: `--config.ppo.policy_lr=1e-6`.

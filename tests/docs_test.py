@@ -89,6 +89,8 @@ def commands(text):
 def flags_of(verb):
   """Names of the flags that a verb defines, takes over or shares."""
   sources = [cli_test.source_of(verb), ROOT / "stepsearch_jax/cli.py"]
+  if "AgentFlags()" in sources[0].read_text():
+    sources.append(ROOT / "stepsearch_jax/run/agent_flags.py")
   return {"help"} | {
     name for path in sources for name in re.findall(
       r'(?:DEFINE_\w+|declare_key_flag)\(\s*"(\w+)"', path.read_text())

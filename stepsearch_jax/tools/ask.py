@@ -17,25 +17,12 @@ import json
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from stepsearch_jax import cli, types
 from stepsearch_jax.rewards import step_rewards, text_match, token_rewards
-from stepsearch_jax.run import asking
+from stepsearch_jax.run import agent_flags, asking
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Default: the settings that --workdir or --model holds."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
-_MODEL = flags.DEFINE_string(
-  "model", None, "Play this model (HF folder or id, *.gguf, package:<name>) "
-  "instead of a run's policy."
-)
-_INDEX = flags.DEFINE_string(
-  "index", None, "Search this folder (see stepsearch index) instead of what "
-  "the settings say."
-)
+_AGENT = agent_flags.AgentFlags()
 _JSON = flags.DEFINE_bool("json", False, "Print the reply as one JSON line.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", 0.0)
 
@@ -207,9 +194,7 @@ def converse(agent: asking.Agent, temperature: float) -> None:
 
 def main(argv: list[str]) -> None:
   """Entry; see the module docstring."""
-  agent = asking.open_agent(_CONFIG.value, asking.Wanted(
-    _WORKDIR.value, _STEP.value, _MODEL.value, _INDEX.value
-  ))
+  agent = _AGENT.open()
   question = " ".join(argv)
   if _JSON.value:
     types.expect(bool(question), "--json", "a question behind the flags", "")

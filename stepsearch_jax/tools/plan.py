@@ -1,7 +1,6 @@
 """Says before a run whether it fits a machine, and what will bind it.
 
-  stepsearch plan --topology=v5e:4x4 \\
-    --config=stepsearch_qwen2_5_3b
+  stepsearch plan --topology=v5e:4x4 --config=stepsearch_qwen2_5_3b
 
 compiles every program of the run with the real TPU compiler (package libtpu;
 no TPU needed) and prints memory per chip, the roofline of a step and whether

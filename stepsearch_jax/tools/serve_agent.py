@@ -19,25 +19,12 @@ from __future__ import annotations
 
 from absl import flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from stepsearch_jax import cli
-from stepsearch_jax.run import asking
+from stepsearch_jax.run import agent_flags
 from stepsearch_jax.serving import listening
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Default: the settings that --workdir or --model holds."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")
-_MODEL = flags.DEFINE_string(
-  "model", None, "Play this model (HF folder or id, *.gguf, package:<name>) "
-  "instead of a run's policy."
-)
-_INDEX = flags.DEFINE_string(
-  "index", None, "Search this folder (see stepsearch index) instead of what "
-  "the settings say."
-)
+_AGENT = agent_flags.AgentFlags()
 _NAME = flags.DEFINE_string(
   "name", None, "Of the model; default the name of the folder of --workdir or "
   "--model."
@@ -68,13 +55,9 @@ def main() -> None:
     _BODY_BYTES.value, _QUESTION_CHARS.value, _WAITING.value, _TIMEOUT.value
   )
   bound = listening.bind(_HOST.value, _PORT.value)
-  agent = asking.open_agent(_CONFIG.value, asking.Wanted(
-    _WORKDIR.value, _STEP.value, _MODEL.value, _INDEX.value
-  ))
+  agent = _AGENT.open()
   agent.ask("Warm up?")  # Compiles before the first request.
-  name = _NAME.value or epath.Path(
-    _WORKDIR.value or _MODEL.value or agent.name
-  ).name
+  name = _NAME.value or epath.Path(_AGENT.place or agent.name).name
   logging.info("%s as %r on http://%s:%d/v1", agent.name, name, _HOST.value,
                _PORT.value)
   listening.serve(chat.make_app(agent, name, limits), bound)

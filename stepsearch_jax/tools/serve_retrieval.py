@@ -1,8 +1,7 @@
 """Serves an index as the /retrieve of Search-R1 and StepSearch.
 
   pip install -e ".[serve]"
-  stepsearch serve --index=wiki18_index \\
-    --port=8000
+  stepsearch serve --index=wiki18_index --port=8000
 
 Training here needs no server; this one is for other projects and for sharing
 one index between runs (`--config.retrieval.remote=http://host:8000`).

@@ -113,7 +113,7 @@ def test_one_seed_comes_after_the_other_whatever_the_arm(launcher, tmp_path):
 RUN = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1].partition("=")[2])
-folder.mkdir(parents=True)
+folder.mkdir(parents=True, exist_ok=True)
 (folder / "begun").touch()
 print("hello from", folder.name, folder.parent.name)
 if "fails" in str(folder):
@@ -136,9 +136,9 @@ def test_runs_that_can_are_played_side_by_side(
     return [sys.executable, "-c", RUN, f"--workdir={folder}"]
 
   monkeypatch.setattr(launcher, "command", command)
-  launcher.play(plan, workdir, plan.arms, jobs=2)
+  launcher.play(plan, workdir, plan.arms, parallel=2)
   assert not launcher.ready(plan, workdir, plan.arms)
-  log = (workdir / "logs/ppo_seed_1.log").read_text()
+  log = (workdir / "ppo/seed_1/log.txt").read_text()
   assert log == "hello from seed_1 ppo\n"
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_fails_ends_the_study_when_the_others_are_done(
     sys.executable, "-c", RUN, f"--workdir={rest[4]}"
   ])
   with pytest.raises(types.UserError, match="ended with code 3; the same"):
-    launcher.play(plan, workdir, plan.arms, jobs=2)
+    launcher.play(plan, workdir, plan.arms, parallel=2)
   unfinished = launcher.ready(plan, workdir, plan.arms)
   assert {flag(c, "workdir")[0].split("/")[-2] for c in unfinished} >= {"fails"}
 
