@@ -32,11 +32,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return config
 
 
-def study(add: Callable[..., None]) -> None:
-  """Lists the arms; the first one is the start."""
+def study(
+  add: Callable[..., None], config: ml_collections.ConfigDict
+) -> None:
+  """Lists the arms of a study around `config`; the first one is the start."""
+  groups = dict(questions=config.batch.questions // 4, rollouts=4)
   # 300 more steps of imitation took 277 s, 60 training steps 259 s (means of
   # five seeds, commit eeeec51).
-  imitated = quickstart.get_config().warm_start.steps
+  imitated = config.warm_start.steps
   add("start", seeds=10, total_steps=0)
   add("closed book", seeds=5, total_steps=0,
       rollout=dict(documents="random"))
@@ -49,7 +52,7 @@ def study(add: Callable[..., None]) -> None:
                       repeat=0.0, give_up=0.0))
   add("ppo", seeds=10, rates=RATES, method="ppo")
   add("grpo", seeds=10, rates=RATES, method="grpo",
-      batch=dict(questions=16, rollouts=4))
+      batch=groups)
   add("reinforce", seeds=5, rates=RATES, method="reinforce")
   add("steppo", seeds=10, rates=RATES, method="steppo")
   add("steppo without gain", seeds=5, rates=RATES, method="steppo",
@@ -60,7 +63,6 @@ def study(add: Callable[..., None]) -> None:
       reward=dict(search_key_reward=False))
   add("ppo + bonus per search", seeds=10, rates=RATES, method="ppo",
       reward=dict(search_bonus=0.1))
-  groups = dict(questions=16, rollouts=4)
   for method in ("turn_ppo", "bilevel", "tips"):
     add(method, seeds=5, rates=RATES, method=method)
   for method in ("igpo", "gigpo", "turn_rloo", "stratified", "llds_grpo"):

@@ -3,7 +3,7 @@
   stepsearch study --config=configs/credit_study.py --workdir=studies/credit
   stepsearch study --config=... --workdir=/shared/study --commands | parallel
 
-The config's `study(add)` lists the arms. Every seed has one start, which all
+The config's `study(add, config)` lists the arms. Every seed has one start, which all
 arms that begin from it share; arms with several learning rates choose one on
 the validation split; the last evaluation is the figure. The same command goes
 on with a stopped study. One commit, one jax and one kind of machine: anything
@@ -36,7 +36,7 @@ from stepsearch_jax.run import identity
 from stepsearch_jax.run.settings import Settings
 
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Name or path of a config with a study(add), perhaps with "
+  "config", None, "Name or path of a config with a study, perhaps with "
   ":arguments."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
@@ -141,7 +141,7 @@ def load(config: str) -> Plan:
   spec = importlib.util.spec_from_file_location("study_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  types.expect(hasattr(module, "study"), "--config", "a file with study(add)",
+  types.expect(hasattr(module, "study"), "--config", "a file with a study",
                path)
   arms: list[ArmPlan] = []
 
@@ -151,7 +151,7 @@ def load(config: str) -> Plan:
       tuple(rates),
     ))
 
-  module.study(add)
+  module.study(add, module.get_config(argument or None))
   efforts = {}
   for arm in arms:
     known = module.get_config(argument or None)

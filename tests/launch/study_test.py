@@ -16,7 +16,7 @@ from configs import quickstart
 BASELINES, TUNING_SEED = ("ppo",), 99
 def get_config(arg=None):
   return quickstart.get_config(arg)
-def study(add):
+def study(add, config):
   add("start", seeds=2, total_steps=0)
 """
 
@@ -47,8 +47,9 @@ def flag(command, name):
   return [a.split("=", 1)[1] for a in command if a.startswith(f"--{name}=")]
 
 
-def test_the_shipped_study_is_a_fair_one(launcher):
-  plan = launcher.load(str(ROOT / "configs/credit_study.py"))
+@pytest.mark.parametrize("argument", ["", ":runlocal"])
+def test_the_shipped_study_is_a_fair_one(launcher, argument):
+  plan = launcher.load(str(ROOT / "configs/credit_study.py") + argument)
   names = [arm.name for arm in plan.arms]
   assert names[0] == "start" and set(plan.baselines) < set(names)
   seeds = {arm.name: len(arm.seeds) for arm in plan.arms}
