@@ -3,10 +3,10 @@
   stepsearch study --config=configs/credit_study.py --workdir=studies/credit
   stepsearch study --config=... --workdir=/shared/study --commands | parallel
 
-The config's `study(add, config)` lists the arms. Every seed has one start, which all
-arms that begin from it share; arms with several learning rates choose one on
-the validation split; the last evaluation is the figure. The same command goes
-on with a stopped study. One commit, one jax and one kind of machine: anything
+The config's `study(add, config)` lists the arms. Every seed has one start,
+which all arms that begin from it share; arms with several learning rates choose
+one on the validation split; the last evaluation is the figure. The same command
+goes on with a stopped study. One commit, one jax and one kind of machine: anything
 else is refused. A table and a plot end it, --report=FILE.md also puts them
 between the markers in that file.
 """
