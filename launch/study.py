@@ -6,9 +6,9 @@
 The config's `study(add, config)` lists the arms. Every seed has one start,
 which all arms that begin from it share; arms with several learning rates choose
 one on the validation split; the last evaluation is the figure. The same command
-goes on with a stopped study. One commit, one jax and one kind of machine: anything
-else is refused. A table and a plot end it, --report=FILE.md also puts them
-between the markers in that file.
+goes on with a stopped study. One commit, one jax and one kind of machine:
+anything else is refused. A table and a plot end it, --report=FILE.md also puts
+the table between the markers in that file.
 """
 
 from __future__ import annotations
