@@ -9,12 +9,15 @@ one on the validation split; the last evaluation is the figure. The same command
 goes on with a stopped study. One commit, one jax and one kind of machine:
 anything else is refused. A table and a plot end it, --report=FILE.md also puts
 the table between the markers in that file.
+
+--record=FILE.jsonl keeps what came out of every run, a line each: enough for
+the table. A study goes on from a record without the folders, then perhaps with
+other seeds on another kind of machine: --seeds=5,6,7.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import platform
@@ -23,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -32,8 +35,14 @@ from etils import epath
 from stepsearch_jax import buckets, cli, files, types
 from stepsearch_jax.evaluation import card, study
 from stepsearch_jax.plan import machines
-from stepsearch_jax.run import identity
-from stepsearch_jax.run.settings import Settings
+from stepsearch_jax.run import study_plan
+from stepsearch_jax.run.study_book import (
+  Book,
+  is_finished,
+  rate_folder,
+  run_folder,
+)
+from stepsearch_jax.run.study_plan import ArmPlan, Plan
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "Name or path of a config with a study, perhaps with "
@@ -51,144 +60,15 @@ _ALLOW_DIRTY = flags.DEFINE_bool(
 )
 _REPORT = flags.DEFINE_string("report", None, "Also write the table there.")
 
+_RECORD = flags.DEFINE_string(
+  "record", None, "JSONL file of finished runs, read first and written last."
+)
+_SEEDS = flags.DEFINE_list("seeds", [], "Play these seeds, not the first ones.")
+
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
-@dataclasses.dataclass(frozen=True)
-class ArmPlan:
-  """One arm of a study.
-
-  Attributes:
-    name: of the arm.
-    seeds: of its runs.
-    overrides: fields in which it differs from the config.
-    from_start: begins from its seed's shared start.
-    rates: values of ppo.policy_lr to choose from; () keeps the config's.
-  """
-
-  name: str
-  seeds: tuple[int, ...]
-  overrides: dict[str, object]
-  from_start: bool
-  rates: tuple[float, ...]
-
-  def fields(self, start: ArmPlan, folder: object) -> dict[str, object]:
-    """Returns all fields that it sets, `folder` being its start's run."""
-    if not self.from_start or self is start:
-      return self.overrides
-    return {"warm_start.policy": folder, "warm_start.steps": 0} | self.overrides
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A study as its config file describes it.
-
-  Attributes:
-    config: path of the config, with its argument.
-    arms: in the order of the table; the first one is the start.
-    baselines: arms that the others are compared with.
-    tuning_seed: seed of the runs that choose learning rates.
-  """
-
-  config: str
-  arms: tuple[ArmPlan, ...]
-  baselines: tuple[str, ...]
-  tuning_seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-  """What a learning arm may spend; equal for all of them.
-
-  Attributes:
-    length: of a run, in steps or in passes over the questions.
-    rollouts: that a step plays at most, those of dynamic sampling included.
-    trajectories: that a step learns from.
-    mini_batch, epochs: how it learns from them.
-  """
-
-  length: str
-  rollouts: int
-  trajectories: int
-  mini_batch: int
-  epochs: int
-
-  @classmethod
-  def of(cls, settings: Settings) -> Effort:
-    """Returns what a run with these settings spends."""
-    schedule, batch = settings.schedule, settings.batch
-    length = f"{schedule.steps} steps"
-    if schedule.epochs:  # How many steps these are depends on the batch.
-      length = (f"{schedule.epochs:g} passes, {batch.questions} questions a "
-                "step")
-    ppo = settings.config["ppo"]
-    return cls(
-      length,
-      batch.trajectories * (batch.dynamic_limit if batch.dynamic else 1),
-      batch.trajectories, ppo["mini_batch"], ppo["epochs"],
-    )
-
-
-def load(config: str) -> Plan:
-  """Returns the checked plan of a config file.
-
-  Raises:
-    UserError: no study in it, an unknown field, or learning arms that differ
-      in what they may spend.
-  """
-  config = cli.find_config(config)
-  path, _, argument = config.partition(":")
-  spec = importlib.util.spec_from_file_location("study_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  types.expect(hasattr(module, "study"), "--config", "a file with a study",
-               path)
-  arms: list[ArmPlan] = []
-
-  def add(name, seeds, from_start=True, rates=(), **overrides):
-    arms.append(ArmPlan(
-      name, tuple(range(seeds)), identity.flat(overrides), from_start,
-      tuple(rates),
-    ))
-
-  module.study(add, module.get_config(argument or None))
-  efforts = {}
-  for arm in arms:
-    known = module.get_config(argument or None)
-    for field, value in arm.fields(arms[0], "its folder").items():
-      _set(known, f"{path}: arm {arm.name}", field, value)
-    checked = Settings.from_config(known)
-    if checked.schedule.trains:
-      efforts[arm.name] = Effort.of(checked)
-  _check_equal(efforts, path)
-  return Plan(config, tuple(arms), tuple(module.BASELINES), module.TUNING_SEED)
-
-
-def _check_equal(efforts: Mapping[str, Effort], path: str) -> None:
-  """Raises a UserError that names two arms of other efforts, if there are."""
-  for name, effort in efforts.items():
-    first, wanted = next(iter(efforts.items()))
-    for field, value in dataclasses.asdict(wanted).items():
-      types.expect(
-        getattr(effort, field) == value, f"{path}: arms differ in {field}",
-        f"{value!r} as in {first}", f"{getattr(effort, field)} in {name}",
-      )
-
-
-def _set(config, where: str, field: str, value: object) -> None:
-  """Sets a field that the config must have, with a value of its type."""
-  *outer, last = field.split(".")
-  node = config
-  for name in outer:
-    node = node.get(name, {})
-  types.expect(last in node, where, "fields of the config only", field)
-  try:
-    node[last] = value
-  except TypeError as error:
-    raise types.UserError(f"{where}: {field}: {error}") from error
-
-
-def claim(workdir: epath.Path, config: str) -> None:
+def claim(workdir: epath.Path, config: str) -> dict[str, str]:
   """Writes down, or compares, what all runs of a study have in common."""
   here = {
     "config": config, "commit": card.commit(), "jax": jax.__version__,
@@ -202,16 +82,12 @@ def claim(workdir: epath.Path, config: str) -> None:
   path = workdir / "study.json"
   if not path.exists():
     files.write_text(path, json.dumps(here, indent=2) + "\n")
-    return
+    return here
   there = json.loads(path.read_text())
   for name, value in here.items():
     types.expect(there.get(name) == value, f"{workdir}: {name}",
                  f"{there.get(name)!r}, with which the study began", value)
-
-
-def run_folder(workdir: epath.Path, arm: ArmPlan, seed: int) -> epath.Path:
-  """Folder of one run."""
-  return workdir / arm.name / f"seed_{seed}"
+  return here
 
 
 def command(
@@ -226,66 +102,55 @@ def command(
   return [sys.executable, "-m", "stepsearch_jax.train", *arguments, *extra]
 
 
-def is_finished(folder: epath.Path) -> bool:
-  """Whether a run has ended."""
-  return (folder / "summary.json").exists()
-
-
-def chosen_rate(workdir: epath.Path, arm: ArmPlan) -> float | None:
-  """The rate with the best validation EM; None while one is missing."""
-  scores = {}
-  for rate in arm.rates:
-    folder = workdir / "rates" / arm.name / f"{rate:g}"
-    if not is_finished(folder):
-      return None
-    scores[rate] = json.loads((folder / "summary.json").read_text())["em_after"]
-  return max(scores, key=lambda rate: scores[rate])
-
-
 def ready(
-  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan]
+  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], book: Book
 ) -> list[list[str]]:
   """Commands of the runs that are not finished and wait for no other.
 
   Those that choose learning rates come first, then one seed after the other,
   so that a study that is stopped has the same seeds of every arm.
   """
+  start, tuning = plan.arms[0], plan.tuning_seed
+  others = [arm for arm in arms if arm is not start]
   found: list[tuple[int, list[str]]] = []
-  start, first = plan.arms[0], -1
-  for arm in arms:
-    rate = []
+
+  def add(arm, seed, folder, extra=()):
+    """Adds a run, unless it is finished or waits for its start."""
+    begins = not arm.from_start or arm is start or is_finished(
+      run_folder(workdir, start, seed))
+    if begins and not is_finished(folder):
+      turn = -1 if seed == tuning else seed
+      found.append((turn, command(plan, workdir, arm, seed, folder, extra)))
+
+  # A start that only a record knows is played again for those that need it.
+  seeds = {s for a in others if a.from_start for s in a.seeds
+           if not book.has(a, s)}
+  if any(book.chosen_rate(a, tuning) is None for a in others if a.rates):
+    seeds.add(tuning)
+  if not others:
+    seeds = {seed for seed in start.seeds if not book.has(start, seed)}
+  for seed in sorted(seeds):
+    add(start, seed, run_folder(workdir, start, seed))
+  for arm in others:
+    extra = []
     if arm.rates:
-      best = chosen_rate(workdir, arm)
+      best = book.chosen_rate(arm, tuning)
       if best is None:
-        seed = plan.tuning_seed
-        if is_finished(run_folder(workdir, start, seed)):
-          found += [
-            (first, command(plan, workdir, arm, seed, folder, [
-              f"--config.ppo.policy_lr={value}",
-              "--config.data.split=validation",
-            ]))
-            for value in arm.rates
-            if not is_finished(
-              folder := workdir / "rates" / arm.name / f"{value:g}")
-          ]
+        for rate in sorted(set(arm.rates) - set(book.tried(arm, tuning))):
+          add(arm, tuning, rate_folder(workdir, arm, rate),
+              [f"--config.ppo.policy_lr={rate}",
+               "--config.data.split=validation"])
         continue
-      rate = [f"--config.ppo.policy_lr={best}"]
-    seeds = arm.seeds
-    if arm is start:  # As many as the others need.
-      others = [a for a in arms if a is not start] or [start]
-      seeds = {plan.tuning_seed, *(s for a in others for s in a.seeds)}
-    for seed in seeds:
-      folder = run_folder(workdir, arm, seed)
-      waits = arm.from_start and arm is not start and not is_finished(
-        run_folder(workdir, start, seed))
-      if not is_finished(folder) and not waits:
-        turn = first if seed == plan.tuning_seed else seed
-        found.append((turn, command(plan, workdir, arm, seed, folder, rate)))
+      extra = [f"--config.ppo.policy_lr={best}"]
+    for seed in arm.seeds:
+      if not book.has(arm, seed):
+        add(arm, seed, run_folder(workdir, arm, seed), extra)
   return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
 
 def play(
-  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], parallel: int
+  plan: Plan, workdir: epath.Path, arms: Sequence[ArmPlan], book: Book,
+  parallel: int,
 ) -> None:
   """Plays all runs, `parallel` of them at a time.
 
@@ -298,7 +163,7 @@ def play(
     while True:
       # Reads many files, perhaps in a bucket: only when a run has ended.
       waiting = [
-        line for line in ready(plan, workdir, arms)
+        line for line in ready(plan, workdir, arms, book)
         if shlex.join(line) not in running
       ]
       while waiting and len(running) < parallel and not failed:
@@ -331,55 +196,71 @@ def _begin(line: Sequence[str], quiet: bool) -> subprocess.Popen:
     return subprocess.Popen(line, stdout=out, stderr=out)
 
 
-def report(plan: Plan, workdir: epath.Path) -> list[str]:
+def report(plan: Plan, workdir: epath.Path, book: Book) -> list[str]:
   """Draws the curves and returns the table of what is finished.
 
   Raises:
-    UserError: no study has begun there, or none of its runs is finished.
+    UserError: none of the study's runs is finished.
   """
-  about, arms = workdir / "study.json", []
-  types.expect(about.exists(), "--workdir", "the folder of a study", workdir)
+  rows, arms = book.rows(plan), []
+  if _RECORD.value:
+    files.write_text(epath.Path(_RECORD.value), files.to_jsonl(rows))
   for arm in plan.arms:
-    runs = {
-      seed: folder for seed in arm.seeds
-      if is_finished(folder := run_folder(workdir, arm, seed))
-    }
+    runs = {row["seed"]: row for row in rows
+            if row["arm"] == arm.name and row["rate"] is None}
     if runs:
-      rate = chosen_rate(workdir, arm) if arm.rates else None
+      rate = book.chosen_rate(arm, plan.tuning_seed)
       note = f"policy_lr {rate:g}" if rate else ""
-      arms.append(study.read_arm(arm.name, runs, note))
+      arms.append(study.gather(arm.name, runs, note))
   types.expect(bool(arms), "--workdir", "at least one finished run", workdir)
   study.plot(arms, workdir / "study.png")
-  head = "`{config}`, commit {commit}, jax {jax}, {machine}".format_map(
-    json.loads(about.read_text()))
+  head = "`{config}`, commit {commit}, jax {jax}, ".format_map(rows[0])
+  head += " and ".join(sorted({row["machine"] for row in rows}))
   return [head, "", *study.table(arms, plan.baselines)]
+
+
+def _arms(plan: Plan) -> list[ArmPlan]:
+  """The arms to play, with the seeds to play."""
+  names = [arm.name for arm in plan.arms]
+  strange = set(_ONLY.value) - set(names)
+  types.expect(not strange, "--only", f"names among {names}", sorted(strange))
+  try:
+    seeds = tuple(map(int, _SEEDS.value))
+  except ValueError:
+    raise types.UserError(
+      f"--seeds: expected numbers, for instance 5,6,7, got {_SEEDS.value}"
+    ) from None
+  start, *others = plan.arms
+  others = [arm for arm in others if not _ONLY.value or arm.name in _ONLY.value]
+  return [start] + [
+    dataclasses.replace(arm, seeds=seeds or arm.seeds) for arm in others
+  ]
 
 
 def main() -> None:
   """Entry; see the module docstring."""
-  plan, workdir = load(_CONFIG.value), epath.Path(_WORKDIR.value)
-  names = [arm.name for arm in plan.arms]
-  strange = set(_ONLY.value) - set(names)
-  types.expect(not strange, "--only", f"names among {names}", sorted(strange))
+  plan = study_plan.load(cli.find_config(_CONFIG.value))
+  workdir, arms = epath.Path(_WORKDIR.value), _arms(plan)
+  record = epath.Path(_RECORD.value) if _RECORD.value else None
+  book = Book(workdir, record)
   if _TABLE.value:
-    return tell(plan, workdir)
+    return tell(plan, workdir, book)
   alone = _PARALLEL.value == 1 or not buckets.is_bucket(workdir)
   types.expect(alone, "--parallel", "1 in a bucket", _PARALLEL.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  claim(workdir, plan.config)
-  arms = [a for a in plan.arms if not _ONLY.value or a.name in _ONLY.value
-          or a is plan.arms[0]]
+  about = claim(workdir, plan.config)
+  book.check(about, arms)
   if _COMMANDS.value:
-    print(*map(shlex.join, ready(plan, workdir, arms)), sep="\n")
+    print(*map(shlex.join, ready(plan, workdir, arms, book)), sep="\n")
     return
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  play(plan, workdir, arms, _PARALLEL.value)
-  tell(plan, workdir)
+  play(plan, workdir, arms, book, _PARALLEL.value)
+  tell(plan, workdir, book)
 
 
-def tell(plan: Plan, workdir: epath.Path) -> None:
+def tell(plan: Plan, workdir: epath.Path, book: Book) -> None:
   """Writes and prints the table; see `report`."""
-  lines = report(plan, workdir)
+  lines = report(plan, workdir, book)
   files.write_text(workdir / "study.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
   if _REPORT.value:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.env import prompts, search_env
@@ -202,3 +204,27 @@ class ScriptedPrograms:
     )
 
 
+def write_study_run(folder, finals, start=0.0, ids=None):
+  """A finished run of a study: EM `start` at step 0, `finals` at step 10."""
+  for step, scores in ((0, [start] * len(finals)), (10, finals)):
+    place = folder / "evaluations" / f"step_{step:06d}"
+    place.mkdir(parents=True)
+    rows = [
+      {"id": ids[i] if ids else f"q{i}", "em": em, "hops": 2 + i % 2,
+       "searches": 3, "retrieval_recall": 0.5}
+      for i, em in enumerate(scores)
+    ]
+    (place / "predictions.jsonl").write_text(
+      "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    (place / "card.json").write_text(
+      json.dumps({"metrics": {"em": float(np.mean(scores))}})
+    )
+  summary = {"train_seconds": 7.0, "em_after": float(np.mean(finals))}
+  (folder / "summary.json").write_text(json.dumps(summary))
+  steps = [{"step": 0}, {"step": 1, "timing_s/step": 90.0},
+           {"step": 2, "timing_s/step": 2.0}, {"step": 3, "timing_s/step": 3.0}]
+  (folder / "metrics.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in steps)
+  )
+  return epath.Path(folder)

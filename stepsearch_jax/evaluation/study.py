@@ -2,15 +2,18 @@
 
 The figure of a run is its last evaluation, the area under its curve the
 second; arms are compared with baselines on the same seeds and questions.
-It knows folders of finished runs, not how they were started.
+It knows folders of finished runs, and rows that tell the same in short, not how
+they were started.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -29,26 +32,27 @@ class Arm:
     name: of the arm.
     note: chosen learning rate or other remark for the table; may be "".
     seeds: of its finished runs, ascending.
-    questions: ids of the test questions, the same for all seeds.
+    questions: digest of the test questions' ids, the same for all seeds.
     em: [seeds, N] exact match per question after the last step.
     curve: {step: [seeds] mean exact match}.
     hops: {hops: mean exact match}.
-    means: further means over seeds and questions: searches, recall.
+    means: further means over seeds and questions: searches, recall; None
+      where it is not known.
     seconds: mean seconds of a run.
-    step_seconds: mean seconds of a step after the first, which compiles; NaN
+    step_seconds: mean seconds of a step after the first, which compiles; None
       where nothing was learned from rewards.
   """
 
   name: str
   note: str
   seeds: tuple[int, ...]
-  questions: tuple[str, ...]
+  questions: str
   em: np.ndarray
   curve: dict[int, np.ndarray]
   hops: dict[int, float]
-  means: dict[str, float]
+  means: dict[str, float | None]
   seconds: float
-  step_seconds: float
+  step_seconds: float | None
 
   @property
   def area(self) -> float:
@@ -60,51 +64,90 @@ class Arm:
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
-def read_arm(
-  name: str, runs: Mapping[int, epath.Path], note: str = ""
+def read_run(folder: epath.Path) -> dict[str, Any]:
+  """Returns what a study keeps of a finished run, as a JSON object.
+
+  Its fields: `questions` (digest of the sorted ids) and `count`, `em` (a bit
+  per question in that order, as hexadecimal), `em_after` (their mean), `curve`
+  {step: mean exact match}, `hops` {hops: mean exact match}, `searches`,
+  `recall`, `seconds`, `step_seconds` (mean of a step after the first, which
+  compiles).
+  """
+  evaluations = sorted((folder / "evaluations").glob("step_*"))
+  rows = _predictions(evaluations[-1])
+  hops = collections.defaultdict(list)
+  for row in rows:
+    hops[row.get("hops", 0)].append(row["em"])
+  ids = "\n".join(row["id"] for row in rows)
+  summary = json.loads((folder / "summary.json").read_text())
+  return {
+    "questions": hashlib.sha256(ids.encode()).hexdigest()[:12],
+    "count": len(rows),
+    "em": np.packbits([row["em"] > 0 for row in rows]).tobytes().hex(),
+    "curve": {
+      place.name.removeprefix("step_").lstrip("0") or "0":
+        json.loads((place / "card.json").read_text())["metrics"]["em"]
+      for place in evaluations
+    },
+    "hops": {str(n): float(np.mean(em)) for n, em in sorted(hops.items()) if n},
+    "searches": _mean([row["searches"] for row in rows]),
+    "recall": _mean([row.get("retrieval_recall") for row in rows]),
+    "em_after": summary["em_after"],
+    "seconds": summary["train_seconds"],
+    "step_seconds": _mean(_step_seconds(folder)),
+  }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  """Mean of what is known; None where nothing is."""
+  known = [value for value in values if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+def gather(
+  name: str, runs: Mapping[int, Mapping[str, Any]], note: str = ""
 ) -> Arm:
   """Returns the outcomes of an arm's finished runs.
 
   Args:
     name: of the arm.
-    runs: folder per seed.
+    runs: what `read_run` returned, per seed.
     note: see `Arm`.
 
   Raises:
     UserError: two runs were asked different questions.
   """
-  seeds, ids, em, seconds = tuple(sorted(runs)), None, [], []
-  steps: list[float] = []
-  curve, hops = collections.defaultdict(list), collections.defaultdict(list)
-  means = collections.defaultdict(list)
-  for seed in seeds:
-    evaluations = sorted((runs[seed] / "evaluations").glob("step_*"))
-    for folder in evaluations:
-      step = int(folder.name.removeprefix("step_"))
-      card = json.loads((folder / "card.json").read_text())
-      curve[step].append(card["metrics"]["em"])
-    rows = _predictions(evaluations[-1])
-    asked = tuple(row["id"] for row in rows)
-    if ids is not None and asked != ids:
-      raise types.UserError(
-        f"{evaluations[-1]}: other questions than in {name}'s first run; a "
-        "study compares runs on the same ones"
-      )
-    ids = asked
-    em.append([row["em"] for row in rows])
-    for row in rows:
-      hops[row.get("hops", 0)].append(row["em"])
-      means["searches"].append(row["searches"])
-      means["recall"].append(row.get("retrieval_recall", np.nan))
-    summary = json.loads((runs[seed] / "summary.json").read_text())
-    seconds.append(summary["train_seconds"])
-    steps += _step_seconds(runs[seed])
+  seeds = tuple(sorted(runs))
+  rows = [runs[seed] for seed in seeds]
+  digests = {row["questions"] for row in rows}
+  if len(digests) > 1:
+    raise types.UserError(
+      f"{name}: seeds {seeds} were asked different questions; a study compares "
+      "runs on the same ones"
+    )
+  em = [
+    np.unpackbits(np.frombuffer(bytes.fromhex(row["em"]), np.uint8),
+                  count=row["count"])
+    for row in rows
+  ]
+  steps = sorted({int(step) for row in rows for step in row["curve"]})
+
+  def over_runs(field):
+    return _mean([row[field] for row in rows])
+
   return Arm(
-    name, note, seeds, ids or (), np.array(em, np.float64),
-    {step: np.array(values) for step, values in curve.items()},
-    {n: float(np.mean(values)) for n, values in sorted(hops.items()) if n},
-    {key: float(np.nanmean(values)) for key, values in means.items()},
-    float(np.mean(seconds)), float(np.mean(steps)) if steps else np.nan,
+    name, note, seeds, digests.pop(), np.array(em, np.float64),
+    {
+      step: np.array([row["curve"][str(step)] for row in rows
+                      if str(step) in row["curve"]])
+      for step in steps
+    },
+    {
+      int(n): _mean([row["hops"].get(n) for row in rows])
+      for n in sorted({n for row in rows for n in row["hops"]}, key=int)
+    },
+    {field: over_runs(field) for field in ("searches", "recall")},
+    over_runs("seconds"), over_runs("step_seconds"),
   )
 
 
@@ -167,11 +210,12 @@ def table(arms: Sequence[Arm], baselines: Sequence[str]) -> list[str]:
     cells = [arm.name, str(len(arm.seeds)), _estimate(mean)]
     for column in columns:
       cells += column.get(arm.name, ("-", "-"))
-    step = "-" if np.isnan(arm.step_seconds) else f"{arm.step_seconds:.2f}"
     cells += [f"{arm.area:.3f}"]
     cells += [f"{arm.hops[n]:.3f}" if n in arm.hops else "-" for n in kinds]
-    cells += [f"{arm.means['searches']:.2f}", f"{arm.means['recall']:.3f}",
-              step, f"{arm.seconds:.0f}", arm.note]
+    cells += [
+      _number(arm.means["searches"], 2), _number(arm.means["recall"], 3),
+      _number(arm.step_seconds, 2), _number(arm.seconds, 0), arm.note,
+    ]
     lines.append(_row(cells))
   return lines
 
@@ -197,6 +241,10 @@ def _against(
 
 def _row(cells: Sequence[str]) -> str:
   return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | None, digits: int) -> str:
+  return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _estimate(estimate: statistics.Estimate, signed: bool = False) -> str:

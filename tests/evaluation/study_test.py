@@ -8,41 +8,23 @@ from etils import epath
 
 from stepsearch_jax import types
 from stepsearch_jax.evaluation import study
+from tests import fakes
 
 
-def write_run(folder, finals, start=0.0, ids=None):
-  """A finished run: EM `start` at step 0, `finals` per question at 10."""
-  for step, scores in ((0, [start] * len(finals)), (10, finals)):
-    place = folder / "evaluations" / f"step_{step:06d}"
-    place.mkdir(parents=True)
-    rows = [
-      {"id": ids[i] if ids else f"q{i}", "em": em, "hops": 2 + i % 2,
-       "searches": 3, "retrieval_recall": 0.5}
-      for i, em in enumerate(scores)
-    ]
-    (place / "predictions.jsonl").write_text(
-      "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    (place / "card.json").write_text(
-      json.dumps({"metrics": {"em": float(np.mean(scores))}})
-    )
-  (folder / "summary.json").write_text(json.dumps({"train_seconds": 7.0}))
-  steps = [{"step": 0}, {"step": 1, "timing_s/step": 90.0},
-           {"step": 2, "timing_s/step": 2.0}, {"step": 3, "timing_s/step": 3.0}]
-  (folder / "metrics.jsonl").write_text(
-    "".join(json.dumps(row) + "\n" for row in steps)
-  )
-  return epath.Path(folder)
+def run(*arguments, **more):
+  """What a study keeps of such a run, as it comes back from a record."""
+  folder = fakes.write_study_run(*arguments, **more)
+  return json.loads(json.dumps(study.read_run(folder)))
 
 
 @pytest.fixture
 def arms(tmp_path):
-  base = study.read_arm("ppo", {
-    seed: write_run(tmp_path / f"ppo{seed}", [1.0, 0.0, 0.0, 0.0])
+  base = study.gather("ppo", {
+    seed: run(tmp_path / f"ppo{seed}", [1.0, 0.0, 0.0, 0.0])
     for seed in range(4)
   })
-  better = study.read_arm("steppo", {
-    seed: write_run(tmp_path / f"steppo{seed}", [1.0, 1.0, 0.0, 1.0], 0.5)
+  better = study.gather("steppo", {
+    seed: run(tmp_path / f"steppo{seed}", [1.0, 1.0, 0.0, 1.0], 0.5)
     for seed in (3, 1, 2)
   }, "policy_lr 0.0003")
   return base, better
@@ -75,8 +57,8 @@ def test_the_table_says_how_sure_a_difference_is(arms):
 
 
 def test_the_table_has_a_difference_per_baseline(arms, tmp_path):
-  apart = study.read_arm("apart", {
-    9: write_run(tmp_path / "apart", [1.0, 1.0, 1.0, 1.0])
+  apart = study.gather("apart", {
+    9: run(tmp_path / "apart", [1.0, 1.0, 1.0, 1.0])
   })
   lines = study.table([*arms, apart], ["ppo", "steppo"])
   assert "EM - ppo (95 %) | p (Holm) | EM - steppo (95 %)" in lines[0]
@@ -87,11 +69,30 @@ def test_the_table_has_a_difference_per_baseline(arms, tmp_path):
 
 def test_runs_on_other_questions_are_refused(tmp_path):
   runs = {
-    0: write_run(tmp_path / "a", [1.0, 0.0]),
-    1: write_run(tmp_path / "b", [1.0, 0.0], ids=["x", "y"]),
+    0: run(tmp_path / "a", [1.0, 0.0]),
+    1: run(tmp_path / "b", [1.0, 0.0], ids=["x", "y"]),
   }
-  with pytest.raises(types.UserError, match="other questions"):
-    study.read_arm("ppo", runs)
+  with pytest.raises(types.UserError, match="ppo: seeds .0, 1. were asked"):
+    study.gather("ppo", runs)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_a_bit_per_question_comes_back(tmp_path, count):
+  em = np.random.default_rng(count).integers(0, 2, count).astype(float)
+  ids = [f"q{i:04d}" for i in range(count)]  # In the order of the ids.
+  row = run(tmp_path / "a", em.tolist(), ids=ids)
+  assert len(row["em"]) <= count / 4 + 2
+  np.testing.assert_array_equal(study.gather("a", {0: row}).em, [em])
+
+
+def test_what_a_run_does_not_know_is_a_dash(tmp_path):
+  folder = fakes.write_study_run(tmp_path / "a", [1.0])
+  (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+  place = folder / "evaluations/step_000010/predictions.jsonl"
+  row = json.loads(place.read_text())
+  place.write_text(json.dumps(row | {"retrieval_recall": None}) + "\n")
+  arm = study.gather("a", {0: study.read_run(folder)})
+  assert study.table([arm], [])[-1].endswith("| 3.00 | - | - | 7 |  |")
 
 
 def test_the_curves_are_drawn(arms, tmp_path):
@@ -101,8 +102,8 @@ def test_the_curves_are_drawn(arms, tmp_path):
 
 def test_the_area_weighs_an_evaluation_by_the_steps_around_it():
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([0.0])}
-  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0, 0.0)
+  arm = study.Arm("a", "", (0,), "", None, curve, {}, {}, 0.0, 0.0)
   assert arm.area == pytest.approx((10 * 0.5 + 30 * 0.5) / 40)
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([1.0])}
-  arm = study.Arm("a", "", (0,), (), None, curve, {}, {}, 0.0, 0.0)
+  arm = study.Arm("a", "", (0,), "", None, curve, {}, {}, 0.0, 0.0)
   assert arm.area == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)

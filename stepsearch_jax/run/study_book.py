@@ -1,0 +1,125 @@
+"""What has come out of a study's runs: its folders and its record.
+
+It knows where a run of a study lies and what is kept of it, not how runs are
+started or compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from stepsearch_jax import files, types
+from stepsearch_jax.evaluation import study
+from stepsearch_jax.run.study_plan import ArmPlan, Plan
+
+
+def run_folder(workdir: epath.Path, arm: ArmPlan, seed: int) -> epath.Path:
+  """Folder of one run."""
+  return workdir / arm.name / f"seed_{seed}"
+
+
+def rate_folder(workdir: epath.Path, arm: ArmPlan, rate: float) -> epath.Path:
+  """Folder of a run that tries a learning rate."""
+  return workdir / "rates" / arm.name / f"{rate:g}"
+
+
+def is_finished(folder: epath.Path) -> bool:
+  """Whether a run has ended."""
+  return (folder / "summary.json").exists()
+
+
+class Book:
+  """What has come out of a study's runs: in its folder, and in a record.
+
+  Attributes:
+    recorded: rows of the record by arm, seed and, where it was a trial, rate.
+  """
+
+  def __init__(self, workdir: epath.Path, record: epath.Path | None):
+    """Reads the record, if there is one.
+
+    Raises:
+      DataError: it is malformed.
+    """
+    self._workdir, self._record = workdir, record
+    rows = []
+    if record is not None and record.exists():
+      rows = [row for _, row in files.read_rows(record)]
+    self.recorded = {(r["arm"], r["seed"], r["rate"]): r for r in rows}
+
+  def has(self, arm: ArmPlan, seed: int) -> bool:
+    """Whether a run is finished."""
+    known = (arm.name, seed, None) in self.recorded
+    return known or is_finished(run_folder(self._workdir, arm, seed))
+
+  def tried(self, arm: ArmPlan, seed: int) -> dict[float, float]:
+    """Validation EM per learning rate that was tried to its end."""
+    found = {}
+    for rate in arm.rates:
+      folder = rate_folder(self._workdir, arm, rate)
+      if row := self.recorded.get((arm.name, seed, rate)):
+        found[rate] = row["em_after"]
+      elif is_finished(folder):
+        found[rate] = json.loads(
+          (folder / "summary.json").read_text())["em_after"]
+    return found
+
+  def chosen_rate(self, arm: ArmPlan, seed: int) -> float | None:
+    """The rate with the best validation EM; None while one is missing.
+
+    Also None where an arm has no choice.
+    """
+    scores = self.tried(arm, seed)
+    if not scores or len(scores) < len(arm.rates):
+      return None
+    return max(scores, key=lambda rate: scores[rate])
+
+  def rows(self, plan: Plan) -> list[dict[str, Any]]:
+    """Returns all runs, as a record has them."""
+    about, found = self._workdir / "study.json", dict(self.recorded)
+    here = json.loads(about.read_text()) if about.exists() else {}
+    for arm in plan.arms:
+      folders: dict[tuple[int, float | None], epath.Path] = {
+        (int(place.name.removeprefix("seed_")), None): place
+        for place in (self._workdir / arm.name).glob("seed_*")
+      }
+      for rate in arm.rates:
+        place = rate_folder(self._workdir, arm, rate)
+        folders[plan.tuning_seed, rate] = place
+      for (seed, rate), place in folders.items():
+        if (arm.name, seed, rate) not in found and is_finished(place):
+          found[arm.name, seed, rate] = {
+            "arm": arm.name, "seed": seed, "rate": rate, **here,
+            **study.read_run(place),
+          }
+    order = [arm.name for arm in plan.arms]
+    rows = [row for row in found.values() if row["arm"] in order]
+    return sorted(rows, key=lambda row: (
+      order.index(row["arm"]), row["rate"] or 0.0, row["seed"]))
+
+
+  def check(
+    self, about: Mapping[str, str], arms: Sequence[ArmPlan]
+  ) -> None:
+    """Refuses a record beside whose runs those of `arms` cannot stand.
+
+    Args:
+      about: what the runs here have in common, as in study.json.
+      arms: that are to be played.
+
+    Raises:
+      UserError: another commit or version, or a seed with something left to
+        play was begun on another kind of machine.
+    """
+    left = {s for arm in arms for s in arm.seeds if not self.has(arm, s)}
+    for (_, seed, rate), row in self.recorded.items():
+      for field in ("commit", "jax"):
+        types.expect(row[field] == about[field], f"{self._record}: {field}",
+                     f"{about[field]!r} as here", row[field])
+      if rate is None and seed in left:
+        types.expect(row["machine"] == about["machine"], "--seeds",
+                     f"none that was begun on {row['machine']}", seed)
