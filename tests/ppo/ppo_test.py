@@ -152,6 +152,14 @@ def test_logprobs_never_hold_all_logits():
   assert f"{n}x{v}" not in text
 
 
+@pytest.mark.parametrize("vocab, tokens", [
+  (1_400, 512),  # Small: no more than what arithmetic asks for.
+  (49_152, 512), (151_936, 384), (262_144, 256), (10**7, 128),
+])
+def test_a_chunk_is_bounded_by_memory_and_by_empty_rows(vocab, tokens):
+  assert logprobs.chunk_size(vocab) == tokens
+
+
 def test_warmup_starts_at_a_full_first_step_unless_released():
   assert float(optimizer.warmup_factor(0, 4)) == 0.25
   assert float(optimizer.warmup_factor(0, 0)) == 1.0
