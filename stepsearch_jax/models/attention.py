@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepsearch_jax.models import cache, cudnn
+from stepsearch_jax.models import cache as cache_lib
+from stepsearch_jax.models import cudnn, decode_kernel
 from stepsearch_jax.parallel import sharding
 
 PREFIX = -1  # Segment id of tokens that all segments of a packed row see.
@@ -72,37 +73,69 @@ def _merge(blocks, shape):
 
 
 def cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array,
-  order: cache.KeyOrder, backend: str | None = None,
+  q: jax.Array, entries: cache_lib.Entries, positions: jax.Array,
+  cache: cache_lib.Cache, kv_length: int | None = None,
+  backend: str | None = None,
 ) -> jax.Array:
   """Attention of new tokens over a slot cache.
 
   Args:
     q: [B, S, H, D] queries.
-    k: [B, KV, T, D] cached keys, or as `order` says; entry t at position t.
-    v: [B, KV, T, D] cached values.
-    positions: [B, S] int32; a query sees entries 0..position.
-    order: how the keys lie.
-    backend: see `packed_attention`; of one query a row, all are XLA's.
+    entries: a layer's keys and values of all slots; entry t at position t.
+    positions: [B, S] int32; a query sees entries 0..position. Outside the
+      cache it is padding, whose result is for nobody to see.
+    cache: tells the slots of the rows and how keys lie.
+    kv_length: static bound on the positions; None = all of the cache.
+    backend: see `packed_attention`. One query per row goes through the decode
+      kernel on TPU where `decode_kernel.block_rows` allows it, else through
+      XLA.
 
   Returns:
     [B, S, H, D].
   """
   backend = backend or backend_of(jax.default_backend())
+  if backend == "splash" and cache.slots is None:
+    rows = decode_kernel.block_rows(q, *entries)
+    if rows and _splits_alike(q.shape[2], entries[0].shape[1]):
+      return _held_only(q, entries, positions, cache, rows)
+  k, v = cache_lib.read(entries, kv_length, cache)
   even = q.shape[1] % 2 == v.shape[2] % 2 == 0
   if backend == "cudnn" and even and q.dtype in _CUDNN_TYPES:
     return _cudnn_cached(q, k, v, positions)
   grouped = _grouped(q, k.shape[1])
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  entries = jnp.arange(v.shape[2], dtype=jnp.int32)[None, None]
+  places = jnp.arange(v.shape[2], dtype=jnp.int32)[None, None]
   blocks = []
   for start in range(0, q.shape[1], _QUERY_BLOCK):
     part = slice(start, start + _QUERY_BLOCK)
-    visible = entries <= positions[:, part, None]
+    visible = places <= positions[:, part, None]
     blocks.append(
-      _attend(grouped[:, :, :, part], k, v, visible, keys=f"n{order}")
+      _attend(grouped[:, :, :, part], k, v, visible, keys=f"n{cache.order}")
     )
   return _merge(blocks, q.shape)
+
+
+def _splits_alike(heads, kv):
+  """Whether every device has the kv heads of its own query heads."""
+  return sharding.shards("heads", heads) == sharding.shards("kv_heads", kv)
+
+
+def _held_only(q, entries, positions, cache, rows):
+  """The same for one query per slot, from what each slot holds (TPU).
+
+  The whole cache goes in, since a slice of it would be copied for the kernel:
+  lengths bound what is read, so `kv_length` does not matter.
+  """
+  held = positions[:, 0] + 1
+  held = jnp.where(held <= entries[1].shape[2], held, 0)
+  kernel = functools.partial(
+    decode_kernel.attend, rows=rows, cores=sharding.cores()
+  )
+  query = ("slots", "kv_heads", None, "head_dim")
+  names = (query, *cache.axes, ("slots",))
+  grouped = _grouped(q, entries[0].shape[1])[:, :, :, 0]
+  out = sharding.per_device(kernel, names, query, grouped, *entries, held)
+  return out.reshape(q.shape)
 
 
 def _cudnn_cached(q, k, v, positions):
@@ -174,7 +207,7 @@ def _splash_packed(q, k, v, segment_ids):
 def _on_own_heads(kernel, q, k, v, segment_ids):
   """Calls a kernel on every device's own rows and heads."""
   heads, kv = q.shape[2], k.shape[2]
-  if sharding.shards("heads", heads) != sharding.shards("kv_heads", kv):
+  if not _splits_alike(heads, kv):
     # Too few kv heads to split: every query head brings its own copy.
     k, v = (jnp.repeat(x, heads // kv, axis=2) for x in (k, v))
   query = ("batch", "length", "heads", "head_dim")

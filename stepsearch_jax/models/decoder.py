@@ -157,9 +157,8 @@ class Attention(nn.Module):
       )
     else:
       entries = cache_lib.write(entries, k, v, positions, cache)
-      keys, values = cache_lib.read(entries, kv_length, cache)
       mixed = attention.cached_attention(
-        q, keys, values, positions, cache.order, c.attention
+        q, entries, positions, cache, kv_length, c.attention
       )
     kernel = layers.weight(
       self, "o_kernel", (c.num_heads, c.head_dim, width),

@@ -320,6 +320,12 @@ def shards(name: str, size: int) -> int:
   return int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
+def cores() -> int:
+  """Cores of a device of the mesh in scope; 1 where nothing is known of it."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return getattr(device, "num_cores", None) or 1
+
+
 def per_device(
   function: Callable[..., jax.Array], names: Sequence[Sequence[str | None]],
   out_names: Sequence[str | None], *arrays: jax.Array,

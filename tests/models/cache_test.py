@@ -101,11 +101,11 @@ def test_a_query_sees_the_entries_up_to_its_position(
   k, v = rng.standard_normal((2, 2, 2, 160, 8))
   positions = np.arange(length)[None] + np.array([[3], [9]])
   keys = k.swapaxes(2, 3) if order == "dt" else k
-  inputs = (jnp.asarray(x, dtype) for x in (q, keys, v))
+  given, *entries = (jnp.asarray(x, dtype) for x in (q, keys, v))
   with jax.numpy_dtype_promotion("standard"):  # As jax.nn wants it.
     found = attention.cached_attention(
-      *inputs, jnp.asarray(positions, jnp.int32), cache.KeyOrder(order),
-      backend,
+      given, entries, jnp.asarray(positions, jnp.int32),
+      cache.Cache((), (), order=cache.KeyOrder(order)), backend=backend,
     )
   np.testing.assert_allclose(
     np.asarray(found, np.float32), by_hand(q, k, v, positions), atol=atol
