@@ -121,7 +121,7 @@ def _splits_alike(heads, kv):
 
 
 def _held_only(q, entries, positions, cache, rows):
-  """The same for one query per slot, from what each slot holds (TPU).
+  """The same for one query per slot, of what it holds (compiled, not run).
 
   The whole cache goes in, since a slice of it would be copied for the kernel:
   lengths bound what is read, so `kv_length` does not matter.
