@@ -62,7 +62,7 @@ def torch_policy(params: types.Tree, config: decoder.DecoderConfig) -> Any:
   return model.eval()
 
 
-class _Numbers:
+class Numbers:
   """A tokenizer whose texts are the token ids themselves."""
 
   def encode(self, text: str, **unused) -> list[int]:
@@ -122,7 +122,7 @@ def tunix_sampler(
     put(layer.input_layernorm.w, ours["attention_norm"]["scale"])
     put(layer.post_attention_layernorm.w, ours["mlp_norm"]["scale"])
   return sampler.Sampler(
-    model, _Numbers(),
+    model, Numbers(),
     sampler.CacheConfig(cache_size, config.num_layers, config.num_kv_heads,
                         config.head_dim),
   )

@@ -4,16 +4,17 @@
   stepsearch bench --suite=rewards --json=rewards.json
 
 Suites with a peer: rewards, retrieval, rollout (replay, decode, prefill),
-update (and its memory), step (whole PPO steps). Without one: growth (of cost
-with tokens), training (reads a finished run), accelerator (shares of a
-device's peaks), attention (kernels side by side), parity (this device beside
-the CPU).
+update (and its memory), step (whole PPO steps), tpu_programs (compiled for a
+TPU that need not be there). Without one: growth (of cost with tokens), training
+(reads a finished run), accelerator (shares of a device's peaks), attention
+(kernels side by side), parity (this device beside the CPU).
 
 Ours and the peer alternate; medians and ratios of at least three repeats are
 printed with the workload and the versions, after the results were found equal.
 A figure that fails is named, with what it raised, and the others are taken.
 Speeds are ratios on this machine, not promises. Tunix joins the rollout suite
-where it is installed; its pins clash with this project's, so that takes
+where it is installed, and is the peer of tpu_programs; its pins clash with this
+project's, so that takes
 
   pip install --no-deps google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 \\
     jaxtyping==0.3.11 wadler_lindig==0.1.8 clu==0.0.12 perfetto==0.59.1 \\
@@ -49,6 +50,7 @@ _SUITES = {
   "accelerator": ("accelerator", "readings"),
   "attention": ("attention", "readings"),
   "parity": ("parity", "readings"),
+  "tpu_programs": ("tpu_programs", "duels"),
 }
 _SUITE = flags.DEFINE_enum("suite", None, sorted(_SUITES), "What to measure.")
 _INPUT = flags.DEFINE_string(
@@ -56,8 +58,9 @@ _INPUT = flags.DEFINE_string(
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
   "ones; retrieval: passage files, separated by commas, default none; "
   "rollout, step and accelerator: recorded workloads (JSON), default made-up "
-  "ones; training: the folder of a finished run; accelerator, attention and "
-  "parity: `tiny` rehearses them at sizes that any machine can do.",
+  "ones; training: the folder of a finished run; accelerator, attention, "
+  "parity and tpu_programs: `tiny` rehearses them at sizes that any machine "
+  "can do.",
 )
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."
@@ -78,8 +81,8 @@ _JSON = flags.DEFINE_string(
 def _versions() -> dict[str, str]:
   found = {"python": platform.python_version(), "cores": str(os.cpu_count()),
            "machine": machines.here(), "commit": evaluation.commit()}
-  for name in ("jax", "numpy", "scikit-learn", "torch", "scann", "faiss-cpu",
-               "transformers", "google-tunix"):
+  for name in ("jax", "flax", "libtpu", "numpy", "scikit-learn", "torch",
+               "scann", "faiss-cpu", "transformers", "google-tunix"):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,280 @@
+"""What the TPU compiler makes of an update and of decoding, ours and Tunix's.
+
+  JAX_PLATFORMS=cpu stepsearch bench --suite=tpu_programs --json=programs.json
+
+compiles for `Work.topology` on a machine without a TPU (package libtpu) and
+compares, per chip: the peak of memory, FLOPs, bytes that operations move and
+bytes that collectives send. Nothing runs; the figures are the compiler's and
+`hlo_costs`'.
+
+Both sides train Qwen2.5-3B's policy by PPO with an entropy bonus, weights and
+moments in float32 and products in bfloat16, every layer computed again, on the
+same mesh and micro-batches. An update of ours is `zero`, `accumulate` for each
+micro-batch and `apply`; Tunix's is its train step for each micro-batch, with
+the moments inside. Memory counts what the policy's training keeps, also where
+a program does not touch it, and no other model. Decoding is one token in each
+row, its loop's start and end included.
+
+The loop over chunks of policy tokens runs as often as their number asks; it is
+taken as spread evenly over the chips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from stepsearch_jax import types
+from stepsearch_jax.bench import duel, hlo_costs, tunix_programs
+from stepsearch_jax.plan import arithmetic, machines, tpu_compiler
+from stepsearch_jax.ppo import logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What both sides are compiled for.
+
+  Attributes:
+    topology: name of the slice, see tools/plan.
+    layers: of the policy; 0 = all that Qwen2.5-3B has.
+    rows, length: trajectories of an update, and their tokens.
+    micro_rows: of a micro-batch.
+    policy_share: share of the tokens that the policy wrote.
+    prompt: first tokens of a row, which Tunix keeps apart.
+    slots: rows that decode side by side, over a context of `length`.
+  """
+
+  topology: str = "v5e:4x4"
+  layers: int = 0
+  rows: int = 32
+  length: int = 2048
+  micro_rows: int = 16
+  policy_share: float = 0.13
+  prompt: int = 256
+  slots: int = 128
+
+  def __str__(self) -> str:
+    """Returns what the update is of, in words."""
+    layers = f"{self.layers} layers, " if self.layers else ""
+    return (f"{layers}{self.rows} rows of {self.length:,} in micro-batches of "
+            f"{self.micro_rows}, {self.policy_share:.0%} the policy's")
+
+
+# `--input=tiny`: two layers on eight chips.
+TINY = Work("v5e:2x4", 2, 16, 1024, 8, 0.13, 256, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """Of one chip.
+
+  Attributes:
+    tokens: that the work is about: trained, or sampled.
+    peak: bytes of memory.
+    costs: of the work.
+  """
+
+  tokens: int
+  peak: float
+  costs: hlo_costs.Costs
+
+
+def peak_bytes(memory: Any) -> int:
+  """Bytes that a program holds at once.
+
+  Args:
+    memory: `jax.stages.Compiled.memory_analysis()`.
+  """
+  return (
+    memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  """Programs of another machine are of no use to the next start here."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _compiled(
+  name: str, lowered: jax.stages.Lowered, unknown_trips: int | None = None
+) -> tuple[int, hlo_costs.Costs]:
+  """(peak bytes, costs of one run) of a program."""
+  logging.info("compiling %s", name)
+  with _uncached():
+    done = lowered.compile()
+  program = hlo_costs.Program(done.as_text())
+  costs = program.costs(unknown_trips)
+  once = done.cost_analysis()
+  logging.info("%s: %s; loops once: %.4g flops, %.4g bytes", name, costs,
+               once["flops"], once["bytes accessed"])
+  return peak_bytes(done.memory_analysis()), costs
+
+
+def _config(work: Work):
+  """(settings of a run, the machine)."""
+  # Where commands look for configs by name, here or beside the package.
+  from configs import stepsearch_qwen2_5_3b
+
+  machine = machines.parse_topology(work.topology)
+  config = stepsearch_qwen2_5_3b.get_config()
+  config.model.reference = ""  # Its shape, not the files of a model.
+  if work.layers:
+    config.model.size.layers = work.layers
+  config.ppo.mini_batch = config.batch.questions = work.rows
+  config.ppo.micro_rows = work.micro_rows
+  config.rollout.context = work.length
+  config.rollout.max_prompt = config.rollout.max_turn = work.length // 2
+  config.rollout.max_observation = work.length // 4
+  config.rollout.slots = work.slots
+  arithmetic.resolve_mesh(config, machine.chips)
+  return config, machine
+
+
+@functools.cache
+def _built(work: Work):
+  config, machine = _config(work)
+  devices = tpu_compiler.topology_devices(machine)
+  return config, arithmetic.build(config, machine, devices), devices
+
+
+def _chunks(work: Work, config) -> int:
+  """Chunks of policy tokens in a micro-batch's rows on a chip."""
+  shards = config.mesh.data * config.mesh.fsdp
+  tokens = work.micro_rows // shards * work.length * work.policy_share
+  size = logprobs.chunk_size(config.model.size.vocab)
+  return int(np.ceil(tokens / size))
+
+
+@functools.cache
+def our_update(work: Work) -> Figures:
+  """Compiles our policy update."""
+  config, built, _ = _built(work)
+  learner = built.training
+  lowered = learner.lowered()
+  kept = arithmetic.resident(config)
+  zero = learner.policy.zero.lower(learner.policy.abstract().params)
+  # Neither reads the moments, which stay all the same.
+  moments = kept["policy optimizer"]
+  peaks, costs = zip(
+    _compiled("our zero", zero),
+    _compiled("our update", lowered["policy_update"], _chunks(work, config)),
+    _compiled("our apply", lowered["policy_apply"]), strict=True,
+  )
+  micros = work.rows // work.micro_rows
+  return Figures(
+    work.rows * work.length,
+    max(peaks[0] + moments, peaks[1] + moments, peaks[2]),
+    costs[0] + costs[1].times(micros) + costs[2],
+  )
+
+
+@functools.cache
+def our_decode(work: Work) -> Figures:
+  """Compiles a block of our decoding; one step of it is counted."""
+  _, built, _ = _built(work)
+  policy = built.training.abstract_state().policy.params
+  lowered = built.rollout.lowered(*built.chunk, policy)["decode_block"]
+  return Figures(work.slots, *_compiled("our decoding", lowered, 1))
+
+
+@functools.cache
+def _peer(work: Work):
+  """(what Tunix works on, its mesh)."""
+  tunix_programs.installed()
+  config, _, devices = _built(work)
+  ppo, mesh = config.ppo, config.mesh
+  step = tunix_programs.Step(
+    model=arithmetic.model_shape(config), rows=work.micro_rows,
+    length=work.length, prompt=work.prompt,
+    micros=work.rows // work.micro_rows, slots=work.slots, context=work.length,
+    learning_rate=ppo.policy_lr, weight_decay=ppo.weight_decay,
+    grad_clip=ppo.grad_clip, entropy=ppo.entropy_coef,
+  )
+  return step, tunix_programs.make_mesh(
+    mesh.data * mesh.fsdp, mesh.tensor, devices
+  )
+
+
+@functools.cache
+def tunix_update(work: Work) -> Figures:
+  """Compiles Tunix's PPO step of the policy."""
+  step, mesh = _peer(work)
+  peak, costs = _compiled("Tunix's update", tunix_programs.update(step, mesh))
+  tokens = step.micros * step.rows * step.length
+  return Figures(tokens, peak, costs.times(step.micros))
+
+
+@functools.cache
+def tunix_decode(work: Work) -> Figures:
+  """Compiles Tunix's decoding; one step of it is counted."""
+  step, mesh = _peer(work)
+  lowered = tunix_programs.decode(step, mesh)
+  return Figures(step.slots, *_compiled("Tunix's decoding", lowered, 1))
+
+
+# Figure: how it is read, in how much of what it counts, for an update and for
+# decoding.
+_READ: dict[str, tuple[Callable, tuple[float, str], tuple[float, str]]] = {
+  "peak memory": (lambda f: f.peak, (1e9, "GB"), (1e9, "GB")),
+  "FLOPs": (lambda f: f.costs.flops, (1e12, "TFLOP"), (1e9, "GFLOP")),
+  "bytes moved": (lambda f: f.costs.moved, (1e9, "GB"), (1e9, "GB")),
+  "bytes sent": (lambda f: f.costs.sent, (1e9, "GB"), (1e6, "MB")),
+}
+
+
+def _same(ours: int, theirs: int) -> None:
+  if ours != theirs:
+    raise ValueError(f"ours is about {ours} tokens, Tunix's about {theirs}")
+
+
+def _measured(
+  compiled: Callable[[], Figures], read: Callable, scale: float
+) -> Callable[[], duel.Measured]:
+  def measure():
+    figures = compiled()
+    return duel.Measured(figures.tokens, read(figures) / scale)
+
+  return measure
+
+
+def duels(source: str | None) -> Iterator[duel.Duel]:
+  """Yields the comparisons, an update's first.
+
+  Args:
+    source: "tiny" rehearses them on two layers and eight chips.
+  """
+  if source not in (None, "", "tiny"):
+    raise types.UserError(f"--input={source}: expected tiny or nothing")
+  work = TINY if source == "tiny" else Work()
+  sides = {
+    "update": (our_update, tunix_update, str(work), "Tunix PPO step"),
+    "decode": (
+      our_decode, tunix_decode,
+      f"a token in each of {work.slots} rows over {work.length:,}",
+      "Tunix sampler",
+    ),
+  }
+  for name, (ours, theirs, words, peer) in sides.items():
+    for figure, (read, *units) in _READ.items():
+      scale, unit = units[name == "decode"]
+      yield duel.Duel(
+        what=f"{name} on {work.topology}, {figure} per chip", work=words,
+        peer=peer, unit=unit, goal="above 1", warm_up=False,
+        ours=_measured(functools.partial(ours, work), read, scale),
+        theirs=_measured(functools.partial(theirs, work), read, scale),
+        same=_same,
+      )
