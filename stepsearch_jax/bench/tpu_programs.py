@@ -2,10 +2,11 @@
 
   JAX_PLATFORMS=cpu stepsearch bench --suite=tpu_programs --json=programs.json
 
-compiles for `Work.topology` on a machine without a TPU (package libtpu) and
-compares, per chip: the peak of memory, FLOPs, bytes that operations move and
-bytes that collectives send. Nothing runs; the figures are the compiler's and
-`hlo_costs`'.
+compiles for `Work.topology` on a machine without a TPU (package libtpu; Tunix's
+36 layers, one by one, take a third of an hour on two cores, so `--input=FOLDER`
+keeps what was compiled) and compares, per chip: the peak of memory, FLOPs,
+bytes that operations move and bytes that collectives send. Nothing runs; the
+figures are the compiler's and `hlo_costs`'.
 
 Both sides train Qwen2.5-3B's policy by PPO with an entropy bonus, weights and
 moments in float32 and products in bfloat16, every layer computed again, on the
@@ -24,14 +25,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import files
 from stepsearch_jax.bench import duel, hlo_costs, tunix_programs
 from stepsearch_jax.plan import arithmetic, machines, tpu_compiler
 from stepsearch_jax.ppo import logprobs
@@ -49,6 +54,7 @@ class Work:
     policy_share: share of the tokens that the policy wrote.
     prompt: first tokens of a row, which Tunix keeps apart.
     slots: rows that decode side by side, over a context of `length`.
+    folder: where compiled programs are kept; "" = nowhere.
   """
 
   topology: str = "v5e:4x4"
@@ -59,6 +65,7 @@ class Work:
   policy_share: float = 0.13
   prompt: int = 256
   slots: int = 128
+  folder: str = ""
 
   def __str__(self) -> str:
     """Returns what the update is of, in words."""
@@ -67,6 +74,7 @@ class Work:
             f"{self.micro_rows}, {self.policy_share:.0%} the policy's")
 
 
+_ROPE_THETA = 1e6  # Qwen2.5's; a config that names no model has another.
 # `--input=tiny`: two layers on eight chips.
 TINY = Work("v5e:2x4", 2, 16, 1024, 8, 0.13, 256, 16)
 
@@ -86,16 +94,30 @@ class Figures:
   costs: hlo_costs.Costs
 
 
-def peak_bytes(memory: Any) -> int:
-  """Bytes that a program holds at once.
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What is read of a compiled program: its text, and its memory in bytes."""
 
-  Args:
-    memory: `jax.stages.Compiled.memory_analysis()`.
-  """
-  return (
-    memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  )
+  text: str
+  arguments: int
+  outputs: int
+  aliased: int
+  temporary: int
+
+  @classmethod
+  def of(cls, done: Any) -> Kept:
+    """Reads a `jax.stages.Compiled`."""
+    memory = done.memory_analysis()
+    return cls(
+      done.as_text(), memory.argument_size_in_bytes,
+      memory.output_size_in_bytes, memory.alias_size_in_bytes,
+      memory.temp_size_in_bytes,
+    )
+
+  @property
+  def peak(self) -> int:
+    """Bytes of memory; what is written in place counts once."""
+    return self.arguments + self.temporary + self.outputs - self.aliased
 
 
 @contextlib.contextmanager
@@ -109,19 +131,34 @@ def _uncached() -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", before)
 
 
+def _compile(lowered: Any, folder: str) -> Kept:
+  """Compiles a program, or takes it from the folder.
+
+  It is the same one if the lowered text, JAX and libtpu are.
+  """
+  if not folder:
+    with _uncached():
+      return Kept.of(lowered.compile())
+  versions = [importlib.metadata.version(x) for x in ("jaxlib", "libtpu")]
+  source = "\n".join([*versions, lowered.as_text()])
+  name = hashlib.sha256(source.encode()).hexdigest()[:16]
+  path = epath.Path(folder) / f"{name}.json"
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _compile(lowered, "")
+    files.write_text(path, json.dumps(dataclasses.asdict(kept)))
+  return Kept(**json.loads(path.read_text()))
+
+
 def _compiled(
-  name: str, lowered: jax.stages.Lowered, unknown_trips: int | None = None
+  name: str, lowered: Any, work: Work, unknown_trips: int | None = None
 ) -> tuple[int, hlo_costs.Costs]:
   """(peak bytes, costs of one run) of a program."""
   logging.info("compiling %s", name)
-  with _uncached():
-    done = lowered.compile()
-  program = hlo_costs.Program(done.as_text())
-  costs = program.costs(unknown_trips)
-  once = done.cost_analysis()
-  logging.info("%s: %s; loops once: %.4g flops, %.4g bytes", name, costs,
-               once["flops"], once["bytes accessed"])
-  return peak_bytes(done.memory_analysis()), costs
+  kept = _compile(lowered, work.folder)
+  costs = hlo_costs.Program(kept.text).costs(unknown_trips)
+  logging.info("%s: peak %.4g, %s", name, kept.peak, costs)
+  return kept.peak, costs
 
 
 def _config(work: Work):
@@ -169,16 +206,15 @@ def our_update(work: Work) -> Figures:
   zero = learner.policy.zero.lower(learner.policy.abstract().params)
   # Neither reads the moments, which stay all the same.
   moments = kept["policy optimizer"]
-  peaks, costs = zip(
-    _compiled("our zero", zero),
-    _compiled("our update", lowered["policy_update"], _chunks(work, config)),
-    _compiled("our apply", lowered["policy_apply"]), strict=True,
+  first, zeroing = _compiled("our zero", zero, work)
+  middle, adding = _compiled(
+    "our update", lowered["policy_update"], work, _chunks(work, config)
   )
+  last, applying = _compiled("our apply", lowered["policy_apply"], work)
   micros = work.rows // work.micro_rows
   return Figures(
-    work.rows * work.length,
-    max(peaks[0] + moments, peaks[1] + moments, peaks[2]),
-    costs[0] + costs[1].times(micros) + costs[2],
+    work.rows * work.length, max(first + moments, middle + moments, last),
+    zeroing + adding.times(micros) + applying,
   )
 
 
@@ -188,7 +224,7 @@ def our_decode(work: Work) -> Figures:
   _, built, _ = _built(work)
   policy = built.training.abstract_state().policy.params
   lowered = built.rollout.lowered(*built.chunk, policy)["decode_block"]
-  return Figures(work.slots, *_compiled("our decoding", lowered, 1))
+  return Figures(work.slots, *_compiled("our decoding", lowered, work, 1))
 
 
 @functools.cache
@@ -197,8 +233,11 @@ def _peer(work: Work):
   tunix_programs.installed()
   config, _, devices = _built(work)
   ppo, mesh = config.ppo, config.mesh
+  model = dataclasses.replace(
+    arithmetic.model_shape(config), rope_theta=_ROPE_THETA
+  )
   step = tunix_programs.Step(
-    model=arithmetic.model_shape(config), rows=work.micro_rows,
+    model=model, rows=work.micro_rows,
     length=work.length, prompt=work.prompt,
     micros=work.rows // work.micro_rows, slots=work.slots, context=work.length,
     learning_rate=ppo.policy_lr, weight_decay=ppo.weight_decay,
@@ -213,7 +252,8 @@ def _peer(work: Work):
 def tunix_update(work: Work) -> Figures:
   """Compiles Tunix's PPO step of the policy."""
   step, mesh = _peer(work)
-  peak, costs = _compiled("Tunix's update", tunix_programs.update(step, mesh))
+  lowered = tunix_programs.update(step, mesh)
+  peak, costs = _compiled("Tunix's update", lowered, work)
   tokens = step.micros * step.rows * step.length
   return Figures(tokens, peak, costs.times(step.micros))
 
@@ -223,7 +263,7 @@ def tunix_decode(work: Work) -> Figures:
   """Compiles Tunix's decoding; one step of it is counted."""
   step, mesh = _peer(work)
   lowered = tunix_programs.decode(step, mesh)
-  return Figures(step.slots, *_compiled("Tunix's decoding", lowered, 1))
+  return Figures(step.slots, *_compiled("Tunix's decoding", lowered, work, 1))
 
 
 # Figure: how it is read, in how much of what it counts, for an update and for
@@ -255,11 +295,10 @@ def duels(source: str | None) -> Iterator[duel.Duel]:
   """Yields the comparisons, an update's first.
 
   Args:
-    source: "tiny" rehearses them on two layers and eight chips.
+    source: a folder that keeps what was compiled; "tiny" rehearses on two
+      layers and eight chips.
   """
-  if source not in (None, "", "tiny"):
-    raise types.UserError(f"--input={source}: expected tiny or nothing")
-  work = TINY if source == "tiny" else Work()
+  work = TINY if source == "tiny" else Work(folder=source or "")
   sides = {
     "update": (our_update, tunix_update, str(work), "Tunix PPO step"),
     "decode": (

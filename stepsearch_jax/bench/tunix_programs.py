@@ -152,11 +152,11 @@ def _example(step: Step, mesh) -> Any:
   )
 
 
-def update(step: Step, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def update(step: Step, mesh: jax.sharding.Mesh) -> Any:
   """Lowers the PPO step of the policy: one micro-batch, and AdamW.
 
   Every micro-batch runs the same program; the optimizer's result counts after
-  the last one only.
+  the last one only. Returns flax's `Lowered`, which compiles like JAX's.
   """
   from flax import nnx
   from tunix.models.qwen2 import model as qwen2
@@ -188,8 +188,11 @@ def update(step: Step, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     return program.lower(policy, optimizer, _example(step, mesh))
 
 
-def decode(step: Step, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-  """Lowers the sampler's decode loop, one token in every row per turn of it."""
+def decode(step: Step, mesh: jax.sharding.Mesh) -> Any:
+  """Lowers the sampler's decode loop, one token in every row per turn of it.
+
+  Returns a `jax.stages.Lowered`.
+  """
   from flax import nnx
   from tunix.generate import sampler
   from tunix.models.qwen2 import model as qwen2

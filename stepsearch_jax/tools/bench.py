@@ -58,9 +58,9 @@ _INPUT = flags.DEFINE_string(
   "rewards: JSONL of trajectories as tools/score takes them, default made-up "
   "ones; retrieval: passage files, separated by commas, default none; "
   "rollout, step and accelerator: recorded workloads (JSON), default made-up "
-  "ones; training: the folder of a finished run; accelerator, attention, "
-  "parity and tpu_programs: `tiny` rehearses them at sizes that any machine "
-  "can do.",
+  "ones; training: the folder of a finished run; tpu_programs: a folder that "
+  "keeps what was compiled; accelerator, attention, parity and tpu_programs: "
+  "`tiny` rehearses them at sizes that any machine can do.",
 )
 _PEER = flags.DEFINE_string(
   "peer", "", "Only comparisons whose peer's name contains this."
