@@ -96,22 +96,30 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """What is read of a compiled program: its text, and its memory in bytes."""
+  """What is read of a compiled program.
+
+  Attributes:
+    text: its optimized HLO.
+    arguments, outputs, aliased, temporary: bytes of memory.
+    flops, moved: the compiler's own count, loops once.
+  """
 
   text: str
   arguments: int
   outputs: int
   aliased: int
   temporary: int
+  flops: float
+  moved: float
 
   @classmethod
   def of(cls, done: Any) -> Kept:
     """Reads a `jax.stages.Compiled`."""
-    memory = done.memory_analysis()
+    memory, counted = done.memory_analysis(), done.cost_analysis()
     return cls(
       done.as_text(), memory.argument_size_in_bytes,
       memory.output_size_in_bytes, memory.alias_size_in_bytes,
-      memory.temp_size_in_bytes,
+      memory.temp_size_in_bytes, counted["flops"], counted["bytes accessed"],
     )
 
   @property
@@ -156,7 +164,8 @@ def _compiled(
   """(peak bytes, costs of one run) of a program."""
   logging.info("compiling %s", name)
   kept = _compile(lowered, work.folder)
-  costs = hlo_costs.Program(kept.text).costs(unknown_trips)
+  counted = hlo_costs.Costs(kept.flops, kept.moved)
+  costs = hlo_costs.Program(kept.text).costs(unknown_trips, counted)
   logging.info("%s: peak %.4g, %s", name, kept.peak, costs)
   return kept.peak, costs
 

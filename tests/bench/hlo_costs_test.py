@@ -81,6 +81,14 @@ def test_arithmetic_is_counted_for_every_trip():
   assert two / 2 >= 1024
 
 
+def test_the_compilers_own_count_stands_for_the_first_trip():
+  program = hlo_costs.Program(PROGRAM.replace("BOUND", "constant(10)"))
+  more = program.costs(counted=Costs(5e6, 7e6))
+  assert more.sent == costs().sent
+  # Four trips more than the one that it contains.
+  assert more.flops - 5e6 == pytest.approx(4 / 5 * costs().flops, rel=0.01)
+
+
 def test_a_computed_bound_asks_for_the_trips():
   bound = "get-tuple-element(%q), index=0"
   with pytest.raises(ValueError, match="how often does body run"):

@@ -19,6 +19,9 @@ class Done:
       output_size_in_bytes=50, alias_size_in_bytes=40,
     )
 
+  def cost_analysis(self):
+    return {"flops": 3.0, "bytes accessed": 4.0}
+
   def as_text(self):
     return "compiled"
 
@@ -47,7 +50,7 @@ def test_a_program_in_the_folder_is_not_compiled_again(tmp_path):
   found = [tpu_programs._compile(x, str(tmp_path / "kept"))
            for x in (first, same, other)]
   assert [x.compiled for x in (first, same, other)] == [1, 0, 1]
-  assert found == [tpu_programs.Kept("compiled", 100, 50, 40, 20)] * 3
+  assert found == [tpu_programs.Kept("compiled", 100, 50, 40, 20, 3, 4)] * 3
 
 
 def test_policy_tokens_come_in_chunks_of_whole_size():
