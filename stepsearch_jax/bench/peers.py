@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,11 +66,11 @@ def torch_policy(params: types.Tree, config: decoder.DecoderConfig) -> Any:
 class Numbers:
   """A tokenizer whose texts are the token ids themselves."""
 
-  def encode(self, text: str, **unused) -> list[int]:
+  def encode(self, text: str, **unused: Any) -> list[int]:
     """Ids written in `text`."""
     return [int(word) for word in text.split()]
 
-  def decode(self, ids, **unused) -> str:
+  def decode(self, ids: Iterable[int], **unused: Any) -> str:
     """Ids as words."""
     return " ".join(map(str, ids))
 
