@@ -119,7 +119,8 @@ class Kept:
     return cls(
       done.as_text(), memory.argument_size_in_bytes,
       memory.output_size_in_bytes, memory.alias_size_in_bytes,
-      memory.temp_size_in_bytes, counted["flops"], counted["bytes accessed"],
+      memory.temp_size_in_bytes, counted.get("flops", 0.0),
+      counted.get("bytes accessed", 0.0),
     )
 
   @property
