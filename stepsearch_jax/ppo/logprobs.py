@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -93,11 +94,21 @@ def _put(x, rows, new):
   return x.at[rows].set(new, mode="drop")
 
 
+def _gathered(weight, dtype):
+  """The output matrix as chunks use it: gathered once, not for each of them.
+
+  Without that the compiler gathers it, and a chunk's gradients of all logits,
+  in every turn of the loop.
+  """
+  return nn.with_logical_constraint(
+    weight.astype(dtype), ("vocab", "act_embed")
+  )
+
+
 def _logits(hidden, weight, rows, temperature):
   states = _take(hidden, rows)
   out = jnp.einsum(
-    "pnd,vd->pnv", states, weight.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
+    "pnd,vd->pnv", states, weight, preferred_element_type=jnp.float32,
   )
   return states, out / jnp.float32(temperature)
 
@@ -109,11 +120,12 @@ def _logprobs(hidden, weight, targets, mask, temperature, chunk):
 
 def _forward(hidden, weight, targets, mask, temperature, chunk):
   order, wanted, count = _compact(mask, chunk)
+  used = _gathered(weight, hidden.dtype)
 
   def step(i, carry):
     logps, entropies, norms = carry
     rows = _rows(order, wanted, i, chunk)
-    _, logits = _logits(hidden, weight, rows, temperature)
+    _, logits = _logits(hidden, used, rows, temperature)
     norm = jax.nn.logsumexp(logits, axis=-1)
     target = _take(targets, rows)[..., None]
     chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
@@ -138,11 +150,12 @@ def _backward(temperature, chunk, saved, cotangents):
   d_logp, d_entropy = cotangents
   order, wanted, count = _compact(mask, chunk)
   vocab = jnp.arange(weight.shape[0], dtype=jnp.int32)
+  used = _gathered(weight, hidden.dtype)
 
   def step(i, carry):
     d_hidden, d_weight = carry
     rows = _rows(order, wanted, i, chunk)
-    states, logits = _logits(hidden, weight, rows, temperature)
+    states, logits = _logits(hidden, used, rows, temperature)
     norm, entropy, g_logp, g_entropy = (
       _take(x, rows)[..., None] for x in (norms, entropies, d_logp, d_entropy)
     )
@@ -151,7 +164,7 @@ def _backward(temperature, chunk, saved, cotangents):
     d = -p * (g_logp + g_entropy * (logits - norm + entropy))
     d += jnp.where(_take(targets, rows)[..., None] == vocab, g_logp, 0)
     d = (d / jnp.float32(temperature)).astype(hidden.dtype)
-    d_states = d @ weight.astype(hidden.dtype)
+    d_states = d @ used
     d_weight = d_weight + jnp.einsum(
       "pnv,pnd->pvd", d, states, preferred_element_type=jnp.float32
     )

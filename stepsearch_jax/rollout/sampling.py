@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-_SAMPLE_BLOCK = 128  # Vocabulary entries summed at once by `sample_tokens`.
+from stepsearch_jax.parallel import sharding
+
+_SAMPLE_BLOCK = 128  # Most entries that `sample_tokens` sums at once.
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -39,6 +41,8 @@ def sample_tokens(
 
   Two levels (sums of blocks, then inside the chosen block) need a single
   uniform per row and one pass over the vocabulary; Gumbel noise would need V.
+  Where devices share the vocabulary each sums its own blocks, and no logits but
+  those of the chosen block are exchanged.
 
   Args:
     logits: [P, V] float32; -inf is never drawn.
@@ -48,11 +52,12 @@ def sample_tokens(
     (tokens [P] int32, logsumexp of the logits [P] float32).
   """
   rows, vocab = logits.shape
-  pad = -vocab % _SAMPLE_BLOCK
+  size = _block_size(vocab)
+  pad = -vocab % size
   highest = logits.max(-1, keepdims=True)
   weights = jnp.exp(logits - highest)
   weights = jnp.pad(weights, ((0, 0), (0, pad)))
-  weights = weights.reshape(rows, -1, _SAMPLE_BLOCK)
+  weights = weights.reshape(rows, -1, size)
   mass = weights.sum(-1)
   upto = jnp.cumsum(mass, axis=-1)
   target = uniform[:, None] * upto[:, -1:]
@@ -63,11 +68,17 @@ def sample_tokens(
   inside = jnp.take_along_axis(weights, block[..., None], axis=1)[:, 0]
   before = jnp.take_along_axis(upto - mass, block, axis=1)
   index = (before + jnp.cumsum(inside, axis=-1) <= target).sum(-1)
-  last = _SAMPLE_BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+  last = size - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
   # A run of zero weight right after the target must not be entered either.
   index = jnp.minimum(index, last)
-  drawn = (block[:, 0] * _SAMPLE_BLOCK + index).astype(jnp.int32)
+  drawn = (block[:, 0] * size + index).astype(jnp.int32)
   return drawn, highest[:, 0] + jnp.log(mass.sum(-1))
+
+
+def _block_size(vocab: int) -> int:
+  """Entries per block; every device that has a share has whole blocks of it."""
+  own = vocab // sharding.shards("vocab", vocab)
+  return min(own & -own, _SAMPLE_BLOCK) if own < vocab else _SAMPLE_BLOCK
 
 
 def _first_highest(logits: jax.Array) -> jax.Array:

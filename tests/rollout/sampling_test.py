@@ -1,11 +1,18 @@
 """Token choice against distributions worked out by hand."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stepsearch_jax.rollout import sampling
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_draws_follow_the_softmax_distribution():
@@ -75,3 +82,57 @@ def test_uniforms_depend_on_key_episode_and_position_each():
     jax.random.key(0), jnp.array([2, 1]), jnp.array([1, 2])
   )
   assert both[1].item() == draw(0, 1, 2)  # Whatever its row.
+
+
+SPLIT = """
+import re
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from stepsearch_jax.parallel import sharding
+from stepsearch_jax.rollout import sampling
+
+VOCAB = 2 * 64 * 37  # Two shares of an odd number of blocks.
+
+
+def select(logits, uniform):
+  logits = nn.with_logical_constraint(logits, ("slots", "vocab"))
+  return sampling.select(logits, jnp.ones(len(logits)), uniform, 0, 1.0)
+
+
+rng = np.random.default_rng(0)
+logits = 3 * rng.standard_normal((64, VOCAB)).astype(np.float32)
+uniform = rng.random(64).astype(np.float32)
+with sharding.scope(sharding.make_mesh(1, 2, 2)):
+  compiled = jax.jit(select).lower(logits, uniform).compile()
+  tokens, logp = compiled(logits, uniform)
+text = compiled.as_text()
+sent = re.findall(
+  r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\\(", text
+)
+sizes = [
+  np.prod([int(n) for n in dims.split(",") if n])
+  for shapes in sent for dims in re.findall(r"\\[([\\d,]*)\\]", shapes)
+]
+print(max(sizes) <= 32 * 74, len(sizes) > 0)
+p = np.exp(logits.astype(np.float64))
+p /= p.sum(1, keepdims=True)
+upto = p.cumsum(1)[np.arange(64), tokens]
+own = p[np.arange(64), tokens]
+print(bool(((upto - own <= uniform + 1e-6) & (uniform <= upto + 1e-6)).all()))
+print(float(np.abs(np.log(own) - logp).max()) < 1e-5)
+"""
+
+
+def test_a_vocabulary_that_devices_share_is_not_gathered():
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", SPLIT], env=environment, capture_output=True,
+    text=True, timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.split() == ["True"] * 4
