@@ -136,30 +136,33 @@ def sent_bytes(line: str, scattered: bool = False) -> float:
 
 
 def kernel_costs(line: str) -> Costs:
-  """Of a kernel of splash attention; what XLA does not count.
+  """Of a kernel of attention; what XLA does not count.
 
-  A kernel leaves out the blocks above the diagonal; the shape of its table of
-  blocks, s8[1, n, n], says how many that are.
+  Splash leaves out the blocks above the diagonal; the shape of its table of
+  blocks, s8[1, n, n], says how many that are. The decode kernel does what slots
+  hold: full ones are counted.
 
   Raises:
     ValueError: another kernel.
   """
   name, rest = line.split(" = ", 1)
-  products = [n for part, n in _PRODUCTS.items() if part in name]
-  if "splash" not in name or not products:
-    raise ValueError(f"unknown kernel {name.strip()}")
   result, operands = rest.split(" custom-call(", 1)
   found = re.search(r"operand_layout_constraints=\{(.*?\})\}", operands)
   shapes = [
     (kind, [int(d) for d in dims.split(",") if d])
-    for kind, dims in _SHAPE.findall(found[1])
+    for kind, dims in _SHAPE.findall(found[1] if found else "")
   ]
-  batch, heads, length, depth = next(
-    dims for kind, dims in shapes if kind == "bf16" and len(dims) == 4
-  )
-  blocks = shapes[0][1][-1]
-  done = (blocks + 1) / (2 * blocks)
-  flops = 2 * products[0] * batch * heads * length * length * depth * done
+  wide = [dims for kind, dims in shapes if kind == "bf16" and len(dims) == 4]
+  products = [n for part, n in _PRODUCTS.items() if part in name]
+  if "splash" in name and products:
+    blocks = shapes[0][1][-1]
+    done = wide[0][2] * (blocks + 1) / (2 * blocks)
+    flops = 2 * products[0] * math.prod(wide[0]) * done
+  elif "decode_attention" in name:
+    query, key = wide[:2]
+    flops = 2 * 2 * math.prod(query) * key[2]
+  else:
+    raise ValueError(f"unknown kernel {name.strip()}")
   return Costs(flops, shape_bytes(found[1]) + shape_bytes(result))
 
 

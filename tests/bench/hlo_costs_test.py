@@ -146,6 +146,18 @@ def test_a_kernel_of_attention_leaves_out_blocks_above_the_diagonal():
     hlo_costs.kernel_costs("  %other.1 = f32[2] custom-call(%a)")
 
 
+def test_the_decode_kernel_counts_full_slots():
+  found = hlo_costs.kernel_costs(
+    "  %decode_attention.3 = bf16[4,2,8,16]{3,2,1,0} custom-call(%a, %b, %c), "
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], '
+    "s32[4]{0}, bf16[4,2,8,16]{3,2,1,0}, bf16[4,2,64,16]{3,2,1,0}, "
+    "bf16[4,2,64,16]{3,2,1,0}}, called=x"
+  )
+  query, key = 4 * 2 * 8 * 16, 4 * 2 * 64 * 16
+  # q k and weights v, a multiplication and an addition each.
+  assert found == Costs(2 * 2 * query * 64, 4 + 16 + 2 * (2 * query + 2 * key))
+
+
 def test_branches_are_refused():
   with pytest.raises(ValueError, match="branches"):
     hlo_costs.Program("ENTRY %m (x: f32[]) -> f32[] {\n  %c = conditional(%x)")
