@@ -55,11 +55,11 @@ def test_a_program_in_the_folder_is_not_compiled_again(tmp_path):
 
 def test_policy_tokens_come_in_chunks_of_whole_size():
   config, _ = tpu_programs._config(tpu_programs.Work())
-  # 2 rows a chip x 2,048 x .13 = 532 tokens, 128 at a time.
+  # 2 rows a chip x 2,048 x .13 = 532 tokens, 384 at a time.
   assert dict(config.mesh, rules="") == {
     "data": 1, "fsdp": 8, "tensor": 2, "rules": "",
   }
-  assert tpu_programs._chunks(tpu_programs.Work(), config) == 5
+  assert tpu_programs._chunks(tpu_programs.Work(), config) == 2
 
 
 def test_both_sides_and_every_figure_are_compared(monkeypatch):
