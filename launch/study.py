@@ -207,7 +207,7 @@ def report(plan: Plan, workdir: epath.Path, book: Book) -> list[str]:
     files.write_text(epath.Path(_RECORD.value), files.to_jsonl(rows))
   for arm in plan.arms:
     runs = {row["seed"]: row for row in rows
-            if row["arm"] == arm.name and row["rate"] is None}
+            if row["arm"] == arm.name and row["seed"] != plan.tuning_seed}
     if runs:
       rate = book.chosen_rate(arm, plan.tuning_seed)
       note = f"policy_lr {rate:g}" if rate else ""

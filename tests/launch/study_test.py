@@ -271,6 +271,14 @@ def test_a_study_goes_on_from_a_record_without_its_folders(launcher, told):
   assert not ready(launcher, plan, workdir, record)
 
 
+def test_a_run_that_a_record_has_is_not_played_again(launcher, told):
+  plan, workdir, record = told
+  for seed in (0, 1):
+    finish(workdir / f"start/seed_{seed}")
+  runs = ready(launcher, plan, workdir, record)
+  assert [flag(c, "config.seed") for c in runs] == [["1"]]
+
+
 def test_a_start_is_played_again_for_an_arm_that_a_record_lacks(
   launcher, told
 ):
@@ -304,7 +312,8 @@ def test_a_record_gives_the_table_that_the_folders_gave(
 ):
   plan, workdir, record = told
   record.unlink()
-  fakes.write_study_run(workdir / "start/seed_0", [0.0, 1.0, 0.0])
+  for seed in (0, 99):  # The tuning seed takes part in no comparison.
+    fakes.write_study_run(workdir / f"start/seed_{seed}", [0.0, 1.0, 0.0])
   for seed, em in ((0, [0.0, 1.0, 1.0]), (1, [1.0, 1.0, 1.0])):
     fakes.write_study_run(workdir / f"ppo/seed_{seed}", em)
   for rate in (1e-4, 1e-3):
@@ -314,8 +323,9 @@ def test_a_record_gives_the_table_that_the_folders_gave(
   first = launcher.report(plan, workdir, Book(workdir, record))
   assert first[0] == "`c.py`, commit abc, jax 1, one"
   assert len(first) == 6 and first[-1].startswith("| ppo | 2 | 0.833 (")
+  assert first[-2].startswith("| start | 1 | 0.333 (")
   assert "| policy_lr 0.001 |" in first[-1]
   empty = epath.Path(tmp_path) / "empty"
   empty.mkdir()
   assert launcher.report(plan, empty, Book(empty, record)) == first
-  assert len(record.read_text().splitlines()) == 5
+  assert len(record.read_text().splitlines()) == 6
