@@ -6,13 +6,14 @@
 The config's `study(add, config)` lists the arms. Every seed has one start,
 which all arms that begin from it share; arms with several learning rates choose
 one on the validation split; the last evaluation is the figure. The same command
-goes on with a stopped study. One commit, one jax and one kind of machine:
-anything else is refused. A table and a plot end it, --report=FILE.md also puts
-the table between the markers in that file.
+goes on with a stopped study. One commit, one jax and, for a seed, one kind of
+machine: anything else is refused. A table and a plot end it, --report=FILE.md
+also puts the table between the markers in that file.
 
 --record=FILE.jsonl keeps what came out of every run, a line each: enough for
-the table. A study goes on from a record without the folders, then perhaps with
-other seeds on another kind of machine: --seeds=5,6,7.
+the table. A study goes on from a record without the folders, in a checkout and
+an environment of its commit, perhaps with other seeds on another kind of
+machine: --seeds=5,6,7.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ _ALLOW_DIRTY = flags.DEFINE_bool(
   "allow_dirty", False, "Accept edited files; the table then says so."
 )
 _REPORT = flags.DEFINE_string("report", None, "Also write the table there.")
-
 _RECORD = flags.DEFINE_string(
   "record", None, "JSONL file of finished runs, read first and written last."
 )
@@ -68,8 +68,12 @@ _SEEDS = flags.DEFINE_list("seeds", [], "Play these seeds, not the first ones.")
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
-def claim(workdir: epath.Path, config: str) -> dict[str, str]:
-  """Writes down, or compares, what all runs of a study have in common."""
+def facts(config: str) -> dict[str, str]:
+  """Returns what all runs of a study that begin here have in common.
+
+  Raises:
+    UserError: the checkout is edited.
+  """
   here = {
     "config": config, "commit": card.commit(), "jax": jax.__version__,
     "python": platform.python_version(), "machine": machines.here(),
@@ -79,15 +83,19 @@ def claim(workdir: epath.Path, config: str) -> dict[str, str]:
       f"the checkout is edited ({here['commit']}): commit first, or "
       "--allow_dirty"
     )
+  return here
+
+
+def claim(workdir: epath.Path, here: dict[str, str]) -> None:
+  """Writes down, or compares, the facts that a study began with."""
   path = workdir / "study.json"
   if not path.exists():
     files.write_text(path, json.dumps(here, indent=2) + "\n")
-    return here
+    return
   there = json.loads(path.read_text())
   for name, value in here.items():
     types.expect(there.get(name) == value, f"{workdir}: {name}",
                  f"{there.get(name)!r}, with which the study began", value)
-  return here
 
 
 def command(
@@ -111,14 +119,14 @@ def ready(
   so that a study that is stopped has the same seeds of every arm.
   """
   start, tuning = plan.arms[0], plan.tuning_seed
-  others = [arm for arm in arms if arm is not start]
+  others = [arm for arm in arms if arm.name != start.name]
   found: list[tuple[int, list[str]]] = []
 
   def add(arm, seed, folder, extra=()):
-    """Adds a run, unless it is finished or waits for its start."""
-    begins = not arm.from_start or arm is start or is_finished(
-      run_folder(workdir, start, seed))
-    if begins and not is_finished(folder):
+    """Adds a run, unless it waits for its start."""
+    if not arm.from_start or arm is start or is_finished(
+      run_folder(workdir, start, seed)
+    ):
       turn = -1 if seed == tuning else seed
       found.append((turn, command(plan, workdir, arm, seed, folder, extra)))
 
@@ -128,9 +136,11 @@ def ready(
   if any(book.chosen_rate(a, tuning) is None for a in others if a.rates):
     seeds.add(tuning)
   if not others:
-    seeds = {seed for seed in start.seeds if not book.has(start, seed)}
+    seeds = {seed for seed in arms[0].seeds if not book.has(start, seed)}
   for seed in sorted(seeds):
-    add(start, seed, run_folder(workdir, start, seed))
+    folder = run_folder(workdir, start, seed)
+    if not is_finished(folder):
+      add(start, seed, folder)
   for arm in others:
     extra = []
     if arm.rates:
@@ -197,14 +207,12 @@ def _begin(line: Sequence[str], quiet: bool) -> subprocess.Popen:
 
 
 def report(plan: Plan, workdir: epath.Path, book: Book) -> list[str]:
-  """Draws the curves and returns the table of what is finished.
+  """Draws the curves, writes the record and returns the table.
 
   Raises:
     UserError: none of the study's runs is finished.
   """
   rows, arms = book.rows(plan), []
-  if _RECORD.value:
-    files.write_text(epath.Path(_RECORD.value), files.to_jsonl(rows))
   for arm in plan.arms:
     runs = {row["seed"]: row for row in rows
             if row["arm"] == arm.name and row["seed"] != plan.tuning_seed}
@@ -213,7 +221,10 @@ def report(plan: Plan, workdir: epath.Path, book: Book) -> list[str]:
       note = f"policy_lr {rate:g}" if rate else ""
       arms.append(study.gather(arm.name, runs, note))
   types.expect(bool(arms), "--workdir", "at least one finished run", workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
   study.plot(arms, workdir / "study.png")
+  if _RECORD.value:
+    files.write_text(epath.Path(_RECORD.value), files.to_jsonl(rows))
   head = "`{config}`, commit {commit}, jax {jax}, ".format_map(rows[0])
   head += " and ".join(sorted({row["machine"] for row in rows}))
   return [head, "", *study.table(arms, plan.baselines)]
@@ -230,10 +241,9 @@ def _arms(plan: Plan) -> list[ArmPlan]:
     raise types.UserError(
       f"--seeds: expected numbers, for instance 5,6,7, got {_SEEDS.value}"
     ) from None
-  start, *others = plan.arms
-  others = [arm for arm in others if not _ONLY.value or arm.name in _ONLY.value]
-  return [start] + [
-    dataclasses.replace(arm, seeds=seeds or arm.seeds) for arm in others
+  return [
+    dataclasses.replace(arm, seeds=seeds or arm.seeds) for arm in plan.arms
+    if not _ONLY.value or arm.name in (names[0], *_ONLY.value)
   ]
 
 
@@ -242,14 +252,16 @@ def main() -> None:
   plan = study_plan.load(cli.find_config(_CONFIG.value))
   workdir, arms = epath.Path(_WORKDIR.value), _arms(plan)
   record = epath.Path(_RECORD.value) if _RECORD.value else None
+  types.expect(record is None or record.name.endswith(".jsonl"), "--record",
+               "the name of a .jsonl file", record)
   book = Book(workdir, record)
   if _TABLE.value:
     return tell(plan, workdir, book)
   alone = _PARALLEL.value == 1 or not buckets.is_bucket(workdir)
   types.expect(alone, "--parallel", "1 in a bucket", _PARALLEL.value)
-  workdir.mkdir(parents=True, exist_ok=True)
-  about = claim(workdir, plan.config)
-  book.check(about, arms)
+  here = facts(plan.config)
+  book.check(here, arms)
+  claim(workdir, here)
   if _COMMANDS.value:
     print(*map(shlex.join, ready(plan, workdir, arms, book)), sep="\n")
     return

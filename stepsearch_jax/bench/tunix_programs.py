@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import mesh_utils
 
 from stepsearch_jax import types
 from stepsearch_jax.bench import peers
 from stepsearch_jax.models import decoder
+from stepsearch_jax.parallel import sharding
 
 PAD, END = 151643, 151645  # Of Qwen's tokenizer.
 
@@ -64,17 +64,13 @@ def make_mesh(
   fsdp: int, tensor: int, devices: Sequence[jax.Device]
 ) -> jax.sharding.Mesh:
   """Returns a mesh with Tunix's names of the axes."""
-  grid = mesh_utils.create_device_mesh(
-    (fsdp, tensor), np.ravel(devices).tolist(),
-    allow_split_physical_axes=True,
-  )
-  return jax.sharding.Mesh(grid, ("fsdp", "tp"))
+  grid = sharding.make_mesh(1, fsdp, tensor, devices=devices).mesh.devices
+  return jax.sharding.Mesh(grid[0], ("fsdp", "tp"))
 
 
 def _placed(mesh, x, *axes):
   """The shape of an array with its place."""
-  where = jax.sharding.NamedSharding(mesh, jax.P(*axes))
-  return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=where)
+  return sharding.abstract(x, sharding.by_axes(mesh, axes))
 
 
 def _place(mesh, module) -> None:
@@ -82,10 +78,9 @@ def _place(mesh, module) -> None:
   from flax import nnx
 
   state = nnx.state(module)
-  nnx.update(module, jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    state, nnx.get_named_sharding(state, mesh),
-  ))
+  nnx.update(
+    module, sharding.abstract(state, nnx.get_named_sharding(state, mesh))
+  )
 
 
 def _qwen2(shape: decoder.DecoderConfig, sampling: bool):
@@ -112,9 +107,7 @@ def _tracing(mesh) -> Iterator[None]:
   from tunix.models.qwen2 import model
 
   def shard(x, axes):
-    return jax.lax.with_sharding_constraint(
-      x, jax.sharding.NamedSharding(mesh, jax.P(*axes))
-    )
+    return jax.lax.with_sharding_constraint(x, sharding.by_axes(mesh, axes))
 
   before, model.shard = model.shard, shard
   try:
@@ -243,8 +236,6 @@ def installed() -> str:
   Raises:
     UserError: it is not installed.
   """
-  import importlib.metadata
-
   try:
     return importlib.metadata.version("google-tunix")
   except importlib.metadata.PackageNotFoundError as error:

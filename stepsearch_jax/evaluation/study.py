@@ -85,7 +85,7 @@ def read_run(folder: epath.Path) -> dict[str, Any]:
     "count": len(rows),
     "em": np.packbits([row["em"] > 0 for row in rows]).tobytes().hex(),
     "curve": {
-      place.name.removeprefix("step_").lstrip("0") or "0":
+      str(int(place.name.removeprefix("step_"))):
         json.loads((place / "card.json").read_text())["metrics"]["em"]
       for place in evaluations
     },

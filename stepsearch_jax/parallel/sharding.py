@@ -214,6 +214,11 @@ def named(
   return NamedSharding(mesh.mesh, _spec(mesh.mesh, mesh.rules, names, shape))
 
 
+def by_axes(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+  """Returns the sharding of an array over axes of a mesh that is not ours."""
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def tree_shardings(
   mesh: DeviceMesh, axes: types.Tree, shapes: types.Tree
 ) -> types.Tree:

@@ -32,6 +32,11 @@ def is_finished(folder: epath.Path) -> bool:
   return (folder / "summary.json").exists()
 
 
+_FIELDS = {"arm", "seed", "rate", "config", "commit", "jax", "machine",
+           "questions", "count", "em", "em_after", "curve", "hops", "searches",
+           "recall", "seconds", "step_seconds"}
+
+
 class Book:
   """What has come out of a study's runs: in its folder, and in a record.
 
@@ -43,13 +48,17 @@ class Book:
     """Reads the record, if there is one.
 
     Raises:
-      DataError: it is malformed.
+      UserError: it is malformed.
     """
     self._workdir, self._record = workdir, record
-    rows = []
-    if record is not None and record.exists():
-      rows = [row for _, row in files.read_rows(record)]
-    self.recorded = {(r["arm"], r["seed"], r["rate"]): r for r in rows}
+    self.recorded: dict[tuple, dict[str, Any]] = {}
+    if record is None or not record.exists():
+      return
+    for where, row in files.read_rows(record):
+      missing = _FIELDS - row.keys()
+      types.expect(not missing, where, "a run of a study, as --record has it",
+                   f"no {', '.join(sorted(missing))}")
+      self.recorded[row["arm"], row["seed"], row["rate"]] = row
 
   def has(self, arm: ArmPlan, seed: int) -> bool:
     """Whether a run is finished."""
@@ -79,9 +88,14 @@ class Book:
     return max(scores, key=lambda rate: scores[rate])
 
   def rows(self, plan: Plan) -> list[dict[str, Any]]:
-    """Returns all runs, as a record has them."""
+    """Returns all runs, as a record has them, those of the plan first.
+
+    Raises:
+      UserError: the folder is of another commit or version than the record.
+    """
     about, found = self._workdir / "study.json", dict(self.recorded)
     here = json.loads(about.read_text()) if about.exists() else {}
+    self.check(here or next(iter(found.values()), {}), ())
     for arm in plan.arms:
       folders: dict[tuple[int, float | None], epath.Path] = {
         (int(place.name.removeprefix("seed_")), None): place
@@ -97,10 +111,9 @@ class Book:
             **study.read_run(place),
           }
     order = [arm.name for arm in plan.arms]
-    rows = [row for row in found.values() if row["arm"] in order]
-    return sorted(rows, key=lambda row: (
+    order += sorted({row["arm"] for row in found.values()} - set(order))
+    return sorted(found.values(), key=lambda row: (
       order.index(row["arm"]), row["rate"] or 0.0, row["seed"]))
-
 
   def check(
     self, about: Mapping[str, str], arms: Sequence[ArmPlan]

@@ -228,22 +228,26 @@ def test_arms_of_so_many_passes_are_compared_too(launcher, tmp_path):
 def test_a_study_of_another_commit_is_refused(launcher, tmp_path, monkeypatch):
   workdir = epath.Path(tmp_path)
   monkeypatch.setattr(launcher.card, "commit", lambda: "abc")
-  launcher.claim(workdir, "c.py")
-  launcher.claim(workdir, "c.py")
+  launcher.claim(workdir, launcher.facts("c.py"))
+  launcher.claim(workdir, launcher.facts("c.py"))
   monkeypatch.setattr(launcher.card, "commit", lambda: "def")
   with pytest.raises(types.UserError, match="commit: expected 'abc'"):
-    launcher.claim(workdir, "c.py")
+    launcher.claim(workdir, launcher.facts("c.py"))
   monkeypatch.setattr(launcher.card, "commit", lambda: "abc-dirty")
   launcher.flags.FLAGS(["study"])
   with pytest.raises(types.UserError, match="commit first"):
-    launcher.claim(workdir, "c.py")
+    launcher.claim(workdir, launcher.facts("c.py"))
 
 
 ABOUT = {"config": "c.py", "commit": "abc", "jax": "1", "machine": "one"}
 
 
 def recorded(arm, seed, rate=None, **fields):
-  about = ABOUT | {"em_after": 0.5, "em": "80", "count": 1, "questions": "q"}
+  about = ABOUT | {
+    "em_after": 0.5, "em": "80", "count": 1, "questions": "q", "hops": {},
+    "curve": {"0": 0.5}, "searches": 1.0, "recall": None, "seconds": 1.0,
+    "step_seconds": None,
+  }
   return about | {"arm": arm, "seed": seed, "rate": rate} | fields
 
 
@@ -326,6 +330,26 @@ def test_a_record_gives_the_table_that_the_folders_gave(
   assert first[-2].startswith("| start | 1 | 0.333 (")
   assert "| policy_lr 0.001 |" in first[-1]
   empty = epath.Path(tmp_path) / "empty"
-  empty.mkdir()
   assert launcher.report(plan, empty, Book(empty, record)) == first
   assert len(record.read_text().splitlines()) == 6
+
+
+def test_a_record_loses_nothing_and_mixes_nothing(launcher, told):
+  plan, workdir, record = told
+  with record.open("a") as file:
+    file.write(files.to_jsonl([recorded("an arm of before", 0)]))
+  rows = Book(workdir, record).rows(plan)
+  assert [row["arm"] for row in rows] == ["start"] + ["ppo"] * 3 + [
+    "an arm of before"
+  ]
+  files.write_text(workdir / "study.json", json.dumps(ABOUT | {"commit": "x"}))
+  with pytest.raises(types.UserError, match="commit: expected 'x' as here"):
+    Book(workdir, record).rows(plan)
+
+
+def test_a_row_that_is_no_run_is_named(told):
+  *_, record = told
+  with record.open("a") as file:
+    file.write('{"arm": "ppo", "seed": 1}\n')
+  with pytest.raises(types.UserError, match="record.jsonl:5: .* got 'no .*em"):
+    Book(record.parent, record)
