@@ -32,12 +32,6 @@ _QUERY_PROMPT = (
   "find a passage answering this question. Write nothing else.\n"
   "Question: {question}\nQueries:\n"
 )
-_HOP_PROMPT = (
-  "Split the question into the simple questions that have to be answered one "
-  "after the other. Write one per line as: simple question => answer. Use #1, "
-  "#2 for earlier answers. The final answer is: {answer}\n"
-  "Question: {question}\nSteps:\n"
-)
 _BATCH = 32  # Prompts of a call, which are lost if the process dies in it.
 _QUERIES = 64  # Asked of a retriever at a time.
 _MARKER = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
@@ -124,50 +118,21 @@ class RuleWriter:
     return [q for q in (question, " ".join(strong), " ".join(names)) if q]
 
 
-def decompose(
-  questions: Sequence[types.Question], writer: Writer | None
-) -> list[types.Question]:
-  """Questions with a decomposition, their own or a written one.
-
-  Args:
-    questions: any.
-    writer: asked where the data has none; None leaves those questions alone.
-  """
-  lacking = [q for q in questions if not q.decomposition]
-  if writer is None or not lacking:
-    return list(questions)
-  prompts = [
-    _HOP_PROMPT.format(question=q.text, answer=q.answers[0]) for q in lacking
-  ]
-  hops = {
-    q.id: _parse_hops(text)
-    for q, text in zip(lacking, writer.write(prompts), strict=True)
-  }
-  return [
-    q if q.decomposition else dataclasses.replace(q, decomposition=hops[q.id])
-    for q in questions
-  ]
-
-
-def _parse_hops(text: str) -> tuple[types.SubQuestion, ...]:
-  hops = []
-  for line in text.splitlines():
-    question, arrow, answer = _MARKER.sub("", line).partition("=>")
-    if arrow and question.strip() and answer.strip():
-      hops.append(types.SubQuestion(question.strip(), answer.strip()))
-  return tuple(hops)
-
-
 def resolved(question: types.Question) -> list[str]:
   """Returns the sub-questions with #1, #2 replaced by earlier answers."""
   return types.resolved(question.decomposition)
+
+
+def without_marker(line: str) -> str:
+  """Returns a line of a list without its number or bullet."""
+  return _MARKER.sub("", line).strip()
 
 
 def parse_queries(text: str, count: int) -> list[str]:
   """Returns the first `count` distinct queries of a text, one per line."""
   queries = []
   for line in text.splitlines():
-    query = _MARKER.sub("", line).strip().strip("\"'`")
+    query = without_marker(line).strip("\"'`")
     if query and len(query) <= 200 and query not in queries:
       queries.append(query)
   return queries[:count]

@@ -15,6 +15,7 @@ from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import build as index_build
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.retrieval.index import encoder
+from stepsearch_jax.supervision import hops
 from stepsearch_jax.supervision import pipeline as supervision
 from stepsearch_jax.supervision import writers as writers_lib
 
@@ -93,12 +94,12 @@ def supervise(
 
   Questions without supporting passages get pseudo-labels (passages that hold a
   sub-answer) and are flagged; those without a decomposition get one from the
-  first language model among the writers.
+  first language model among the writers, or from their supporting passages.
   """
   writers = [open_writer(name, how.cache) for name in how.writers]
   models = [w for w in writers if w.name != "rules"]
   retrievers = open_retrievers(how.retrievers, passages, how.cache)
-  questions = supervision.decompose(questions, models[0] if models else None)
+  questions = hops.decompose(questions, models[0] if models else None)
   questions = supervision.pseudo_label(questions, retrievers, how.topk)
   ready = [q for q in questions if q.decomposition and q.support]
   if len(ready) < len(questions):
@@ -106,9 +107,9 @@ def supervise(
                     len(questions) - len(ready))
   if not ready:
     raise types.UserError(
-      "no question has a decomposition and supporting passages: --writers "
-      "needs a language model to write the one, --corpus passages with the "
-      "sub-answers to find the others"
+      "no question has supporting passages, or a decomposition to find them "
+      "by: --writers needs a language model to write one, --corpus passages "
+      "with the sub-answers"
     )
   written = supervision.write_queries(ready, writers, how.queries)
   kept, report = supervision.filter_queries(

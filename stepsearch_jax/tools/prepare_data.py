@@ -173,7 +173,7 @@ def check(found: questions_lib.QuestionFile) -> None:
      "they can be evaluated, not trained on with step rewards"),
     ("a decomposition", [q for q in questions if not q.decomposition],
      "they cannot be scripted for a warm start, without which a new model "
-     "learns no searching"),
+     "learns no searching; --supervise writes one"),
     ("labels of their own", [
       q for q in questions if q.extra.get("pseudo_support")
      ], "their supporting paragraphs only hold the sub-answers"),

@@ -169,21 +169,6 @@ def test_calls_side_by_side_are_each_stored_and_a_failure_loses_none(tmp_path):
   assert sorted(first.answered + second.answered) == sorted(prompts)
 
 
-def test_questions_without_decomposition_get_a_written_one():
-  class Hops:
-    name = "hops"
-
-    def write(self, prompts):
-      assert "The final answer is: Mossing" in prompts[0]
-      return ["1. Where was Ada Rook born? => Lintel\nWhere is #1? => Mossing"]
-
-  bare = types.Question("b", "River of Ada Rook's birthplace?", ("Mossing",))
-  done, same = supervision.decompose([bare, QUESTION], Hops())
-  assert [hop.answer for hop in done.decomposition] == ["Lintel", "Mossing"]
-  assert same is QUESTION
-  assert supervision.resolved(done)[1] == "Where is Lintel?"
-
-
 BARE = types.Question(
   "b", "?", ("Mossing",), decomposition=tuple(
     types.SubQuestion(hop.question, hop.answer)

@@ -59,8 +59,9 @@ def resolve(reference: str) -> str:
 
 
 def _in_package(name: str) -> str:
-  # Found, not imported: the package's own dependencies need not be there.
-  spec = importlib.util.find_spec(name)
+  # Found, not imported: the package's own dependencies need not be there. The
+  # name may be written as it is installed, with hyphens.
+  spec = importlib.util.find_spec(name.replace("-", "_"))
   if spec is None or not spec.submodule_search_locations:
     raise types.UserError(
       f"package:{name}: no such package here; install it with "
