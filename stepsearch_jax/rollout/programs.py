@@ -68,7 +68,7 @@ class RolloutPrograms:
     self.spec = spec
     self._mesh = mesh
     everywhere = sharding.replicated(mesh)
-    self._automaton = np.asarray(table, np.int32)
+    self._automaton = np.asarray(table, np.min_scalar_type(len(table) - 1))
     init = functools.partial(device.init_state, config, spec)
     state = jax.eval_shape(init)
     placed = _state_shardings(mesh, state)

@@ -59,6 +59,24 @@ def test_top_k_and_top_p_reach_the_policy(parts):
   assert sampled(1.5, top_p=1e-6) == greedy
 
 
+@pytest.mark.parametrize(("letters", "kind"), [(200, "ui8"), (300, "ui16")])
+def test_every_state_of_the_automaton_fits_its_table(parts, letters, kind):
+  """A slot that is in the last state, which stops, samples one token."""
+  tokenizer, model, policy = parts
+  compiled = fakes.make_programs(tokenizer, model, tags=("x" * letters,))
+  program = compiled.lowered(4, 16, policy)["decode_block"].as_text()
+  assert f"tensor<{letters + 2}x{model.vocab_size}x{kind}>" in program
+  state = compiled.init_state().replace(
+    active=np.ones(4, bool), budget=np.full(4, 99, np.int32),
+    automaton=np.full(4, letters + 1, np.int32),
+  )
+  state, output = compiled.decode_block(
+    compiled.decode_params(policy), state, jax.random.key(0), 16, 4, 5
+  )
+  assert (np.asarray(output.tokens) >= 0).sum(1).tolist() == [1] * 4
+  np.testing.assert_array_equal(state.automaton, letters + 1)
+
+
 def test_prefixes_are_copied_in_place_and_nothing_else_changes(parts):
   """Slot 5 takes over 3 tokens of slot 2, slot 6 of slot 0."""
   tokenizer, model, _ = parts
