@@ -223,10 +223,12 @@ def plan(
 
 def _queries(question, number, habits, rng) -> list[str]:
   """What is asked about one hop, until something helps."""
-  keys = question.search_keys[number]
-  queries = list(question.phrasings[number] if question.phrasings else keys)
+  groups = question.phrasings or question.search_keys
+  queries = list(groups[number])
+  # A hop for which no query was found has phrasings but no keys.
+  exact = len(question.search_keys) == len(groups)
   if habits.wording == Wording.EXACT:
-    queries = [keys[0]]
+    queries = [question.search_keys[number][0] if exact else queries[0]]
   elif habits.wording == Wording.ANY:
     queries = [queries[i] for i in rng.permutation(len(queries))]
   return [

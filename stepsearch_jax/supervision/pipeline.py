@@ -296,9 +296,11 @@ def filter_queries(
 def released_row(question: types.Question) -> dict:
   """Returns a question in the schema of StepSearch's released files.
 
-  The field `pseudo_support` is this project's: true if the supporting passages
-  are guesses, passages in which the sub-answers stand.
+  Three fields more are this project's: `decomposition` with the `phrasings` of
+  each hop, by which demonstrations are scripted, and `pseudo_support`, true if
+  the supporting passages are guesses, passages in which the sub-answers stand.
   """
+  hops = zip(resolved(question), question.search_keys, strict=True)
   return {
     "id": question.id,
     "data_source": question.source,
@@ -310,6 +312,8 @@ def released_row(question: types.Question) -> dict:
     "sub_support_docs": [
       {"title": p.title, "paragraph_text": p.text} for p in question.support
     ],
+    "decomposition": [dataclasses.asdict(h) for h in question.decomposition],
+    "phrasings": [list(queries) or [text] for text, queries in hops],
     "pseudo_support": bool(question.extra.get("pseudo_support")),
   }
 

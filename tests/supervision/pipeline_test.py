@@ -1,5 +1,6 @@
 """The supervision pipeline by hand-worked cases and a killed writer."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from etils import epath
 
 from stepsearch_jax import files, types
 from stepsearch_jax.data import coverage, questions
+from stepsearch_jax.sft import scripted
 from stepsearch_jax.supervision import pipeline as supervision
 
 GOLD = types.Passage("g", "Ada Rook", "Ada Rook was born in Lintel.")
@@ -196,7 +198,8 @@ def test_pseudo_labels_are_passages_with_the_sub_answers():
   assert report["pseudo-labeled"] == {"written": 2, "kept": 1, "one": 1}
   row = supervision.released_row(out)
   assert row["pseudo_support"] is True
-  assert supervision.released_row(QUESTION)["pseudo_support"] is False
+  plain = dataclasses.replace(QUESTION, search_keys=((), ()))
+  assert supervision.released_row(plain)["pseudo_support"] is False
 
 
 def test_yes_no_and_unfound_answers_give_no_pseudo_labels():
@@ -211,20 +214,26 @@ def test_yes_no_and_unfound_answers_give_no_pseudo_labels():
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_output_reads_back_in_the_released_schema(tmp_path, name):
-  import dataclasses
-
-  supervised = dataclasses.replace(
-    QUESTION, search_keys=(("a", "b"), (), ("c",))
-  )
+  supervised = dataclasses.replace(QUESTION, search_keys=(("a", "b"), ()))
   flagged = dataclasses.replace(supervised, extra={"pseudo_support": True})
   path = epath.Path(tmp_path) / name
   rows = [supervision.released_row(q) for q in (supervised, flagged)]
   supervision.write_rows(path, rows)
   again, pseudo = questions.load_questions(str(path), require_support=True)
   assert not again.extra and pseudo.extra == {"pseudo_support": True}
-  assert again.search_keys == (("a", "b"), ("c",))
+  assert again.search_keys == (("a", "b"),)  # As in the released files.
   assert [p.text for p in again.support] == [GOLD.text, SECOND.text]
   assert again.answers == ("Mossing",)
+  # A demonstration follows the hops, also one that no kept query leads to.
+  assert again.decomposition == QUESTION.decomposition
+  for wording in ("usual", "exact"):
+    script = scripted.plan(
+      again, scripted.Habits(wording, 0.0, 0.0, 0.0), 5,
+      np.random.default_rng(0),
+    )
+    assert next(script) == "a" and script.send([GOLD]) == (
+      "On which river does Lintel lie?"
+    )
   with pytest.raises(files.DataError, match=r"expected .jsonl or .parquet"):
     supervision.write_rows(epath.Path(tmp_path) / "x.csv", [])
 
