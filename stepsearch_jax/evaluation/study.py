@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,18 @@ class Arm:
   step_seconds: float | None
 
   @property
-  def area(self) -> float:
-    """Mean exact match along the curve (trapezoids, per step)."""
-    steps = np.array(sorted(self.curve), np.float64)
-    values = np.array([self.curve[int(s)].mean() for s in steps])
-    if len(steps) < 2:
-      return float(values.mean())
-    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+  def learned(self) -> bool:
+    """Whether there is more than one evaluation, and so a curve."""
+    return len(self.curve) > 1
+
+  @property
+  def areas(self) -> np.ndarray:
+    """Mean exact match along each seed's curve, [seeds] (trapezoids)."""
+    steps = sorted(self.curve)
+    values = np.stack([self.curve[step] for step in steps])
+    if not self.learned:
+      return values[0]
+    return np.trapezoid(values, steps, axis=0) / (steps[-1] - steps[0])
 
 
 def read_run(folder: epath.Path) -> dict[str, Any]:
@@ -171,16 +176,28 @@ def differences(arm: Arm, baseline: Arm) -> np.ndarray:
   Raises:
     UserError: no seed is common, or the questions differ.
   """
+  own, others = _common(arm, baseline)
+  return arm.em[own] - baseline.em[others]
+
+
+def _area_differences(arm: Arm, baseline: Arm) -> np.ndarray:
+  """[seeds, 1], otherwise as `differences`."""
+  own, others = _common(arm, baseline)
+  return (arm.areas[own] - baseline.areas[others])[:, None]
+
+
+def _common(arm: Arm, baseline: Arm) -> tuple[list[int], list[int]]:
+  """Places of the common seeds in both arms."""
   common = [seed for seed in arm.seeds if seed in baseline.seeds]
   if not common or arm.questions != baseline.questions:
     raise types.UserError(
       f"{arm.name} and {baseline.name} have no seeds, or not the same "
       f"questions, in common: seeds {arm.seeds} and {baseline.seeds}"
     )
-  return np.stack([
-    arm.em[arm.seeds.index(seed)] - baseline.em[baseline.seeds.index(seed)]
-    for seed in common
-  ])
+  return (
+    [arm.seeds.index(seed) for seed in common],
+    [baseline.seeds.index(seed) for seed in common],
+  )
 
 
 def table(arms: Sequence[Arm], baselines: Sequence[str]) -> list[str]:
@@ -193,24 +210,32 @@ def table(arms: Sequence[Arm], baselines: Sequence[str]) -> list[str]:
   Args:
     arms: with at least one finished run each.
     baselines: names of the arms that the others are compared with; one that is
-      not among them gets no column.
+      not among them gets no column, one that learned also compares areas.
   """
   by_name = {arm.name: arm for arm in arms}
   known = [by_name[name] for name in baselines if name in by_name]
-  columns = [_against(arms, base) for base in known]
+  columns = [_against(arms, base, differences) for base in known]
+  curves = [arm for arm in arms if arm.learned]
+  leading = [base for base in known if base.learned]
+  areas = [_against(curves, base, _area_differences) for base in leading]
   kinds = sorted({n for arm in arms for n in arm.hops})
   head = ["arm", "seeds", "EM (95 %)"]
   for base in known:
     head += [f"EM - {base.name} (95 %)", "p (Holm)"]
-  head += ["area", *(f"{n} hops" for n in kinds), "searches", "recall",
-           "s per step", "s per run", "note"]
+  head.append("area")
+  for base in leading:
+    head += [f"area - {base.name} (95 %)", "p (Holm)"]
+  head += [*(f"{n} hops" for n in kinds), "searches", "recall", "s per step",
+           "s per run", "note"]
   lines = [_row(head), _row(["---"] * len(head))]
   for arm in arms:
     mean = statistics.hierarchical_bootstrap(arm.em)
     cells = [arm.name, str(len(arm.seeds)), _estimate(mean)]
     for column in columns:
       cells += column.get(arm.name, ("-", "-"))
-    cells += [f"{arm.area:.3f}"]
+    cells += [f"{arm.areas.mean():.3f}"]
+    for column in areas:
+      cells += column.get(arm.name, ("-", "-"))
     cells += [f"{arm.hops[n]:.3f}" if n in arm.hops else "-" for n in kinds]
     cells += [
       _number(arm.means["searches"], 2), _number(arm.means["recall"], 3),
@@ -221,11 +246,11 @@ def table(arms: Sequence[Arm], baselines: Sequence[str]) -> list[str]:
 
 
 def _against(
-  arms: Sequence[Arm], base: Arm
+  arms: Sequence[Arm], base: Arm, gap_of: Callable[[Arm, Arm], np.ndarray]
 ) -> dict[str, tuple[str, str]]:
   """Difference and p-value of every arm that shares seeds with a baseline."""
   gaps = {
-    arm.name: differences(arm, base) for arm in arms
+    arm.name: gap_of(arm, base) for arm in arms
     if arm is not base and set(arm.seeds) & set(base.seeds)
   }
   p_values = statistics.holm([

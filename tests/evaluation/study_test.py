@@ -1,5 +1,6 @@
 """Outcomes of arms: areas, pairs by seed and question, the table."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_an_arm_has_finals_curve_hops_and_area(arms):
   base, better = arms
   assert base.seeds == (0, 1, 2, 3) and better.seeds == (1, 2, 3)
   assert base.em.shape == (4, 4) and base.em.mean() == 0.25
-  assert better.area == pytest.approx((0.5 + 0.75) / 2)
+  np.testing.assert_allclose(better.areas, [(0.5 + 0.75) / 2] * 3)
   assert better.hops == {2: 0.5, 3: 1.0}
   assert better.means == {"searches": 3.0, "recall": 0.5}
 
@@ -65,6 +66,24 @@ def test_the_table_has_a_difference_per_baseline(arms, tmp_path):
   base, better, other = lines[2:]
   assert "| - | - | -0.500 (" in base and "| +0.500 (" in better
   assert "| 1.000 (1.000 to 1.000) | - | - | - | - | 0.500 |" in other
+
+
+def test_areas_are_compared_where_there_are_curves(tmp_path):
+  """The same ends, but one arm was there from the start in seed 1 alone."""
+  base, better = (
+    study.gather(name, {
+      seed: run(tmp_path / f"{name}{seed}", [1.0, 0.0], start)
+      for seed, start in enumerate(starts)
+    })
+    for name, starts in (("ppo", (0.0, 0.0)), ("steppo", (0.0, 1.0)))
+  )
+  still = dataclasses.replace(better, name="still", curve={
+    10: better.curve[10]
+  })
+  lines = study.table([base, better, still], ["ppo", "still"])
+  assert "area | area - ppo (95 %) | p (Holm) | 2 hops" in lines[0]
+  assert "| 0.500 | +0.250 (+0.000 to +0.500) | 1.000 |" in lines[3]
+  assert "| 0.500 | - | - |" in lines[4] and "area - still" not in lines[0]
 
 
 def test_runs_on_other_questions_are_refused(tmp_path):
@@ -103,7 +122,7 @@ def test_the_curves_are_drawn(arms, tmp_path):
 def test_the_area_weighs_an_evaluation_by_the_steps_around_it():
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([0.0])}
   arm = study.Arm("a", "", (0,), "", None, curve, {}, {}, 0.0, 0.0)
-  assert arm.area == pytest.approx((10 * 0.5 + 30 * 0.5) / 40)
+  assert arm.areas[0] == pytest.approx((10 * 0.5 + 30 * 0.5) / 40)
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([1.0])}
   arm = study.Arm("a", "", (0,), "", None, curve, {}, {}, 0.0, 0.0)
-  assert arm.area == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)
+  assert arm.areas[0] == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)
