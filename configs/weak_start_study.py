@@ -43,5 +43,7 @@ def study(
   add("ppo", seeds=5, method="ppo")
   add("grpo", seeds=5, method="grpo", batch=groups)
   add("steppo", seeds=5, method="steppo")
+  add("steppo without penalty", seeds=5, method="steppo",
+      reward=dict(redundancy_penalty=False))
   add("ppo + bonus per search", seeds=5, method="ppo",
       reward=dict(search_bonus=0.1))

@@ -23,6 +23,8 @@ from stepsearch_jax import types
 from stepsearch_jax.models import attention, families, layers, rope
 from stepsearch_jax.models import cache as cache_lib
 
+_WRITTEN_OUT = 4  # Layers at most; see Decoder._stacked.
+
 
 class Remat(enum.StrEnum):
   """What training keeps of a layer for the backward pass."""
@@ -281,8 +283,14 @@ class Decoder(nn.Module):
     return layers.RMSNorm(*norm, name="final_norm")(x), cache
 
   def _stacked(self, x, angles, positions, segment_ids):
-    """A scan over stacked layers."""
+    """A scan over stacked layers.
+
+    A loop copies what a layer keeps for the backward pass into an array for all
+    layers. Few layers that keep everything are written out instead (.84 of the
+    time of a pass of three); many would take too long to compile.
+    """
     c = self.config
+    written_out = c.remat == Remat.NONE and c.num_layers <= _WRITTEN_OUT
     block = Block
     if c.remat != Remat.NONE:
       policy = None
@@ -295,6 +303,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=c.num_layers,
+      unroll=c.num_layers if written_out else 1,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, name="layers")
     return stack(x, angles, positions, segment_ids)[0]

