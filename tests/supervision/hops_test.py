@@ -28,6 +28,7 @@ def test_questions_without_decomposition_get_a_written_one():
 
 @pytest.mark.parametrize("steps", [
   None, "no steps at all", "Where was Ada Rook born? => Lintel",
+  "Where is it? => Mossing\nWhere was Ada Rook born? => Lintel",
 ])
 def test_supporting_passages_decompose_where_no_writer_reaches_the_answer(
   steps
