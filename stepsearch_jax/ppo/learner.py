@@ -210,12 +210,14 @@ class Learner:
     Args:
       packing: where the tokens go.
       batch: rollouts.
-      **arrays: [B, T] fields of `MicroBatch`; absent ones are zeros.
+      **arrays: [B, T] fields of `MicroBatch`; absent ones, and None, are
+        zeros.
     """
     zeros = np.zeros(batch.tokens.shape, np.float32)
     names = ("weights", "llds_weights", "value_weights", "logp",
              "reference_logp", "values", "advantages", "returns")
-    packed = {name: packing.pack(arrays.get(name, zeros)) for name in names}
+    given = {name: x for name, x in arrays.items() if x is not None}
+    packed = {name: packing.pack(given.get(name, zeros)) for name in names}
     packed |= {
       "tokens": packing.pack(batch.tokens),
       "turn": packing.pack(batch.turn, fill=-1),
@@ -261,9 +263,11 @@ class Learner:
       metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
     metrics["critic/kl_coeff"] = coefficient
     experience = Experience(
-      batch, masks, now.logp, frozen.logp, values, found.estimates.advantages,
-      found.estimates.returns, found.estimates.value_weights,
-      float(found.metrics["critic/kl"]), now.entropy,
+      batch, masks, now.logp, frozen.logp,
+      None if self.value is None else values,
+      found.estimates.advantages, found.estimates.returns,
+      found.estimates.value_weights, float(found.metrics["critic/kl"]),
+      now.entropy,
     )
     metrics |= batch_metrics.old_logp_by_advantage(experience)
     metrics = jax.device_get(metrics)

@@ -132,7 +132,7 @@ class Experience:
     masks: which tokens take part.
     logp: [B, T] log-probabilities under the policy before the update.
     reference_logp: [B, T] likewise under the reference.
-    values: [B, T] values before the update; zeros without a value model.
+    values: [B, T] values before the update; None without a value model.
     advantages: [B, T], 0 where the policy mask is.
     returns: [B, T], what values are fitted to.
     value_weights: [B, T], weight of each token in the value loss.
@@ -145,7 +145,7 @@ class Experience:
   masks: Masks
   logp: types.Leaf
   reference_logp: types.Leaf
-  values: types.Leaf
+  values: types.Leaf | None
   advantages: types.Leaf
   returns: types.Leaf
   value_weights: types.Leaf

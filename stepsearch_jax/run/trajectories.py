@@ -102,8 +102,9 @@ def _learned(
     "advantage": experience.advantages[i, :length],
     "logp": logp,
     "kl": logp - experience.reference_logp[i, :length],
-    "value": experience.values[i, :length],
   }
+  if experience.values is not None:
+    measures["value"] = experience.values[i, :length]
   if experience.entropy is not None:
     measures["entropy"] = experience.entropy[i, :length]
   return measures

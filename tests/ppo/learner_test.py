@@ -219,6 +219,7 @@ def test_estimators_without_value_model_raise_rewarded_tokens(estimator):
   batch = make_batch(0)
   state, experience, metrics = step(ours, state, batch)
   assert state.value is None and "critic/vf_loss" not in metrics
+  assert experience.values is None
   assert all(np.isfinite(v) for v in metrics.values())
   after, _ = ours.prepare(state, batch)
   gain = (after.logp - experience.logp) * experience.advantages

@@ -132,13 +132,15 @@ def test_an_evaluation_pays_no_probes_and_survives_a_reward_that_fails(
   assert trajectories.describe_evaluated(broken, tokenizer, trajectory) is None
 
 
-def test_entropy_that_no_pass_has_computed_is_absent(played):
+@pytest.mark.parametrize(("lacking", "place"), [("entropy", 5), ("values", 4)])
+def test_what_no_pass_has_computed_is_absent(played, lacking, place):
   tokenizer, trajectory, _ = played
   numbers = np.zeros((1, len(trajectory.tokens)), np.float32)
   spec = step_rewards.PRESETS["paper"]()
   experience = records.Experience(
-    None, records.Masks(numbers, numbers, numbers), *[numbers] * 6, 0.0, None
+    None, records.Masks(numbers, numbers, numbers), *[numbers] * 6, 0.0, numbers
   )
+  experience = dataclasses.replace(experience, **{lacking: None})
   (found,) = trajectories.describe(
     [trajectory],
     token_rewards.score_trajectories(spec, [trajectory], tokenizer),
@@ -147,7 +149,7 @@ def test_entropy_that_no_pass_has_computed_is_absent(played):
   assert {
     tuple(x is None for x in token["values"])
     for token in found["tokens"] if "values" in token
-  } == {(False,) * 5 + (True,)}
+  } == {tuple(i == place for i in range(6))}
 
 
 def test_turns_mark_support_and_repeats(row):
