@@ -210,8 +210,7 @@ class Learner:
     Args:
       packing: where the tokens go.
       batch: rollouts.
-      **arrays: [B, T] fields of `MicroBatch`; absent ones, and None, are
-        zeros.
+      **arrays: [B, T] fields of `MicroBatch`; absent ones or None are zeros.
     """
     zeros = np.zeros(batch.tokens.shape, np.float32)
     names = ("weights", "llds_weights", "value_weights", "logp",
@@ -227,9 +226,8 @@ class Learner:
     }
     where, start = sharding.batch(self._mesh), 0
     for size in self._sizes(len(packing.source)):
-      part = slice(start, start + size)
-      micro = MicroBatch(**{name: x[part] for name, x in packed.items()})
-      yield sharding.put(micro, where)
+      part = {name: x[start : start + size] for name, x in packed.items()}
+      yield sharding.put(MicroBatch(**part), where)
       start += size
 
   def prepare(
@@ -250,7 +248,8 @@ class Learner:
     coefficient = float(jax.device_get(state.kl_coef))
     found = jax.device_get(self._compute(
       estimators.Inputs(
-        rewards=batch.token_rewards, values=values, logp=now.logp, masks=masks,
+        rewards=batch.token_rewards, logp=now.logp, masks=masks,
+        values=np.zeros_like(now.logp) if values is None else values,
         group=batch.group, turn=batch.turn, anchor=batch.anchor,
         searches=batch.searches,
       ),
@@ -263,20 +262,17 @@ class Learner:
       metrics |= batch_metrics.rollout_mismatch(batch, now.logp)
     metrics["critic/kl_coeff"] = coefficient
     experience = Experience(
-      batch, masks, now.logp, frozen.logp,
-      None if self.value is None else values,
-      found.estimates.advantages, found.estimates.returns,
-      found.estimates.value_weights, float(found.metrics["critic/kl"]),
-      now.entropy,
+      batch, masks, now.logp, frozen.logp, values, found.estimates.advantages,
+      found.estimates.returns, found.estimates.value_weights,
+      float(found.metrics["critic/kl"]), now.entropy,
     )
     metrics |= batch_metrics.old_logp_by_advantage(experience)
     metrics = jax.device_get(metrics)
     return experience, {name: float(v) for name, v in metrics.items()}
 
   def _evaluate(self, state: LearnerState, batch: types.RolloutBatch):
-    """(policy's output, reference's, values [B, T], metrics) of a batch."""
-    shape = batch.tokens.shape
-    packing = self._packing(batch, range(shape[0]))
+    """(policy's output, reference's, values or None, metrics) of a batch."""
+    packing = self._packing(batch, range(len(batch.tokens)))
     metrics = {"forward/padding_share": packing.padding_share}
     with sharding.scope(self._mesh):
       micros = list(self._micros(packing, batch))
@@ -299,7 +295,7 @@ class Learner:
           "old_log_prob", self.policy.forward, params, reference
         )
       frozen = over_batch("ref", self._reference_forward, reference)
-      values = np.zeros(shape, np.float32)
+      values = None
       if self.value is not None:
         values = over_batch(
           "values", self.value.forward, state.value.params, reference
