@@ -8,7 +8,8 @@ which all arms that begin from it share; arms with several learning rates choose
 one on the validation split; the last evaluation is the figure. The same command
 goes on with a stopped study. One commit, one jax and, for a seed, one kind of
 machine: anything else is refused. A table and a plot end it, --report=FILE.md
-also puts the table between the markers in that file.
+also puts the table between the markers in that file, <!-- NAME --> and
+<!-- /NAME --> for a config NAME.py.
 
 --record=FILE.jsonl keeps what came out of every run, a line each: enough for
 the table. A study goes on from a record without the folders, in a checkout and
@@ -64,8 +65,6 @@ _RECORD = flags.DEFINE_string(
   "record", None, "JSONL file of finished runs, read first and written last."
 )
 _SEEDS = flags.DEFINE_list("seeds", [], "Play these seeds, not the first ones.")
-
-BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
 def facts(config: str) -> dict[str, str]:
@@ -276,16 +275,20 @@ def tell(plan: Plan, workdir: epath.Path, book: Book) -> None:
   files.write_text(workdir / "study.md", "\n".join(lines) + "\n")
   print("\n".join(lines))
   if _REPORT.value:
-    _fill(epath.Path(_REPORT.value), lines)
+    name = pathlib.Path(plan.config.partition(":")[0]).stem
+    _fill(epath.Path(_REPORT.value), f"<!-- {name} -->", f"<!-- /{name} -->",
+          lines)
 
 
-def _fill(path: epath.Path, lines: Sequence[str]) -> None:
+def _fill(
+  path: epath.Path, begin: str, end: str, lines: Sequence[str]
+) -> None:
   """Puts lines between the markers of a file."""
-  head, begin, rest = path.read_text().partition(BEGIN)
-  _, end, tail = rest.partition(END)
-  types.expect(bool(begin and end), "--report",
-               f"a file with {BEGIN} and {END}", str(path))
-  files.write_text(path, "\n".join([head + BEGIN, *lines, END + tail]))
+  head, begun, rest = path.read_text().partition(begin)
+  _, ended, tail = rest.partition(end)
+  types.expect(bool(begun and ended), "--report",
+               f"a file with {begin} and {end}", str(path))
+  files.write_text(path, "\n".join([head + begin, *lines, end + tail]))
 
 
 if __name__ == "__main__":

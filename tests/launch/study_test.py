@@ -334,6 +334,28 @@ def test_a_record_gives_the_table_that_the_folders_gave(
   assert len(record.read_text().splitlines()) == 6
 
 
+def test_a_table_goes_between_the_markers_of_its_own_study(
+  launcher, told, tmp_path
+):
+  plan, workdir, record = told  # Its config is plan.py.
+  page = epath.Path(tmp_path) / "page.md"
+  page.write_text("a\n<!-- other -->\nb\n<!-- /other -->\n"
+                  "<!-- plan -->\nold\n<!-- /plan -->\nc\n")
+  launcher.flags.FLAGS(["study", f"--record={record}", f"--report={page}"])
+  try:
+    launcher.tell(plan, workdir, Book(workdir, record))
+    lines = page.read_text().splitlines()
+    assert lines[:5] == ["a", "<!-- other -->", "b", "<!-- /other -->",
+                         "<!-- plan -->"]
+    assert lines[-2:] == ["<!-- /plan -->", "c"] and "old" not in lines
+    assert lines[5:-2] == (workdir / "study.md").read_text().splitlines()
+    page.write_text("<!-- other -->\n<!-- /other -->\n")
+    with pytest.raises(types.UserError, match="--report.*<!-- plan -->"):
+      launcher.tell(plan, workdir, Book(workdir, record))
+  finally:
+    launcher.flags.FLAGS(["study", "--report="])
+
+
 def test_a_record_loses_nothing_and_mixes_nothing(launcher, told):
   plan, workdir, record = told
   with record.open("a") as file:
