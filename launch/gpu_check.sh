@@ -20,7 +20,8 @@
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
 #   real       the study of configs/musique_smollm2.py:gpu with the questions,
-#              passages and models in the folder --files=FOLDER
+#              passages and index in --files=FOLDER (see there), with
+#              model.gguf and encoder/ from it if they are there
 # --limits=parity:120,replay:200 changes limits, --seconds=540 that of all.
 # Figures go to OUT/*.json, all output to OUT/log.txt, the table comes last.
 set -uo pipefail
@@ -53,7 +54,7 @@ while [ $# -gt 0 ]; do
         limits[${pair%%:*}]="${pair#*:}"
       done ;;
     --tiny) tiny=1 platform=cpu ;;
-    --help | -h) sed -n '2,27p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,26p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: unknown argument $1" >&2; exit 1 ;;
   esac
   shift
@@ -120,8 +121,12 @@ stage train "$python" -m stepsearch_jax.train --workdir="$(mktemp -d)/run" \
   --config=configs/quickstart.py:runlocal
 figures replay accelerator replay
 if [ -n "$files" ]; then
+  real="gpu${tiny:+,runlocal},files=$files"
+  for own in model=model.gguf encoder=encoder; do
+    [ ! -e "$files/${own#*=}" ] || real+=",${own%%=*}=$files/${own#*=}"
+  done
   stage real "$python" launch/study.py --workdir="$out/real" --allow_dirty \
-    --config="configs/musique_smollm2.py:gpu${tiny:+,runlocal},files=$files"
+    --config="configs/musique_smollm2.py:$real"
 else
   say "real: not run, it needs --files=FOLDER"
 fi
