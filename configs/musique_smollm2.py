@@ -154,17 +154,19 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
   config.ppo.micro_rows = 1
   config.rollout.slots = 2
   config.rollout.max_turn = 32
+  config.rollout.compile_ahead = False
   config.rollout.extend_rows = (1, 2)
+  config.warm_start.steps = min(config.warm_start.steps, 16)
+  config.warm_start.rows = 1
+  config.warm_start.trajectories = 64
 
 
 def study(
   add: Callable[..., None], config: ml_collections.ConfigDict
 ) -> None:
-  """StePPO beside PPO from one start, and the model as it was published."""
+  """StePPO beside PPO from one start."""
   del config
   add("start", seeds=1, total_steps=0)
-  add("as published", seeds=1, from_start=False, total_steps=0,
-      warm_start=dict(steps=0))
   add("ppo", seeds=1, method="ppo")
   add("steppo", seeds=1, method="steppo")
 

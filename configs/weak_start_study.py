@@ -6,7 +6,7 @@ The study of credit_study.py from a start that has imitated for a third of the
 time: it still mostly fails, so that the answer's reward is rare. How long was
 decided before any run learned, by what starts of 100, 150 and 200 steps answer
 of the validation questions of the tuning seed: none, .08 and .21. All arms have
-one learning rate; from the better start it hardly mattered.
+one learning rate that was not tuned; from the better start it hardly mattered.
 
 Hardware: 2 CPU cores per run. Time and score: see README.md.
 """

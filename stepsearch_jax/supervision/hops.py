@@ -40,11 +40,11 @@ def decompose(
   hops = {}
   for question, text in zip(lacking, texts, strict=True):
     written = _parse_hops(text)
-    wrong = not written or not any(
-      _same(written[-1].answer, answer) for answer in question.answers
+    right = written and text_match.exact_match(
+      written[-1].answer, question.answers
     )
     hops[question.id] = (
-      _hops_by_support(question) if wrong and question.support else written
+      written if right or not question.support else _hops_by_support(question)
     )
   return [
     q if q.decomposition else dataclasses.replace(q, decomposition=hops[q.id])
@@ -75,11 +75,6 @@ def _hops_by_support(question: types.Question) -> tuple[types.SubQuestion, ...]:
 def _plain(title: str) -> str:
   """A title without what tells it from others, as in `Paris (mythology)`."""
   return re.sub(r"\s*\([^)]*\)\s*$", "", title).strip() or title
-
-
-def _same(text: str, other: str) -> bool:
-  """Whether two answers are the same but for case, articles, punctuation."""
-  return text_match.normalize_answer(text) == text_match.normalize_answer(other)
 
 
 def _parse_hops(text: str) -> tuple[types.SubQuestion, ...]:

@@ -67,6 +67,17 @@ def test_the_shipped_study_is_a_fair_one(launcher, argument):
   assert len(rates) == 1 and len(next(iter(rates))) == 3
 
 
+@pytest.mark.parametrize("config", [
+  "weak_start_study.py", "weak_start_study.py:runlocal",
+  "musique_smollm2.py:gpu", "musique_smollm2.py:hours",
+  "musique_smollm2.py:gpu,runlocal",
+])
+def test_every_other_shipped_study_has_a_plan(config):
+  plan = study_plan.load(str(ROOT / "configs" / config))
+  assert plan.arms[0].name == "start"
+  assert {"ppo", "steppo"} < {arm.name for arm in plan.arms}
+
+
 def test_arms_wait_for_their_start_and_their_rate(launcher, tmp_path):
   config = write(tmp_path, "  add('ppo', seeds=2, rates=(1e-4, 1e-3), "
                  "method='ppo')\n")
