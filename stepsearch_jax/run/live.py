@@ -21,6 +21,7 @@ from absl import logging
 from stepsearch_jax.run.state import RunState
 
 _PACE_STEPS = 20  # Over which the time that a step takes is averaged.
+_LONGEST_SILENCE = 30.0  # Seconds without a plain line, where steps are slow.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +113,12 @@ class View:
       label: what is counted, for instance "step".
       total: how many there will be.
       active: False on processes that show nothing.
-      every: steps between two plain lines.
+      every: steps between two plain lines, where they are fast.
     """
     self._label, self._total, self._every = label, total, every
     self._active = active
     self._pace = Pace()
+    self._spoke = time.monotonic()  # When the latest plain line was printed.
     self._live: Any = None
 
   @property
@@ -134,12 +136,15 @@ class View:
       measures: what to watch.
       alarms: sentences that hold now; the log has them too.
     """
-    self._pace.note(step, time.monotonic())
+    now = time.monotonic()
+    self._pace.note(step, now)
     if not self._active:
       return
     if self._live is not None or self._on_terminal:
       self._draw(step, measures, alarms)
-    elif step % self._every == 0 or step == self._total:
+    elif (step % self._every == 0 or step == self._total
+          or now - self._spoke > _LONGEST_SILENCE):
+      self._spoke = now
       print(self._line(step, measures), file=sys.stderr, flush=True)
 
   def _left(self) -> str:

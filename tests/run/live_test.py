@@ -92,6 +92,19 @@ def test_lines_can_be_rare_but_the_last_step_has_one(capsys):
   ]
 
 
+def test_slow_steps_have_a_line_each_half_minute(capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+  view = live.View("warm start", 100, every=20)
+  for step in range(1, 22):
+    now[0] = 13.0 * step
+    view.update(step, [])
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split("/")[0].split()[-1] for line in lines] == [
+    str(step) for step in (3, 6, 9, 12, 15, 18, 20)
+  ]
+
+
 def test_the_pace_is_of_the_latest_steps_and_starts_anew_after_a_rollback():
   pace = live.Pace()
   assert pace.left(10) is None
