@@ -202,11 +202,12 @@ def _batch():
 def _ppo():
   """The update."""
   ppo = ml_collections.ConfigDict()
-  ppo.gamma = 1.0  # Discount per policy token.
+  ppo.gamma = 1.0  # Discount per policy token; turn_gae: per turn.
   ppo.lam = 1.0  # Lambda of generalized advantage estimation.
   ppo.turn_gamma = 0.95  # Discount per turn: bilevel_gae, gigpo.
   ppo.turn_weight = 1.0  # gigpo: of a turn's advantage beside the row's.
-  ppo.strata_blend = 0.5  # stratified: share within equal search counts.
+  # stratified: share within equal search counts (none is published).
+  ppo.strata_blend = 0.5
   # The probability ratio counts from 1 - clip_ratio to 1 + clip_ratio_high;
   # None = the method's.
   ppo.clip_ratio = config_dict.placeholder(float)

@@ -106,6 +106,7 @@ def _train(
 
   # 2. Rollout engine. A prompt that does not fit stops the run now, and
   #    programs are compiled before models take the memory.
+  starting.check_traces(experiment)
   experiment.describe(steps)
   probing.check_questions(experiment)
   if settings.config["rollout"]["compile_ahead"]:

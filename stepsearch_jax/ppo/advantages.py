@@ -42,20 +42,22 @@ def compute(
     values=jnp.where(masks.value > 0, inputs.values, 0.0),
   )
   estimates = estimator(inputs, spec.estimator)
+  # Where values are fitted; the returns of turn_gae are 0 elsewhere.
+  fitted = jnp.where(estimates.value_weights > 0, masks.advantage, 0.0)
   per_row = gap.sum(-1) / jnp.maximum(on.sum(-1, dtype=jnp.float32), 1.0)
   metrics = {
     "critic/kl": per_row.mean(),
     "critic/rewards/mean": inputs.rewards.sum(-1).mean(),
     "critic/vf_explained_var": explained_variance(
-      inputs.values, estimates.returns, masks.advantage
+      inputs.values, estimates.returns, fitted
     ),
   }
-  for name, x in (
-    ("advantages", estimates.advantages), ("returns", estimates.returns),
-    ("values", inputs.values),
+  for name, x, mask in (
+    ("advantages", estimates.advantages, masks.advantage),
+    ("returns", estimates.returns, fitted), ("values", inputs.values, fitted),
   ):
-    inside = masks.advantage > 0
-    metrics[f"critic/{name}/mean"] = masked.mean(x, masks.advantage)
+    inside = mask > 0
+    metrics[f"critic/{name}/mean"] = masked.mean(x, mask)
     metrics[f"critic/{name}/max"] = jnp.where(inside, x, -jnp.inf).max()
     metrics[f"critic/{name}/min"] = jnp.where(inside, x, jnp.inf).min()
   return Advantages(estimates, metrics)

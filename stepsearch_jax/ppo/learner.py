@@ -68,16 +68,16 @@ class Learner:
     devices = mesh.mesh.size
     shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
     self._tail_rows = spec.batch.tail_rows(shards)
-    estimator = estimators.find(spec.estimator.name)
+    self._estimator = estimators.find(spec.estimator.name)
     self._compute = jax.jit(
-      functools.partial(advantages.compute, estimator, spec)
+      functools.partial(advantages.compute, self._estimator, spec)
     )
     self.policy = TrainedModel(
       trainable.Trainable("policy", policy_config, spec.policy.adapter), spec,
       mesh,
     )
     self.value = None
-    if estimator.needs_values:
+    if self._estimator.needs_values:
       self.value = TrainedModel(
         trainable.Trainable("value", value_config, spec.value.adapter), spec,
         mesh,
@@ -246,15 +246,15 @@ class Learner:
     now, frozen, values, metrics = self._evaluate(state, batch)
     masks = Masks.of(batch, spec.estimator.scope)
     coefficient = float(jax.device_get(state.kl_coef))
-    found = jax.device_get(self._compute(
-      estimators.Inputs(
-        rewards=batch.token_rewards, logp=now.logp, masks=masks,
-        values=np.zeros_like(now.logp) if values is None else values,
-        group=batch.group, turn=batch.turn, anchor=batch.anchor,
-        searches=batch.searches,
-      ),
-      frozen.logp, np.float32(coefficient if spec.kl.in_reward else 0.0),
-    ))
+    inputs = estimators.Inputs(
+      rewards=batch.token_rewards, logp=now.logp, masks=masks,
+      values=np.zeros_like(now.logp) if values is None else values,
+      group=batch.group, turn=batch.turn, anchor=batch.anchor,
+      searches=batch.searches,
+    )
+    paid = np.float32(coefficient if spec.kl.in_reward else 0.0)
+    found = jax.device_get(self._compute(inputs, frozen.logp, paid))
+    self._estimator.check_finite(inputs, found.estimates)
     metrics |= found.metrics
     if now.entropy is not None:
       entropy = masked.mean(now.entropy, masks.policy)

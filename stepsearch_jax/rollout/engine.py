@@ -152,12 +152,6 @@ class Engine:
     _warn_of_waiting(stats)
     return records.Rollout(done, stats)
 
-  def probed_answers(self, question: types.Question) -> probing.Answers:
-    """Returns the gold answers of a question that are probed, as tokens."""
-    spec = self._spec.probe
-    answers = self._texts.answers(question)
-    return answers.chosen(spec) if spec else answers
-
   def probe(self, params: types.Tree, rollout: records.Rollout) -> None:
     """Reads finished trajectories with a model and sets their `probe`.
 

@@ -242,17 +242,20 @@ class Experiment:
     )
 
   @functools.cached_property
-  def engine(self) -> engine_lib.Engine:
-    """The rollout engine of the configured protocol."""
+  def texts(self) -> text_side.TextSide:
+    """What rollouts show of questions, answers and documents."""
     env, tokenizer = self.env, self.tokenizer
     match self.settings.protocol.documents:
       case controls.Documents.RANDOM:
-        return self.make_engine(
-          controls.RandomDocuments(env, tokenizer, self.corpus)
-        )
+        return controls.RandomDocuments(env, tokenizer, self.corpus)
       case controls.Documents.GOLD:
-        return self.make_engine(controls.GoldDocuments(env, tokenizer))
-    return self.make_engine(text_side.TextSide(env, tokenizer))
+        return controls.GoldDocuments(env, tokenizer)
+    return text_side.TextSide(env, tokenizer)
+
+  @functools.cached_property
+  def engine(self) -> engine_lib.Engine:
+    """The rollout engine of the configured protocol."""
+    return self.make_engine(self.texts)
 
   def make_engine(self, texts: text_side.TextSide) -> engine_lib.Engine:
     """Returns a rollout engine over a freshly built stop automaton."""

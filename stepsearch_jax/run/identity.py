@@ -35,6 +35,11 @@ FREE = (
 )
 
 
+# Likewise, until a run has its first checkpoint: what is wrong with them shows
+# behind config.json, and nothing else in the folder was made with them.
+FREE_AT_FIRST = ("probe", "warm_start")
+
+
 class ChangedSettingsError(types.UserError):
   """A work directory was written with other settings."""
 
@@ -58,7 +63,18 @@ def _plain(value: Any) -> Any:
 
 def is_free(field: str) -> bool:
   """Whether a field may differ from one start of a run to the next."""
-  return any(field == f or field.startswith(f + ".") for f in FREE)
+  return _belongs(field, FREE)
+
+
+def _belongs(field: str, parts: Sequence[str]) -> bool:
+  """Whether a field is, or lies in, one of the named fields and sections."""
+  return any(field == part or field.startswith(part + ".") for part in parts)
+
+
+def has_learned(workdir: epath.Path) -> bool:
+  """Whether a run has a checkpoint, finished or not."""
+  folder = workdir / "checkpoints"
+  return folder.exists() and any(folder.iterdir())
 
 
 def questions_hash(questions: Sequence[types.Question]) -> str:
@@ -132,6 +148,8 @@ def claim(
   if path.exists():
     old = read(workdir)
     changed = list(differences(old["config"], config))
+    if not has_learned(workdir):
+      changed = [x for x in changed if not _belongs(x[0], FREE_AT_FIRST)]
     if old["questions"] != questions:
       changed.append(("data", old["questions"], questions))
     refused = [row for row in changed if row[0] not in allowed]

@@ -45,12 +45,15 @@ def check_questions(experiment: Experiment) -> None:
   Every prompt has to fit; of what is trained on some answer has to fit a probe
   where one is asked for.
   """
-  questions, engine = experiment.train_questions, experiment.engine
-  for question in questions + experiment.eval_questions:
-    engine.prompt_tokens(question)
-  spec = experiment.settings.rollout.probe
+  questions = experiment.train_questions
+  spec, texts = experiment.settings.rollout.probe, experiment.texts
   types.expect(
-    spec is None or any(engine.probed_answers(q).aliases for q in questions),
+    spec is None or any(
+      texts.answers(question).chosen(spec).aliases for question in questions
+    ),
     "probe.tokens", "room for a gold answer of at least one question",
     spec and spec.tokens,
   )
+  engine = experiment.engine  # Which builds the index, perhaps for long.
+  for question in questions + experiment.eval_questions:
+    engine.prompt_tokens(question)

@@ -310,6 +310,8 @@ def _check_together(settings: Settings, devices: int) -> None:
   )
   expect(ppo["micro_rows"] > 0, "ppo.micro_rows", "a positive number",
          ppo["micro_rows"])
+  if ":" in estimator.name:  # A user's: its first step may be hours away.
+    estimator.try_out(settings.learner(1).estimator, batch.trajectories)
   rollout = settings.config["rollout"]
   cut = rollout["top_k"] > 0 or rollout["top_p"] < 1
   expect(

@@ -201,6 +201,9 @@ class WarmStartSpec:
 
   def __post_init__(self):
     expect(self.steps >= 0, "warm_start.steps", "0 (none) or more", self.steps)
+    expect(self.steps > 0 or not self.traces, "warm_start.steps",
+           "a positive number of imitation steps for warm_start.traces",
+           self.steps)
     expect(0 <= self.min_f1 <= 1, "warm_start.min_f1", "a share in [0, 1]",
            self.min_f1)
     for name in ("rows", "row_length", "trajectories", "lr"):

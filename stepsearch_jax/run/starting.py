@@ -60,6 +60,16 @@ def start(
   return found
 
 
+def check_traces(experiment: Experiment) -> None:
+  """Raises a UserError if a fresh run imitates a file that is not there."""
+  path = experiment.settings.warm_start.traces
+  types.expect(
+    not path or identity.has_learned(experiment.workdir)
+    or epath.Path(path).exists(),
+    "warm_start.traces", "a file", path,
+  )
+
+
 def first_policy(
   experiment: Experiment, interrupts: interrupts_lib.Interrupts
 ) -> types.Tree:

@@ -20,7 +20,7 @@ import dataclasses
 import enum
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stepsearch_jax import types
@@ -149,7 +149,7 @@ def passages(text: str) -> tuple[types.Passage, ...]:
   )
 
 
-def _events(row: Mapping[str, Any]) -> Iterator[_Event]:
+def _events(row: Mapping[str, Any]) -> Iterable[_Event]:
   if _is_recorded(row):
     return _of_tokens(row)
   for name in _MESSAGES:
@@ -169,12 +169,19 @@ def _is_recorded(row: Mapping[str, Any]) -> bool:
   tokens = row.get("tokens")
   return (
     isinstance(tokens, list) and isinstance(row.get("turns"), list)
-    and all(isinstance(token, Mapping) for token in tokens)
+    and bool(tokens) and all(isinstance(token, Mapping) for token in tokens)
   )
 
 
-def _of_tokens(row: Mapping[str, Any]) -> Iterator[_Event]:
+def _of_tokens(row: Mapping[str, Any]) -> list[_Event]:
   """Events of a recorded rollout; only tokens with values are the policy's."""
+  try:
+    return list(_recorded_events(row))
+  except (KeyError, TypeError, AttributeError) as error:
+    raise MalformedError("recorded rollouts with damaged fields") from error
+
+
+def _recorded_events(row: Mapping[str, Any]) -> Iterator[_Event]:
   for number, turn in enumerate(row["turns"]):
     own = "".join(
       token["text"] for token in row["tokens"]
@@ -234,39 +241,70 @@ def _event(match: re.Match) -> _Event:
 
 
 def _of_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Event]:
-  """Events of a chat; what the assistant did not write is an observation."""
+  """Events of a chat; what the assistant did not write is an observation.
+
+  Several calls of one message are one search, which the messages up to the
+  assistant's next one answer together.
+  """
   roles = [str(m.get("role", m.get("from", ""))).lower() for m in messages]
   ours = [i for i, role in enumerate(roles) if role in ("assistant", "gpt")]
   if not ours:
     raise MalformedError("no action")
   native = any(message.get("tool_calls") for message in messages)
-  for i in range(ours[0], len(messages)):
-    message, text = messages[i], _content(messages[i])
-    if i not in ours:
-      wrapped = _WRAPPED.match(text)
-      yield _Event(_Kind.SEEN, wrapped[2] if wrapped else text)
-      continue
+  for i, end in zip(ours, [*ours[1:], len(messages)], strict=True):
+    text, calls = content(messages[i]), _calls(messages[i])
     events = list(_of_text(text))
     if any(event.kind is _Kind.SEEN for event in events):
       raise MalformedError("documents that the policy wrote")
-    calls = message.get("tool_calls") or ()
     acts = any(event.kind is not _Kind.THOUGHT for event in events)
     if native and i == ours[-1] and not calls and not acts:
       yield _Event(_Kind.ANSWER, text)  # Such chats end with bare text.
       return
-    yield from events
-    for call in calls:
-      yield _Event(_Kind.SEARCH, _query(call.get("function", call)))
+    queries = [e.text for e in events if e.kind is _Kind.SEARCH]
+    queries += [_query(call.get("function", call)) for call in calls]
+    if queries and any(event.kind is _Kind.ANSWER for event in events):
+      raise MalformedError("a search without documents")
+    yield from (e for e in events if e.kind is not _Kind.SEARCH)
+    if queries:
+      stripped = filter(None, map(str.strip, queries))
+      yield _Event(_Kind.SEARCH, "; ".join(stripped))
+    shown = [content(message) for message in messages[i + 1 : end]]
+    if queries and shown:
+      yield _Event(_Kind.SEEN, "", tuple(
+        passage for text in shown for passage in passages(_unwrapped(text))
+      ))
+    elif "tool" in roles[i + 1 : end]:
+      raise MalformedError("documents that no search asked for")
+    elif shown:
+      yield _Event(_Kind.WARNING, "")  # Of a user, to a turn without action.
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def _calls(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+  """Returns the tool calls of a message, which some keep as text."""
+  calls = message.get("tool_calls") or ()
+  if isinstance(calls, str):
+    calls = _parsed(calls)
+  if not isinstance(calls, (list, tuple)) or not all(
+    isinstance(call, Mapping) for call in calls
+  ):
+    raise MalformedError("a tool call that is no JSON")
+  return calls
+
+
+def _unwrapped(text: str) -> str:
+  """Returns what stands between the tags around an observation, if any."""
+  wrapped = _WRAPPED.match(text)
+  return wrapped[2] if wrapped else text
+
+
+def content(message: Mapping[str, Any]) -> str:
   """Returns a message's text: a string, null, or parts."""
-  content = message.get("content", message.get("value"))
-  if isinstance(content, (list, tuple)):
-    content = "".join(
-      str(part.get("text", "")) for part in content if isinstance(part, Mapping)
+  found = message.get("content", message.get("value"))
+  if isinstance(found, (list, tuple)):
+    found = "".join(
+      str(part.get("text", "")) for part in found if isinstance(part, Mapping)
     )
-  return content if isinstance(content, str) else ""
+  return found if isinstance(found, str) else ""
 
 
 def _parsed(text: str) -> Any:
@@ -277,7 +315,10 @@ def _parsed(text: str) -> Any:
 
 
 def _query(call: Any) -> str:
-  """Returns the query of a tool call; several in one call become one."""
+  """Returns the query of a tool call, empty if it has none.
+
+  Several in one call become one.
+  """
   if not isinstance(call, Mapping):
     raise MalformedError("a tool call that is no JSON")
   if "search" not in str(call.get("name", "")).lower():
@@ -291,4 +332,4 @@ def _query(call: Any) -> str:
     )
   if isinstance(given, (list, tuple)):
     given = "; ".join(str(query).strip() for query in given)
-  return str(given)
+  return "" if given is None else str(given)

@@ -147,7 +147,7 @@ def _asked(row: Mapping[str, Any]) -> str:
         and m.get("role", m.get("from")) in ("user", "human")
       ]
       for user in users[:1]:
-        text = str(user.get("content", user.get("value")))
+        text = trace_formats.content(user)
       if text and "Question:" not in text:
         return text.rpartition("User:")[2]
     asked = re.findall(r"Question:([^\n<]+)", text)
@@ -229,12 +229,16 @@ def _recorded(
   """Returns the rollout of `to_row`; its tokens are never encoded again."""
   try:
     tokens = np.asarray(row["tokens"], np.int32)
+    provenance = np.asarray(row["provenance"], np.int8)
+    turn_index = np.asarray(row["turn_index"], np.int16)
+    shapes = {array.shape for array in (tokens, provenance, turn_index)}
+    if shapes != {(len(tokens),)} or not len(tokens):
+      raise ValueError("arrays of other lengths")
     if tokenizer.decode(tokens.tolist()) != row["transcript"]:
       raise MalformedError("tokens of another tokenizer")
     return types.Trajectory(
       question=questions.parse_question("", row, 0), episode=0, tokens=tokens,
-      provenance=np.asarray(row["provenance"], np.int8),
-      turn_index=np.asarray(row["turn_index"], np.int16),
+      provenance=provenance, turn_index=turn_index,
       logprobs=np.zeros(len(tokens), np.float32),
       turns=[
         types.Turn(turn["text"], types.Action(turn["action"]), turn["content"],

@@ -13,6 +13,7 @@ from stepsearch_jax.models import adapters
 from stepsearch_jax.ppo import (
   advantages,
   batch_metrics,
+  estimators,
   model_losses,
   optimizer,
   records,
@@ -119,6 +120,30 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
   assert share(0 * returns + 7) == pytest.approx(0)
   assert share(-returns) == pytest.approx(-3)
   assert share(0.5 * returns) == pytest.approx(0.75)
+
+
+def test_returns_and_values_are_measured_where_values_are_fitted():
+  """turn_gae fits values at the first token of a turn only."""
+  shape = (4, 12)
+  turn = np.broadcast_to(np.arange(12) // 4, shape).astype(np.int32)
+  rewards = np.zeros(shape, np.float32)
+  rewards[:, -1] = [0.0, 1.0, 2.0, 3.0]
+  ones = np.ones(shape, np.float32)
+  inputs = estimators.Inputs(
+    rewards=rewards, values=ones * rewards[:, -1:],  # Perfect ones.
+    logp=0 * ones, masks=records.Masks(ones, ones, ones),
+    group=np.arange(4, dtype=np.int32), turn=turn,
+    anchor=np.zeros((4, 8), np.int32), searches=np.zeros(4, np.int32),
+  )
+  for name in ("gae", "turn_gae"):
+    spec = parts.learner_spec(estimator__name=name)
+    found = advantages.compute(
+      estimators.find(name), spec, inputs, inputs.logp, np.float32(0)
+    ).metrics
+    assert found["critic/vf_explained_var"] == pytest.approx(1), name
+    assert found["critic/returns/mean"] == pytest.approx(1.5), name
+    assert found["critic/values/mean"] == pytest.approx(1.5), name
+    assert found["critic/returns/max"] == 3, name
 
 
 def test_masks_differ_in_the_released_scope_only():

@@ -76,6 +76,27 @@ def test_a_field_of_speed_or_place_is_free(tmp_path, field, value):
   identity.claim(folder, config_with(**{field: value}), "hash")
 
 
+@pytest.mark.parametrize("field, value", [
+  ("warm_start.traces", "traces.jsonl"), ("warm_start.steps", 7),
+  ("probe.tokens", (32,)),
+])
+def test_what_a_run_will_learn_from_is_free_until_it_has_learned(
+  tmp_path, field, value
+):
+  folder = epath.Path(tmp_path)
+  identity.claim(folder, config_with(), "hash")
+  assert not identity.has_learned(folder)
+  (folder / "checkpoints").mkdir()  # Opened, and nothing saved.
+  identity.claim(folder, config_with(**{field: value}), "hash")
+  written = json.loads((folder / "config.json").read_text())
+  assert written["changes"] == []
+  found = identity.flat(written["config"])[field]
+  assert found == (list(value) if isinstance(value, tuple) else value)
+  (folder / "checkpoints/0").mkdir()
+  with pytest.raises(identity.ChangedSettingsError, match=field):
+    identity.claim(folder, config_with(), "hash")
+
+
 def test_other_questions_are_another_run(tmp_path):
   folder = epath.Path(tmp_path)
   identity.claim(folder, config_with(), "hash")

@@ -31,9 +31,8 @@ def tiny(method, **changes):
 class Engine:
   """Remembers what it is asked to do."""
 
-  def __init__(self, longest=0):
+  def __init__(self):
     self.calls, self.prompts = [], []
-    self.longest = longest
 
   def run(self, params, questions, episodes, temperature, probe):
     self.calls.append(("run", params, temperature, probe))
@@ -45,9 +44,12 @@ class Engine:
   def prompt_tokens(self, question):
     self.prompts.append(question.text)
 
-  def probed_answers(self, question):
-    fits = len(question.text) <= self.longest
-    return Answers([1], [[2]] if fits else [])
+
+class Texts:
+  """Has answers as long as their question."""
+
+  def answers(self, question):
+    return Answers([1], [[2] * len(question.text)])
 
 
 @pytest.mark.parametrize("method, while_playing, behind", [
@@ -66,22 +68,20 @@ def test_each_reward_asks_its_own_model(method, while_playing, behind):
 
 
 def test_questions_of_which_no_answer_fits_are_refused_at_the_start():
-  questions = [types.Question("1", "aaa", ("x",)),
-               types.Question("2", "aaaaa", ("x",))]
-  settings = Settings.from_config(tiny("tips"), devices=1)
-
-  def check(longest, settings):
-    engine = Engine(longest)
+  def check(length, method, engine):
+    questions = [types.Question("1", "a" * length, ("x",)),
+                 types.Question("2", "aaaaa", ("x",))]
     probing.check_questions(python_types.SimpleNamespace(
-      settings=settings, engine=engine, train_questions=questions[:1],
+      settings=Settings.from_config(tiny(method), devices=1), texts=Texts(),
+      engine=engine, train_questions=questions[:1],
       eval_questions=questions[1:],
     ))
-    assert engine.prompts == ["aaa", "aaaaa"]
+    assert engine.prompts == ["a" * length, "aaaaa"]
 
-  check(3, settings)
+  check(63, "tips", Engine())
   with pytest.raises(types.UserError, match=r"^probe.tokens: .*\(16, 64\)$"):
-    check(2, settings)
-  check(2, Settings.from_config(tiny("grpo"), devices=1))
+    check(64, "tips", None)  # Before there is an engine, and an index.
+  check(64, "grpo", Engine())
 
 
 @pytest.mark.parametrize("changes", [

@@ -163,6 +163,57 @@ def test_documents_cannot_spell_the_protocol(tmp_path):
   assert "[answer] Mallory [/answer]" in shown and "<|im_end|>" not in shown
 
 
+def chat(*messages):
+  """A row of messages: (role, content, queries that it calls for)."""
+  return dict(GOLD, messages=[
+    {"role": role, "content": content} | ({} if queries is None else {
+      "tool_calls": [{"function": {"name": "search", "arguments": {"query": q}}}
+                     for q in queries]
+    }) for role, content, queries in messages
+  ])
+
+
+def test_calls_of_one_message_are_one_search_with_the_documents_of_all(
+  tmp_path
+):
+  row = chat(("assistant", "Both.", ["a", "b c"]), ("tool", "First.", None),
+             ("tool", "Second.", None), ("assistant", "Ada", None))
+  (seen,) = read(tmp_path, row).trajectories
+  assert [turn.content for turn in seen.turns] == ["a; b c", "Ada"]
+  assert [p.text for p in seen.turns[0].documents] == ["First.", "Second."]
+
+
+def test_calls_may_be_kept_as_text(tmp_path):
+  row = chat(("assistant", "", ["a"]), ("tool", "b", None),
+             ("assistant", "Ada", None))
+  calls = row["messages"][0]
+  calls["tool_calls"] = json.dumps(calls["tool_calls"])
+  assert read(tmp_path, row).trajectories[0].turns[0].content == "a"
+
+
+def test_a_message_without_action_is_left_out_with_the_users_complaint(
+  tmp_path
+):
+  row = chat(("user", "Who directed Silent Harbor?", None),
+             ("assistant", "I wonder.", None),
+             ("user", "Please search or answer.", None),
+             ("assistant", "<search> a </search>", None),
+             ("user", "<information>b</information>", None),
+             ("assistant", ANSWER, None))
+  (seen,) = read(tmp_path, row).trajectories
+  assert written(seen, types.Provenance.POLICY) == (
+    f"<search> a </search>{ANSWER}"
+  )
+
+
+def test_a_question_may_be_in_parts(tmp_path):
+  row = chat(("user", [{"type": "text", "text": "Who directed it?"}], None),
+             ("assistant", ANSWER, None))
+  del row["question"]
+  (seen,) = read(tmp_path, row).trajectories
+  assert seen.question.text == "Who directed it?"
+
+
 def test_several_queries_of_one_call_are_one_search(tmp_path):
   row = json.loads(json.dumps(FORMS["tool_call_text"]).replace(
     '\\"Silent Harbor director\\"', '\\"a\\", \\"b c\\"'
@@ -201,6 +252,20 @@ ANSWER = "<answer> Ada </answer>"
   (response('<tool_call>{"name": "visit"}</tool_call>'),
    "a tool other than search"),
   (response("<tool_call>visit</tool_call>"), "a tool call that is no JSON"),
+  (chat(("assistant", "", [None])), "an empty query"),
+  (chat(("assistant", "", ["", " "])), "an empty query"),
+  (chat(("assistant", "", ["a"])), "no answer"),
+  (chat(("assistant", "<search> a </search>" + ANSWER, None)),
+   "a search without documents"),
+  (chat(("assistant", "Hm.", None), ("tool", "b", None)),
+   "documents that no search asked for"),
+  *((dict(GOLD, messages=[{"role": "assistant", "tool_calls": calls}]),
+     "a tool call that is no JSON")
+    for calls in ("search(a)", {"name": "search"}, ["search(a)"], '["a"]')),
+  *((dict(FORMS["trajectories"], turns=turns),
+     "recorded rollouts with damaged fields")
+    for turns in ([{"action": "search", "content": "a"}], ["search"])),
+  (dict(FORMS["trajectories"], tokens=[]), "no text and no messages"),
   (dict(GOLD, messages=[{"role": "assistant", "content": SEARCH}]),
    "documents that the policy wrote"),
 ])
@@ -235,8 +300,11 @@ def test_recorded_rollouts_come_back_token_for_token(tmp_path):
   tokenizer = make_tokenizer()
   row = traces.to_row(rollout, tokenizer)
   other = dict(row, tokens=[row["tokens"][1], *row["tokens"][1:]])
-  broken = dict(row, tokens="?")
-  found = read(tmp_path, row, other, broken)
+  broken = [
+    dict(row, tokens="?"), dict(row, provenance=row["provenance"][:-1]),
+    dict(row, turn_index=0),
+  ]
+  found = read(tmp_path, row, other, *broken)
   (back,) = found.trajectories
   for name in ("tokens", "provenance", "turn_index"):
     np.testing.assert_array_equal(getattr(back, name), getattr(rollout, name))
@@ -244,7 +312,7 @@ def test_recorded_rollouts_come_back_token_for_token(tmp_path):
   assert back.answer == rollout.answer
   assert back.question.answers == rollout.question.answers
   assert dict(found.rejected) == {
-    "tokens of another tokenizer": 1, "recorded rollouts with damaged fields": 1
+    "tokens of another tokenizer": 1, "recorded rollouts with damaged fields": 3
   }
 
 

@@ -13,6 +13,7 @@ from configs import quickstart
 from stepsearch_jax import train, types
 from stepsearch_jax.run import identity, rejection
 from stepsearch_jax.run.interrupts import Interrupts
+from stepsearch_jax.run.settings import Settings
 from stepsearch_jax.sft import scripted, traces
 from stepsearch_jax.tools import sft
 
@@ -40,7 +41,7 @@ def test_a_run_of_imitation_trains_on_nothing_else():
   assert made.warm_start.traces == "t.jsonl" and config.total_steps == 2
   config.warm_start.steps = 0
   with pytest.raises(types.UserError, match="^warm_start.steps: expected a po"):
-    sft.imitation_of(config, "t.jsonl")
+    Settings.from_config(sft.imitation_of(config, "t.jsonl"))
 
 
 def test_right_is_a_valid_rollout_with_the_answer_and_counts_once():

@@ -7,15 +7,20 @@ It is called inside `jax.jit`, on the whole batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.ppo import records, specs
+
+# What a function is tried out on; any numbers will do.
+_TRIED_TOKENS, _TRIED_TURNS = 64, 8
 
 
 @flax.struct.dataclass
@@ -116,6 +121,50 @@ class Estimator:
       field.name: self._checked(field.name, getattr(found, field.name), shape)
       for field in dataclasses.fields(Estimates)
     })
+
+  def try_out(self, spec: specs.EstimatorSpec, rows: int) -> None:
+    """Traces the function once, which costs next to nothing.
+
+    Args:
+      spec: of the run.
+      rows: trajectories of a step.
+
+    Raises:
+      UserError: as in a step.
+    """
+    tokens = (rows, _TRIED_TOKENS)
+    floats, ints = (
+      functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+      for dtype in (jnp.float32, jnp.int32)
+    )
+    jax.eval_shape(lambda inputs: self(inputs, spec), Inputs(
+      rewards=floats(tokens), values=floats(tokens), logp=floats(tokens),
+      masks=records.Masks(*[floats(tokens)] * 3), group=ints((rows,)),
+      turn=ints(tokens), anchor=ints((rows, _TRIED_TURNS)),
+      searches=ints((rows,)),
+    ))
+
+  def check_finite(self, inputs: Inputs, found: Estimates) -> None:
+    """Raises a UserError for the first value of a user's that is no number.
+
+    Args:
+      inputs, found: on the host; what came from inputs that are no numbers
+        themselves is not the function's fault.
+    """
+    given = (inputs.rewards, inputs.values, inputs.logp)
+    if ":" not in self.name or not all(np.isfinite(x).all() for x in given):
+      return
+    for field in dataclasses.fields(Estimates):
+      array = getattr(found, field.name)
+      wrong = np.argwhere(~np.isfinite(array))
+      if len(wrong):
+        row, token = map(int, wrong[0])
+        raise types.UserError(
+          f"estimator {self.name!r}: {field.name} of trajectory {row} of the "
+          f"step, token {token}, is {array[row, token]}, expected a number; "
+          f"its group is {int(inputs.group[row])}, its rewards sum up to "
+          f"{float(inputs.rewards[row].sum()):g}"
+        )
 
   def _checked(self, field: str, array: Any, shape) -> jax.Array:
     given = getattr(array, "shape", type(array).__name__)

@@ -5,13 +5,16 @@ import re
 import sys
 import types as python_types
 
+import jax
 import numpy as np
 import pytest
 from ppo import parts
 from ppo.estimators.estimators_test import make_batch, make_inputs
 
+from configs import quickstart
 from stepsearch_jax import ppo, types
 from stepsearch_jax.ppo import estimators
+from stepsearch_jax.run.settings import Settings
 
 
 @pytest.fixture
@@ -73,6 +76,56 @@ def test_what_a_user_gets_wrong_is_one_line(install, function, message):
   with pytest.raises(types.UserError, match=message) as caught:
     run(install(function))
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function, message", [
+  (lambda i, s: i.rewards, "'mine:estimate' must return Estimates"),
+  (lambda i, s: estimators.Estimates(i.rewards[:, 0], i.rewards),
+   r"advantages must have shape \(8, \d+\) .* got \(8,\)"),
+  (lambda i, s: 1 / 0 if i.rewards.sum() > 0 else None,
+   "'mine:estimate' raised TracerBoolConversionError"),
+])
+def test_a_users_mistake_ends_a_run_before_it_begins(
+  install, function, message
+):
+  install(function)
+  config = quickstart.get_config("runlocal")
+  config.estimator = "mine:estimate"
+  assert config.batch.questions * config.batch.rollouts == 8
+  with pytest.raises(types.UserError, match=message):
+    Settings.from_config(config, devices=1)
+
+
+def test_what_is_no_number_is_named_with_its_trajectory(install):
+  def estimate(inputs, spec):  # A z-score of its own: 0 / 0 in equal groups.
+    total = inputs.rewards.sum(-1)
+    same = inputs.group[:, None] == inputs.group[None]
+    mean = (same * total).sum(-1) / same.sum(-1)
+    std = ((same * (total - mean[:, None]) ** 2).sum(-1) / same.sum(-1)) ** 0.5
+    score = (total - mean) / std
+    return estimators.Estimates(score[:, None] * inputs.masks.policy,
+                                inputs.values)
+
+  found = install(estimate)
+  batch, values = make_batch()
+  inputs = make_inputs(batch, values=values)
+  group = np.asarray(inputs.group)
+  rewards = np.array(inputs.rewards)
+  rewards[group == group[2]] = 0.0
+  first = int(np.flatnonzero(group == group[2])[0])
+  inputs = inputs.replace(rewards=rewards)
+  with np.errstate(invalid="ignore"):
+    estimates = jax.device_get(found(inputs, parts.SPEC.estimator))
+  with pytest.raises(types.UserError, match=(
+    f"^estimator 'mine:estimate': advantages of trajectory {first} of the "
+    f"step, token 0, is nan, .* its group is {group[2]}, its rewards sum up "
+    "to 0$"
+  )):
+    found.check_finite(inputs, estimates)
+  # Not its fault, and none of ours.
+  broken = inputs.replace(values=np.full_like(rewards, np.nan))
+  found.check_finite(broken, estimates)
+  estimators.find("grpo").check_finite(inputs, estimates)
 
 
 def test_the_example_of_the_readme_works_as_it_stands(monkeypatch):
