@@ -229,7 +229,7 @@ class Program:
     return total
 
   def _reached(self, name: str, loops: bool) -> list[str]:
-    """Computations that one calls, itself first; loops or not."""
+    """Computations that one calls, each once, itself first; loops or not."""
     found, todo = [], [name]
     while todo:
       name = todo.pop()
@@ -261,14 +261,17 @@ class Program:
     bound = self._constant(condition, found[2])
     if bound is None or not index:
       return None
-    begin = self._constant(name, self._element(name, start, int(index[1])))
-    made = re.search(r" tuple\((.*?)\)", self._root(body))
-    next_ = self._definition(body, _operands(made[1])[int(index[1])])
-    added = re.search(r" add\((.*?)\)", next_)
-    steps = [self._constant(body, x) for x in _operands(added[1])]
-    step = next(x for x in steps if x is not None)
-    if begin is None:
-      raise ValueError(f"where does the counter of {body} begin?")
+    first = self._element(self._definition(name, start), int(index[1]))
+    last = self._element(self._root(body), int(index[1]))
+    if not first or not last:
+      return None
+    begin = self._constant(name, first)
+    added = re.search(r" add\((.*?)\)", self._definition(body, last))
+    terms = _operands(added[1]) if added else []
+    steps = [self._constant(body, term) for term in terms]
+    step = next((x for x in steps if x is not None), None)
+    if begin is None or step is None:
+      return None
     return -((begin - bound) // step)
 
   def _root(self, name: str) -> str:
@@ -278,10 +281,11 @@ class Program:
     pattern = re.compile(rf"  (?:ROOT )?%{re.escape(variable)} = ")
     return next(x for x in self._lines[name] if pattern.match(x))
 
-  def _element(self, name: str, variable: str, index: int) -> str:
-    """What an element of a tuple is called where the tuple is made."""
-    made = re.search(r" tuple\((.*?)\)", self._definition(name, variable))
-    return _operands(made[1])[index]
+  @staticmethod
+  def _element(line: str, index: int) -> str | None:
+    """What an element of a tuple is called in the line that makes it."""
+    made = re.search(r" tuple\((.*?)\)", line)
+    return _operands(made[1])[index] if made else None
 
   def _constant(self, name: str, variable: str) -> int | None:
     """The value of a whole number, through copies."""

@@ -28,6 +28,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,16 +141,17 @@ def _uncached() -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _compile(lowered: Any, folder: str) -> Kept:
+def _compile(lowered: Any, folder: str, topology: str = "") -> Kept:
   """Compiles a program, or takes it from the folder.
 
-  It is the same one if the lowered text, JAX and libtpu are.
+  It is the same one if the lowered text, the topology, JAX and libtpu are.
   """
   if not folder:
     with _uncached():
       return Kept.of(lowered.compile())
   versions = [importlib.metadata.version(x) for x in ("jaxlib", "libtpu")]
-  source = "\n".join([*versions, lowered.as_text()])
+  told = os.environ.get("LIBTPU_INIT_ARGS", "")
+  source = "\n".join([*versions, topology, told, lowered.as_text()])
   name = hashlib.sha256(source.encode()).hexdigest()[:16]
   path = epath.Path(folder) / f"{name}.json"
   if not path.exists():
@@ -164,7 +166,7 @@ def _compiled(
 ) -> tuple[int, hlo_costs.Costs]:
   """(peak bytes, costs of one run) of a program."""
   logging.info("compiling %s", name)
-  kept = _compile(lowered, work.folder)
+  kept = _compile(lowered, work.folder, work.topology)
   counted = hlo_costs.Costs(kept.flops, kept.moved)
   costs = hlo_costs.Program(kept.text).costs(unknown_trips, counted)
   logging.info("%s: peak %.4g, %s", name, kept.peak, costs)
@@ -209,6 +211,7 @@ def _chunks(work: Work, config) -> int:
 @functools.cache
 def our_update(work: Work) -> Figures:
   """Compiles our policy update."""
+  tunix_programs.installed()  # Else it would be compiled for nothing.
   config, built, _ = _built(work)
   learner = built.training
   lowered = learner.lowered()
@@ -231,6 +234,7 @@ def our_update(work: Work) -> Figures:
 @functools.cache
 def our_decode(work: Work) -> Figures:
   """Compiles a block of our decoding; one step of it is counted."""
+  tunix_programs.installed()
   _, built, _ = _built(work)
   policy = built.training.abstract_state().policy.params
   lowered = built.rollout.lowered(*built.chunk, policy)["decode_block"]

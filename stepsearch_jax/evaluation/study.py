@@ -34,7 +34,7 @@ class Arm:
     seeds: of its finished runs, ascending.
     questions: digest of the test questions' ids, the same for all seeds.
     em: [seeds, N] exact match per question after the last step.
-    curve: {step: [seeds] mean exact match}.
+    curve: {step: mean exact match of the seeds that were evaluated then}.
     hops: {hops: mean exact match}.
     means: further means over seeds and questions: searches, recall; None
       where it is not known.
@@ -61,10 +61,14 @@ class Arm:
 
   @property
   def areas(self) -> np.ndarray:
-    """Mean exact match along each seed's curve, [seeds] (trapezoids)."""
-    steps = sorted(self.curve)
+    """Mean exact match along each seed's curve, [seeds] (trapezoids).
+
+    Over the steps at which all seeds were evaluated: at least the last ones.
+    """
+    everyone = len(self.seeds)
+    steps = sorted(s for s, em in self.curve.items() if len(em) == everyone)
     values = np.stack([self.curve[step] for step in steps])
-    if not self.learned:
+    if len(steps) == 1:
       return values[0]
     return np.trapezoid(values, steps, axis=0) / (steps[-1] - steps[0])
 

@@ -94,10 +94,8 @@ def cached_attention(
     [B, S, H, D].
   """
   backend = backend or backend_of(jax.default_backend())
-  if backend == "splash" and cache.slots is None:
-    rows = decode_kernel.block_rows(q, *entries)
-    if rows and _splits_alike(q.shape[2], entries[0].shape[1]):
-      return _held_only(q, entries, positions, cache, rows)
+  if rows := held_rows(q, entries, cache, backend):
+    return _held_only(q, entries, positions, cache, rows)
   k, v = cache_lib.read(entries, kv_length, cache)
   even = q.shape[1] % 2 == v.shape[2] % 2 == 0
   if backend == "cudnn" and even and q.dtype in _CUDNN_TYPES:
@@ -113,6 +111,27 @@ def cached_attention(
       _attend(grouped[:, :, :, part], k, v, visible, keys=f"n{cache.order}")
     )
   return _merge(blocks, q.shape)
+
+
+def held_rows(
+  q: jax.Array, entries: cache_lib.Entries, cache: cache_lib.Cache,
+  backend: str | None = None,
+) -> int | None:
+  """Positions per block of the kernel that reads only what slots hold.
+
+  Args:
+    q, entries, cache, backend: see `cached_attention`.
+
+  Returns:
+    None where the kernel is not used, and `kv_length` bounds what is read.
+  """
+  backend = backend or backend_of(jax.default_backend())
+  kv = entries[0].shape[1]
+  if backend != "splash" or cache.slots is not None:
+    return None
+  if not _splits_alike(q.shape[2], kv):
+    return None
+  return decode_kernel.block_rows(q, *entries, sharding.shards("kv_heads", kv))
 
 
 def _splits_alike(heads, kv):

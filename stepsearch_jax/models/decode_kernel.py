@@ -43,7 +43,9 @@ class Visits(NamedTuple):
   steps: jax.Array
 
 
-def block_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> int | None:
+def block_rows(
+  q: jax.Array, k: jax.Array, v: jax.Array, shards: int = 1
+) -> int | None:
   """Positions per block, None where the kernel cannot do the work.
 
   It wants a query per slot, one type, keys that lie as values do, a head
@@ -52,6 +54,7 @@ def block_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> int | None:
   Args:
     q: [B, S, H, D] queries.
     k, v: [P, KV, T, D] entries of all slots; keys may lie in another order.
+    shards: devices that share the KV heads.
   """
   whole = k.shape == v.shape and v.shape[3] % 128 == 0
   if q.shape[:2] != (v.shape[0], 1) or not whole:
@@ -59,7 +62,7 @@ def block_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> int | None:
   if not q.dtype == k.dtype == v.dtype:
     return None
   fitting = [rows for rows in _ROWS if v.shape[2] % rows == 0]
-  position = v.shape[1] * v.shape[3] * v.dtype.itemsize
+  position = v.shape[1] // shards * v.shape[3] * v.dtype.itemsize
   small = [rows for rows in fitting if rows * position <= _KEY_BYTES]
   return max(small, default=min(fitting, default=None))
 

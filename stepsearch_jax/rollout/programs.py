@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from stepsearch_jax import types
-from stepsearch_jax.models import decoder, heads
+from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.parallel import sharding
 from stepsearch_jax.rollout import device, layout
 from stepsearch_jax.rollout.device import ProgramSpec
@@ -123,6 +123,18 @@ class RolloutPrograms:
     """The stop automaton on the devices."""
     return sharding.put(self._automaton, sharding.replicated(self._mesh))
 
+  @functools.cached_property
+  def _decodes_held(self) -> bool:
+    """Whether lengths on the device bound what a decode block reads."""
+    config, cache = self.config, self._state.cache
+    query = jax.ShapeDtypeStruct(
+      (self.spec.slots, 1, config.num_heads, config.head_dim), config.dtype
+    )
+    with sharding.scope(self._mesh):
+      return attention.held_rows(
+        query, (cache.k[0], cache.v[0]), cache, config.attention
+      ) is not None
+
   def lowered(
     self, rows: int, tokens: int, params: types.Tree
   ) -> dict[str, jax.stages.Lowered]:
@@ -219,7 +231,9 @@ class RolloutPrograms:
       prompt: tokens of the longest prompt.
       probed: bucket sizes for the tokens of probes; none = no probes.
     """
-    shapes: list[tuple[int, ...]] = [(size,) for size in self.kv_buckets]
+    shapes: list[tuple[int, ...]] = [
+      (size,) for size in sorted(set(map(self._reach, self.kv_buckets)))
+    ]
     shapes += [
       (kv_length, count) for kv_length in self.kv_buckets
       if kv_length <= self.bucket(prompt) for count in rows
@@ -261,6 +275,10 @@ class RolloutPrograms:
     kv_length = min(kv_length, self.spec.context)
     return next(b for b in self.kv_buckets if b >= kv_length)
 
+  def _reach(self, kv_length: int) -> int:
+    """Returns the compiled `kv_length` of a decode block."""
+    return self.spec.context if self._decodes_held else self.bucket(kv_length)
+
   def extend(
     self, params: types.Tree, state: device.SlotState, chunk: device.Chunk,
     kv_length: int,
@@ -296,7 +314,7 @@ class RolloutPrograms:
     kv_length: int, limit: int, leave: int,
   ) -> tuple[device.SlotState, device.BlockOutput]:
     """Runs `device.decode_block`; `kv_length` bounds what it may reach."""
-    return self._program(self.bucket(kv_length))(
+    return self._program(self._reach(kv_length))(
       params, state,
       device.Draw(self._table, key, np.int32(limit), np.int32(leave)),
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from stepsearch_jax.parallel import sharding
 
 _SAMPLE_BLOCK = 128  # Most entries that `sample_tokens` sums at once.
+_SMALLEST_BLOCK = 16  # Of a shared vocabulary.
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -42,7 +43,7 @@ def sample_tokens(
   Two levels (sums of blocks, then inside the chosen block) need a single
   uniform per row and one pass over the vocabulary; Gumbel noise would need V.
   Where devices share the vocabulary each sums its own blocks, and no logits but
-  those of the chosen block are exchanged.
+  those of the chosen block are exchanged (see `_block_size`).
 
   Args:
     logits: [P, V] float32; -inf is never drawn.
@@ -76,9 +77,16 @@ def sample_tokens(
 
 
 def _block_size(vocab: int) -> int:
-  """Entries per block; every device that has a share has whole blocks of it."""
+  """Entries per block.
+
+  Every device that has a share of the vocabulary has whole blocks of it, unless
+  these would be so small that the sums are as many as the logits.
+  """
   own = vocab // sharding.shards("vocab", vocab)
-  return min(own & -own, _SAMPLE_BLOCK) if own < vocab else _SAMPLE_BLOCK
+  whole = own & -own
+  if own < vocab and whole >= _SMALLEST_BLOCK:
+    return min(whole, _SAMPLE_BLOCK)
+  return _SAMPLE_BLOCK
 
 
 def _first_highest(logits: jax.Array) -> jax.Array:

@@ -32,6 +32,12 @@ def is_finished(folder: epath.Path) -> bool:
   return (folder / "summary.json").exists()
 
 
+def _name(config: str) -> str:
+  """A config's file name and arguments, wherever the file lies."""
+  path, colon, arguments = config.partition(":")
+  return path.rpartition("/")[2] + colon + arguments
+
+
 _FIELDS = {"arm", "seed", "rate", "config", "commit", "jax", "machine",
            "questions", "count", "em", "em_after", "curve", "hops", "searches",
            "recall", "seconds", "step_seconds"}
@@ -95,7 +101,8 @@ class Book:
     """
     about, found = self._workdir / "study.json", dict(self.recorded)
     here = json.loads(about.read_text()) if about.exists() else {}
-    self.check(here or next(iter(found.values()), {}), ())
+    here_or_there = here or next(iter(found.values()), {})
+    self.check({**here_or_there, "config": plan.config}, ())
     for arm in plan.arms:
       folders: dict[tuple[int, float | None], epath.Path] = {
         (int(place.name.removeprefix("seed_")), None): place
@@ -125,14 +132,17 @@ class Book:
       arms: that are to be played.
 
     Raises:
-      UserError: another commit or version, or a seed with something left to
-        play was begun on another kind of machine.
+      UserError: another study, commit or version, or a seed with something
+        left to play was begun on another kind of machine.
     """
     left = {s for arm in arms for s in arm.seeds if not self.has(arm, s)}
     for (_, seed, rate), row in self.recorded.items():
-      for field in ("commit", "jax"):
-        types.expect(row[field] == about[field], f"{self._record}: {field}",
-                     f"{about[field]!r} as here", row[field])
+      for field in ("config", "commit", "jax"):
+        theirs, ours = row[field], about[field]
+        if field == "config":  # The same one wherever the file lies.
+          theirs, ours = map(_name, (theirs, ours))
+        types.expect(theirs == ours, f"{self._record}: {field}",
+                     f"{ours!r} as here", theirs)
       if rate is None and seed in left:
         types.expect(row["machine"] == about["machine"], "--seeds",
                      f"none that was begun on {row['machine']}", seed)

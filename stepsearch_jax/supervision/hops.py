@@ -56,8 +56,10 @@ def _hops_by_support(question: types.Question) -> tuple[types.SubQuestion, ...]:
   """One hop per supporting passage, which asks for its title.
 
   Passages that the question names come first; what one says leads to the next,
-  the last to the answer.
+  the last to the answer. No hops where a passage has no title.
   """
+  if not all(passage.title.strip() for passage in question.support):
+    return ()
   asked = set(text_match.normalize_answer(question.text).split())
 
   def named(passage):

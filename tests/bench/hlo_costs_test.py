@@ -96,6 +96,35 @@ def test_a_computed_bound_asks_for_the_trips():
   assert costs(bound, trips=3).sent == 3 * 384 + 768
 
 
+@pytest.mark.parametrize("line, other", [
+  ("%next = s32[] add(%i, %step)", "%next = s32[] fusion(%i), kind=kLoop, "
+   "calls=%more"),
+  ("%step = s32[] constant(2)", "%step = s32[] negate(%i)"),
+  ("%zero = s32[] constant(0)", "%zero = s32[] partition-id()"),
+  ("%begin = (s32[], f32[8,8]{1,0}) tuple(%zero, %x0)",
+   "%begin = (s32[], f32[8,8]{1,0}) copy(%made)"),
+])
+def test_a_counter_that_cannot_be_followed_asks_for_the_trips(
+  line, other, monkeypatch
+):
+  text = PROGRAM.replace("BOUND", "constant(10)")
+  assert line in text
+  # What XLA makes of such a fragment is not the point here.
+  monkeypatch.setattr(hlo_costs, "_xla_costs", lambda text: {})
+  more = """%more (m: s32[]) -> s32[] {
+  %m = s32[] parameter(0)
+  ROOT %n = s32[] add(%m, %m)
+}
+
+%condition"""
+  program = hlo_costs.Program(
+    text.replace(line, other).replace("%condition", more, 1)
+  )
+  with pytest.raises(ValueError, match="how often does body run"):
+    program.costs()
+  assert program.costs(3).sent == 3 * 384 + 768
+
+
 def test_groups_of_chips_in_every_notation():
   for groups in ("{{0,1},{2,3}}", "[8,2]<=[16]", "[8,2]<=[2,8]T(1,0)",
                  "mesh['data'=1,'fsdp'=8,'tensor'=2] {'tensor'}"):

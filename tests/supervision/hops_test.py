@@ -26,6 +26,15 @@ def test_questions_without_decomposition_get_a_written_one():
   assert pipeline.resolved(done)[1] == "Where is Lintel?"
 
 
+def test_passages_without_titles_give_no_hops():
+  """A hop that asks for nothing could not be read back."""
+  named = types.Passage.of("Lintel", "Lintel lies on the Mossing.")
+  bare = types.Passage.of(" ", "Ada Rook is from Lintel.")
+  for support in ((named, bare), (bare, named), (bare,)):
+    question = dataclasses.replace(BARE, support=support)
+    assert hops.decompose([question], None)[0].decomposition == ()
+
+
 @pytest.mark.parametrize("steps", [
   None, "no steps at all", "Where was Ada Rook born? => Lintel",
   "Where is it? => Mossing\nWhere was Ada Rook born? => Lintel",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 import zlib
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ class Encoder(Protocol):
   """What the index needs of an encoder.
 
   Attributes:
-    settings: JSON-able identity: name, pooling, prefixes, dim, ...
+    settings: JSON-able identity: name, pooling, prefixes, dim, weights, ...
     dim: length of a vector.
     counts_words: scores add up what the words of two texts share, so that one
       of 0 or below says that they share none.
@@ -50,6 +51,29 @@ class Encoder(Protocol):
 
   def load(self, folder: epath.Path) -> None:
     """Restores what `save` stored."""
+
+
+def is_same(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+  """Whether encoders with these settings make the same vectors.
+
+  Where both tell their weights it does not matter where the files lie. Indexes
+  of before do not tell them.
+  """
+  known = "weights" in theirs and "weights" in ours
+  left_out = "name" if known else "weights"
+  mine, other = (
+    {name: value for name, value in settings.items() if name != left_out}
+    for settings in (ours, theirs)
+  )
+  return mine == other
+
+
+def _weights(params: types.Tree) -> str:
+  """A hash of parameters."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.ascontiguousarray(leaf))
+  return digest.hexdigest()[:16]
 
 
 def passage_text(passage: types.Passage) -> str:
@@ -183,6 +207,7 @@ class BertEncoder:
     self.settings = {
       "name": reference, "dim": self.dim,
       **dataclasses.asdict(chosen), "max_length": self._limit,
+      "weights": _weights(params),
     }
     self._embed = jax.jit(
       functools.partial(

@@ -180,7 +180,7 @@ def open_index(
   """
   folder = epath.Path(folder)
   manifest = read_manifest(folder)
-  if manifest["encoder"] != encoder.settings:
+  if not encoder_lib.is_same(manifest["encoder"], encoder.settings):
     raise IndexMismatchError(
       f"index {folder} was built with encoder {manifest['encoder']}, "
       f"retrieval.encoder is {encoder.settings}"

@@ -62,6 +62,17 @@ def test_another_encoder_or_corpus_is_refused(folder):
     index.open_index(folder, encoder.HashedTfidfEncoder(), other)
 
 
+def test_an_encoder_is_known_by_its_weights_where_an_index_tells_them():
+  said = {"name": "a/e5", "dim": 3, "weights": "12ab"}
+  assert encoder.is_same(said, said | {"name": "b/e5"})
+  for other in ({"weights": "ff"}, {"dim": 4}, {"pooling": "cls"}):
+    assert not encoder.is_same(said, said | other)
+  before = {"name": "a/e5", "dim": 3}  # An index of an earlier version.
+  assert encoder.is_same(before, said) and encoder.is_same(said, before)
+  assert not encoder.is_same(before, said | {"name": "b/e5"})
+  assert not encoder.is_same(before, said | {"dim": 4})
+
+
 def test_folder_is_complete_or_absent(folder, tmp_path):
   with pytest.raises(ValueError, match="exists already"):
     index_build.build_index(folder, PASSAGES, encoder.HashedTfidfEncoder())
