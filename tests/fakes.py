@@ -218,7 +218,8 @@ def write_study_run(folder, finals, start=0.0, ids=None):
       "".join(json.dumps(row) + "\n" for row in rows)
     )
     (place / "card.json").write_text(
-      json.dumps({"metrics": {"em": float(np.mean(scores))}})
+      json.dumps({"metrics": {"em": float(np.mean(scores))},
+                  "settings": {"commit": "abc", "jax": "1"}})
     )
   summary = {"train_seconds": 7.0, "em_after": float(np.mean(finals))}
   (folder / "summary.json").write_text(json.dumps(summary))

@@ -15,6 +15,11 @@ from stepsearch_jax import types
 
 _SAMPLES = 2000
 _LEVEL = 0.95
+# 97.5 % quantiles of the normal distribution, and of Student's t with 1 to 9
+# degrees of freedom.
+_NORMAL = 1.959964
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060,
+            2.2622)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,10 @@ def hierarchical_bootstrap(
   """Returns the mean with an interval over seeds and, inside them, questions.
 
   Training seeds are drawn first, then questions, the same ones for all drawn
-  seeds, since all seeds were asked the same questions.
+  seeds, since all seeds were asked the same questions. How far the drawn seeds'
+  mean lies from that of all is widened by `small_sample`: as they come, such
+  intervals of 3, 5 and 10 seeds would cover 75, 84 and 90 % instead of 95. One
+  seed says nothing about others; its interval is over questions alone.
 
   Args:
     differences: [seeds, N] scores, or differences of scores, of questions.
@@ -89,13 +97,33 @@ def hierarchical_bootstrap(
       f"{list(differences.shape)}"
     )
   seeds, count = differences.shape
+  by_seed, more = differences.mean(axis=1), small_sample(seeds) - 1
   rng = np.random.default_rng(seed)
   means = np.empty(_SAMPLES)
   for i in range(_SAMPLES):
     rows = rng.integers(0, seeds, seeds)
     columns = rng.integers(0, count, count)
     means[i] = differences[rows].mean(axis=0)[columns].mean()
+    means[i] += more * (by_seed[rows].mean() - by_seed.mean())
   return _estimate(float(differences.mean()), means)
+
+
+def small_sample(count: int) -> float:
+  """Returns by how much a bootstrap of so few values is too narrow.
+
+  sqrt(n / (n - 1)), since resampling knows the variance of the sample only,
+  times Student's 97.5 % quantile over the normal one; 1 for one value.
+  """
+  if count < 2:
+    return 1.0
+  free, z = count - 1, _NORMAL
+  # Behind the table by Cornish and Fisher's expansion, right to .0003.
+  student = _STUDENT[free - 1] if free <= len(_STUDENT) else (
+    z + (z**3 + z) / (4 * free)
+    + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+  )
+  return student / z * (count / free) ** 0.5
 
 
 def permutation_test(

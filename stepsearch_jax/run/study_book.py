@@ -97,7 +97,8 @@ class Book:
     """Returns all runs, as a record has them, those of the plan first.
 
     Raises:
-      UserError: the folder is of another commit or version than the record.
+      UserError: the folder, or one of its runs, is of another commit or
+        version than the record or the study.
     """
     about, found = self._workdir / "study.json", dict(self.recorded)
     here = json.loads(about.read_text()) if about.exists() else {}
@@ -117,10 +118,25 @@ class Book:
             "arm": arm.name, "seed": seed, "rate": rate, **here,
             **study.read_run(place),
           }
+          self._check_run(place, here)
     order = [arm.name for arm in plan.arms]
     order += sorted({row["arm"] for row in found.values()} - set(order))
     return sorted(found.values(), key=lambda row: (
       order.index(row["arm"]), row["rate"] or 0.0, row["seed"]))
+
+  @staticmethod
+  def _check_run(place: epath.Path, here: Mapping[str, str]) -> None:
+    """Refuses a run that was played by other code than the study's.
+
+    Every run is a process of its own, maybe days later or elsewhere, and its
+    cards say what it was played by.
+    """
+    last = max((place / "evaluations").glob("step_*"))
+    said = json.loads((last / "card.json").read_text()).get("settings", {})
+    for field in ("commit", "jax"):
+      types.expect(said.get(field) == here.get(field), f"{place}: {field}",
+                   f"{here.get(field)!r}, with which the study began",
+                   said.get(field))
 
   def check(
     self, about: Mapping[str, str], arms: Sequence[ArmPlan]

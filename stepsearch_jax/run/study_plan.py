@@ -14,6 +14,9 @@ from stepsearch_jax import types
 from stepsearch_jax.run import identity
 from stepsearch_jax.run.settings import Settings
 
+# Of the study, not of an arm: figures are compared by question and by step.
+_SHARED = ("eval.", "data.eval", "data.split", "data.world.")
+
 
 @dataclasses.dataclass(frozen=True)
 class ArmPlan:
@@ -66,6 +69,8 @@ class Effort:
     rollouts: that a step plays at most, those of dynamic sampling included.
     trajectories: that a step learns from.
     mini_batch, epochs: how it learns from them.
+    critic_warmup: steps that leave the policy alone.
+    imitation: steps of imitation in front, behind the start's.
   """
 
   length: str
@@ -73,6 +78,8 @@ class Effort:
   trajectories: int
   mini_batch: int
   epochs: int
+  critic_warmup: int
+  imitation: int
 
   @classmethod
   def of(cls, settings: Settings) -> Effort:
@@ -87,6 +94,7 @@ class Effort:
       length,
       batch.trajectories * (batch.dynamic_limit if batch.dynamic else 1),
       batch.trajectories, ppo["mini_batch"], ppo["epochs"],
+      ppo["critic_warmup"], settings.warm_start.steps,
     )
 
 
@@ -97,15 +105,17 @@ def load(config: str) -> Plan:
     config: path of the file, perhaps with `:arguments`.
 
   Raises:
-    UserError: no study in it, an unknown field, or learning arms that differ
-      in what they may spend.
+    UserError: no study in it, an unknown field, arms that could not be told
+      apart or were asked other questions, or learning arms that differ in what
+      they may spend.
   """
   path, _, argument = config.partition(":")
   spec = importlib.util.spec_from_file_location("study_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  types.expect(hasattr(module, "study"), "--config", "a file with a study",
-               path)
+  for name in ("study", "BASELINES", "TUNING_SEED"):
+    types.expect(hasattr(module, name), "--config",
+                 f"a file of a study, with {name}", path)
   arms: list[ArmPlan] = []
 
   def add(name, seeds, from_start=True, rates=(), **overrides):
@@ -124,7 +134,33 @@ def load(config: str) -> Plan:
     if checked.schedule.trains:
       efforts[arm.name] = Effort.of(checked)
   _check_equal(efforts, path)
-  return Plan(config, tuple(arms), tuple(module.BASELINES), module.TUNING_SEED)
+  plan = Plan(config, tuple(arms), tuple(module.BASELINES), module.TUNING_SEED)
+  _check_arms(plan, path)
+  return plan
+
+
+def _check_arms(plan: Plan, path: str) -> None:
+  """Raises a UserError where arms could not be told apart or compared."""
+  names = [arm.name for arm in plan.arms]
+  for name in names:
+    types.expect(names.count(name) == 1, path, "a name for every arm",
+                 f"{name!r} twice")
+  types.expect(set(plan.baselines) <= set(names), f"{path}: BASELINES",
+               f"names among {names}", list(plan.baselines))
+  choices = {arm.rates for arm in plan.arms if arm.rates}
+  types.expect(len(choices) <= 1, f"{path}: rates",
+               "the same values for every arm that chooses one",
+               sorted(choices))
+  for arm in plan.arms:
+    where = f"{path}: arm {arm.name}"
+    types.expect(len(set(arm.rates)) == len(arm.rates), where,
+                 "every rate once", arm.rates)
+    types.expect(plan.tuning_seed not in arm.seeds, where,
+                 "seeds without TUNING_SEED", plan.tuning_seed)
+    own = [field for field in arm.overrides
+           if field == "seed" or field.startswith(_SHARED)]
+    types.expect(not own, where, "the seeds, questions and evaluations of all "
+                 "arms", own)
 
 
 def _check_equal(efforts: Mapping[str, Effort], path: str) -> None:

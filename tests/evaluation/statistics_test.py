@@ -46,10 +46,30 @@ def test_hierarchical_interval_is_that_of_the_sum_of_both_variances():
   table = (rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 3, (1, count))
            + 0.4)
   found = statistics.hierarchical_bootstrap(table)
-  spread = math.sqrt(
-    table.mean(1).var() / seeds + table.mean(0).var() / count)
+  # Student's t of 11 degrees of freedom, for the seeds alone.
+  spread = math.sqrt((2.201 / 1.96) ** 2 * table.mean(1).var(ddof=1) / seeds
+                     + table.mean(0).var() / count)
   assert found.value == pytest.approx(table.mean())
-  assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.12)
+  assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.08)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_covers_the_truth_as_often_as_it_says(seeds):
+  rng, covered = np.random.default_rng(seeds), 0
+  for _ in range(100):
+    found = statistics.hierarchical_bootstrap(rng.normal(0, 1, (seeds, 1)))
+    covered += found.low <= 0 <= found.high
+  # As it comes, a bootstrap covers .75 and .84.
+  assert covered / 100 == pytest.approx(0.95, abs=0.05)
+
+
+def test_few_values_are_widened_by_students_t():
+  """Quantiles of the table in Fisher and Yates."""
+  for count, t in ((2, 12.706), (5, 2.776), (10, 2.262), (11, 2.228),
+                   (21, 2.086), (61, 2.000)):
+    wanted = t / 1.959964 * math.sqrt(count / (count - 1))
+    assert statistics.small_sample(count) == pytest.approx(wanted, rel=3e-4)
+  assert statistics.small_sample(1) == 1
 
 
 def test_one_seed_leaves_the_questions_and_equal_seeds_add_nothing():

@@ -82,7 +82,8 @@ def test_areas_are_compared_where_there_are_curves(tmp_path):
   })
   lines = study.table([base, better, still], ["ppo", "still"])
   assert "area | area - ppo (95 %) | p (Holm) | 2 hops" in lines[0]
-  assert "| 0.500 | +0.250 (+0.000 to +0.500) | 1.000 |" in lines[3]
+  # Two seeds: .25 +- .25 * 12.706 / 1.96 * sqrt(2).
+  assert "| 0.500 | +0.250 (-2.042 to +2.542) | 1.000 |" in lines[3]
   assert "| 0.500 | - | - |" in lines[4] and "area - still" not in lines[0]
 
 

@@ -108,7 +108,7 @@ def test_an_arm_that_only_evaluates_its_start_is_checked_with_it(
   launcher, tmp_path
 ):
   config = write(tmp_path, "  add('gold', seeds=1, total_steps=0, "
-                 "rollout=dict(documents='gold'))\n")
+                 "rollout=dict(documents='gold'))\nBASELINES = ()\n")
   study_plan.load(config)
   config = write(tmp_path, "  add('x', seeds=1, total_steps=0, "
                  "from_start=False, warm_start=dict(steps=0))\n")
@@ -166,7 +166,7 @@ def test_a_run_that_fails_ends_the_study_when_the_others_are_done(
   launcher, tmp_path, monkeypatch
 ):
   config = write(tmp_path, "  add('fails', seeds=1, from_start=False, "
-                 "method='ppo')\n")
+                 "method='ppo')\nBASELINES = ()\n")
   plan, workdir = study_plan.load(config), epath.Path(tmp_path) / "w"
   monkeypatch.setattr(launcher, "command", lambda *rest, **more: [
     sys.executable, "-c", RUN, f"--workdir={rest[4]}"
