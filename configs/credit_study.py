@@ -71,7 +71,7 @@ def study(
     add(method, seeds=5, rates=RATES, method=method)
   for method in ("igpo", "gigpo", "turn_rloo", "stratified", "llds_grpo"):
     add(method, seeds=5, rates=RATES, method=method, batch=groups)
-  # Equal rollouts: what differs is kept, nothing is asked in place of the rest.
+  # Equal rollouts leave no room to ask for more: its clip-higher and no KL.
   add("dapo", seeds=5, rates=RATES, method="dapo",
       batch=groups | dict(dynamic_limit=1))
   add("grpo + step rewards", seeds=5, rates=RATES, method="grpo",

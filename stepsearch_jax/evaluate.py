@@ -19,9 +19,13 @@ writes a log for `inspect view`, with `--evaluation=` of an earlier evaluation.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import ml_collections
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -36,10 +40,13 @@ from stepsearch_jax.evaluation import (
   suites,
 )
 from stepsearch_jax.parallel import distributed
-from stepsearch_jax.run import reporting, saved
+from stepsearch_jax.run import identity, reporting, saved
 from stepsearch_jax.run.experiment import Experiment
 from stepsearch_jax.run.interrupts import Interrupts
 from stepsearch_jax.run.settings import Settings
+
+# Sections of the config that decide what an evaluation plays.
+_PLAYED = ("data", "model", "retrieval", "rollout", "seed")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Run settings, for instance configs/quickstart.py."
@@ -135,6 +142,34 @@ def _compare(places: list[str]) -> None:
     print(comparison.render(rows, *places))
 
 
+def _changes(
+  config: ml_collections.ConfigDict, workdir: epath.Path
+) -> dict[str, Any]:
+  """Returns fields of what is played that differ from the run's own.
+
+  All of them where the policy is no run's.
+  """
+  now = json.loads(json.dumps(config.to_dict()))
+  then = {} if _MODEL.value else identity.flat(identity.read(workdir)["config"])
+  return {
+    field: value for field, value in sorted(identity.flat(now).items())
+    if field.partition(".")[0] in _PLAYED and then.get(field) != value
+  }
+
+
+def _folder_name(policy: str, changes: Mapping[str, Any]) -> str:
+  """Returns the name of a folder that no other evaluation has."""
+  parts = [re.sub(r"\W+", "_", policy).strip("_")]
+  if _SUITE.value:
+    parts += ["on", *suites.parse_suite(_SUITE.value)]
+  if _TEMPERATURE.value:
+    parts.append(f"t{_TEMPERATURE.value:g}_k{_ATTEMPTS.value}")
+  if changes or _SUITE.value:
+    told = json.dumps([changes, _SUITE.value]).encode()
+    parts.append(hashlib.sha256(told).hexdigest()[:6])
+  return "_".join(parts)
+
+
 def _evaluate_model() -> None:
   Interrupts().install()
   config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
@@ -148,6 +183,7 @@ def _evaluate_model() -> None:
     config.model.reference = _MODEL.value
   elif not (workdir / "checkpoints").exists():
     raise types.UserError(f"--workdir={workdir} has no checkpoints to evaluate")
+  changes = _changes(config, workdir)
   saved.search_own_index(config, workdir)
   experiment = Experiment(Settings.from_config(config), workdir)
   asked = suite or experiment.eval_questions
@@ -162,18 +198,12 @@ def _evaluate_model() -> None:
     step, policy = experiment.trained_policy(_STEP.value)
     name = f"{workdir} step {step}"
     about = reporting.training_settings(experiment.settings, step)
-  # A folder of its own: the card of training's last evaluation stays.
-  folder = workdir / "evaluations" / re.sub(r"\W+", "_", name).strip("_")
   if suite:
-    names = "_".join(suites.parse_suite(_SUITE.value))
-    folder = folder.with_name(f"{folder.name}_on_{names}")
     about |= {"questions": _SUITE.value, "split": "benchmark suite"}
-  if _TEMPERATURE.value:
-    folder = folder.with_name(
-      f"{folder.name}_t{_TEMPERATURE.value:g}_k{_ATTEMPTS.value}")
+  folder = workdir / "evaluations" / _folder_name(name, changes)
   card = reporting.evaluate(
     experiment, policy, name, folder, questions=asked, about=about,
-    suite=bool(suite), skip_overlong=_SKIP_OVERLONG.value,
+    suite=bool(suite), shown=True, skip_overlong=_SKIP_OVERLONG.value,
     attempts=_ATTEMPTS.value, temperature=_TEMPERATURE.value,
   )
   experiment.engine.close()

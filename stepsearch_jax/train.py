@@ -94,6 +94,7 @@ def _train(
   """The run itself, in a work directory that nobody else uses."""
   settings, workdir = experiment.settings, experiment.workdir
   clock = wall_clock.WallClock(workdir, active=distributed.is_primary())
+  starting.check(experiment)
 
   # 1. Questions. The work directory is claimed as soon as they are known,
   #    because their content tells whether this is the same run.
@@ -106,7 +107,6 @@ def _train(
 
   # 2. Rollout engine. A prompt that does not fit stops the run now, and
   #    programs are compiled before models take the memory.
-  starting.check_traces(experiment)
   experiment.describe(steps)
   probing.check_questions(experiment)
   if settings.config["rollout"]["compile_ahead"]:

@@ -87,9 +87,9 @@ def by_source(
 ) -> dict[str, dict]:
   """Returns EM and F1 per data source with bootstrap intervals and counts.
 
-  With several attempts per question, EM and F1 are their means (avg@k), the
-  interval is over questions, and pass@k is the share of questions of which an
-  attempt was right.
+  With several attempts per question, EM and F1 are their means (avg@k), and
+  pass@k is the share of questions of which an attempt was right. Intervals are
+  over questions.
   """
   groups = collections.defaultdict(list)
   for row in records:
@@ -105,7 +105,9 @@ def by_source(
       line[f"{name}_interval"] = [found.low, found.high]
     if attempts > 1:
       line["attempts"] = attempts
-      line["pass_at_k"] = float(scores["em"].max(axis=1).mean())
+      found = statistics.bootstrap_mean(scores["em"].max(axis=1))
+      line["pass_at_k"] = found.value
+      line["pass_at_k_interval"] = [found.low, found.high]
   return table
 
 
@@ -165,7 +167,9 @@ def write_card(folder: epath.Path, card: dict) -> None:
       for m in ("em", "f1")
     ]
     if "pass_at_k" in row:
-      cells[0] += f", pass@{row['attempts']} {row['pass_at_k']:.4f}"
+      low, high = row["pass_at_k_interval"]
+      cells[0] += (f", pass@{row['attempts']} {row['pass_at_k']:.4f} "
+                   f"({low:.4f}-{high:.4f})")
     lines.append(f"| {source} | {row['n']} | {cells[0]} | {cells[1]} |")
   if card.get("hops"):
     lines += ["", "| hops | n | EM | F1 |", "|---|---|---|---|"]

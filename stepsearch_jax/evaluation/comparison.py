@@ -12,6 +12,7 @@ from stepsearch_jax import files, types
 from stepsearch_jax.evaluation import predictions, statistics
 
 _METRICS = ("em", "f1")
+_Key = tuple[str, str]  # Data source and id of a question.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,9 @@ def compare(ours: str, theirs: str) -> list[Difference]:
   Raises:
     UserError: a file is missing or malformed, or their questions differ.
   """
-  first, second = (_scores(find_predictions(p)) for p in (ours, theirs))
+  (first, asked), (second, also) = (
+    _scores(find_predictions(p)) for p in (ours, theirs)
+  )
   only = [sorted(set(a) - set(b)) for a, b in
           ((first, second), (second, first))]
   if only[0] or only[1]:
@@ -93,6 +96,9 @@ def compare(ours: str, theirs: str) -> list[Difference]:
       f"{len(only[1])} only in {theirs}, for instance {name[1]!r} of "
       f"{name[0] or 'an unknown source'}; the same questions are compared"
     )
+  for key in sorted(set(asked) & set(also)):
+    types.expect(asked[key] == also[key], f"--compare: question {key[1]!r}",
+                 f"the same text in both, in {ours} {asked[key]!r}", also[key])
   groups = {"all": sorted(first)}
   sources = sorted({source for source, _ in first})
   if len(sources) > 1:
@@ -141,9 +147,11 @@ def _difference(source, metric, ours, theirs) -> Difference:
   )
 
 
-def _scores(path: epath.Path) -> dict[tuple[str, str], np.ndarray]:
-  """Returns (em, f1) of each question, by source and id."""
-  rows = collections.defaultdict(list)
+def _scores(
+  path: epath.Path
+) -> tuple[dict[_Key, np.ndarray], dict[_Key, str]]:
+  """Returns (em, f1) of each question by its key, and their texts if known."""
+  rows, texts = collections.defaultdict(list), {}
   for where, row in files.read_rows(path):
     if row.get("id") is None:
       raise files.DataError(
@@ -151,8 +159,10 @@ def _scores(path: epath.Path) -> dict[tuple[str, str], np.ndarray]:
       )
     if any(not isinstance(row.get(m), (int, float)) for m in _METRICS):
       row = {**row, **predictions.score_row(where, row)}
-    source = str(row.get("data_source") or "")
-    rows[source, str(row["id"])].append([row[m] for m in _METRICS])
+    key = str(row.get("data_source") or ""), str(row["id"])
+    rows[key].append([row[m] for m in _METRICS])
+    if isinstance(row.get("question"), str):
+      texts[key] = row["question"].strip()
   if not rows:
     raise files.DataError(f"{path}: no predictions in the file")
-  return {key: np.mean(values, axis=0) for key, values in rows.items()}
+  return {key: np.mean(values, axis=0) for key, values in rows.items()}, texts

@@ -46,6 +46,8 @@ class Evaluation:
     temperature: 0 for greedy.
     circumstances: more lines of the card, about what does not decide the
       rollouts: when and where they were played.
+    shown: every rollout moves a progress bar; else chunks do, if there are
+      several.
     described: rollouts, the first ones, that `describe` is asked about.
     describe: returns a rollout's row for people to look at; None for none.
   """
@@ -60,6 +62,7 @@ class Evaluation:
   attempts: int = 1
   temperature: float = 0.0
   circumstances: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  shown: bool = False
   described: int = 0
   describe: Callable[[types.Trajectory], dict | None] | None = None
 
@@ -147,15 +150,18 @@ def evaluate(
   bar = tqdm.tqdm(
     total=len(places), initial=len(places) - len(waiting), desc="evaluate",
     unit="rollout",
-    disable=len(waiting) <= job.chunk or not distributed.is_primary(),
+    disable=not distributed.is_primary() or (
+      len(waiting) <= job.chunk and not job.shown
+    ),
   )
+  watched = {"finished": bar.update} if job.shown else {}
   for start in range(0, len(waiting), job.chunk):
     part = waiting[start : start + job.chunk]
     # The episode seeds the sampling, so it must not depend on the chunks.
     played = engine.run(
       params, [job.questions[i] for _, i in part],
       [attempt * len(job.questions) + i for attempt, i in part],
-      temperature=job.temperature,
+      temperature=job.temperature, **watched,
     )
     for place, trajectory in zip(part, played.trajectories, strict=True):
       line = done[place] = {
@@ -165,7 +171,8 @@ def evaluate(
         if job.describe and place in described:
           line["described"] = job.describe(trajectory)
         log.append({"place": place, **line})
-    bar.update(len(part))
+    if not job.shown:
+      bar.update(len(part))
   bar.close()
   return _finish(job, done, log)
 

@@ -278,8 +278,10 @@ def _number(value: float | None, digits: int) -> str:
 
 def _estimate(estimate: statistics.Estimate, signed: bool = False) -> str:
   form = "+.3f" if signed else ".3f"
-  return (f"{estimate.value:{form}} ({estimate.low:{form}} to "
-          f"{estimate.high:{form}})")
+  low, high = estimate.low, estimate.high
+  if not signed:  # A share.
+    low, high = max(low, 0.0), min(high, 1.0)
+  return f"{estimate.value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def plot(arms: Sequence[Arm], path: epath.Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from stepsearch_jax import types
@@ -36,6 +38,25 @@ def rollout_mismatch(
     "rollout_mismatch/max": float(np.abs(gap).max()),
     "rollout_mismatch/k3": float((ratio - 1.0 - gap).mean()),
     "rollout_mismatch/outside": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
+  }
+
+
+def of_first_update(metrics: Mapping[str, float]) -> dict[str, float]:
+  """What recorded log-probabilities leave unknown until the first update.
+
+  Its first optimizer step evaluates the policy that sampled, on the mini-batch.
+
+  Args:
+    metrics: of that step.
+
+  Returns:
+    Entropy and, but for the maximum, `rollout_mismatch`.
+  """
+  return {
+    "actor/entropy": metrics["actor/token_entropy"],
+    "rollout_mismatch/mean": metrics["actor/logp_change"],
+    "rollout_mismatch/k3": metrics["actor/logp_k3"],
+    "rollout_mismatch/outside": metrics["actor/logp_outside"],
   }
 
 

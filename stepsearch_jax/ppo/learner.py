@@ -61,9 +61,6 @@ class Learner:
     """Prepares the programs; nothing is compiled yet."""
     self.spec = spec
     self._mesh = mesh
-    self._warn_of_llds = functools.cache(  # Once, not in every step.
-      functools.partial(weighting.warn_of_llds, spec)
-    )
     self._replicated = sharding.replicated(mesh)
     devices = mesh.mesh.size
     shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
@@ -320,7 +317,6 @@ class Learner:
     train_policy = step >= spec.critic_warmup
     history = []
     rows, size = len(experience.batch.tokens), spec.batch.mini_batch
-    self._warn_of_llds(rows)
     minis: list[MiniBatch] = []
     with sharding.scope(self._mesh):
       for epoch in range(spec.batch.epochs):
@@ -340,9 +336,7 @@ class Learner:
       name: np.mean([m[name] for m in history]) for name in history[0]
     }
     if self._uses_recorded(state):
-      # The first optimizer step evaluates the policy that sampled.
-      metrics["actor/entropy"] = history[0]["actor/entropy_loss"]
-      metrics["rollout_mismatch/mean"] = history[0]["actor/logp_change"]
+      metrics |= batch_metrics.of_first_update(history[0])
     state = dataclasses.replace(
       state,
       step=self._scalar(np.int32(step + 1)),

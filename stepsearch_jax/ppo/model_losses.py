@@ -20,7 +20,8 @@ from stepsearch_jax.ppo.records import MicroBatch
 METRICS = {
   "policy": ("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl",
              "actor/entropy_loss", "actor/kl_loss", "actor/llds_loss",
-             "actor/less_likely_turns", "actor/logp_change"),
+             "actor/less_likely_turns", "actor/logp_change", "actor/logp_k3",
+             "actor/logp_outside", "actor/token_entropy"),
   "value": ("critic/vf_loss", "critic/vf_clipfrac", "critic/vpred_mean"),
 }
 
@@ -92,6 +93,7 @@ def policy(
   if loss.llds_coef:
     total = total + loss.llds_coef * llds
   moved = losses.log_ratio(out.logp, micro.logp, mask)
+  outside = jnp.abs(jnp.expm1(moved)) > 0.1
   return MicroLoss(total, {
     "actor/pg_loss": part * surrogate,
     "actor/pg_clipfrac": part * losses.masked_sum(token.clipped, mask),
@@ -101,6 +103,12 @@ def policy(
     "actor/llds_loss": llds,
     "actor/less_likely_turns": drop.turns / jnp.maximum(share.turns, 1.0),
     "actor/logp_change": part * losses.masked_sum(jnp.abs(moved), mask),
+    "actor/logp_k3": part * losses.masked_sum(jnp.expm1(moved) - moved, mask),
+    "actor/logp_outside": part * losses.masked_sum(
+      outside.astype(jnp.float32), mask
+    ),
+    # Per token, whatever the aggregation of the loss.
+    "actor/token_entropy": part * losses.masked_sum(out.entropy, mask),
   })
 
 

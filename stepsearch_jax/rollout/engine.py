@@ -28,7 +28,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -113,6 +113,7 @@ class Engine:
   def run(
     self, params: types.Tree, questions: Sequence[types.Question],
     episodes: Sequence[int], temperature: float = 1.0, probe: bool = False,
+    finished: Callable[[], object] = lambda: None,
   ) -> records.Rollout:
     """Rolls out every question once.
 
@@ -122,6 +123,7 @@ class Engine:
       episodes: rollout numbers, one per question; they seed the sampling.
       temperature: 0 for greedy.
       probe: ask how likely the gold answers are; changes no token.
+      finished: called for every trajectory that has ended.
     """
     if len(questions) != len(episodes):
       raise ValueError(
@@ -147,7 +149,7 @@ class Engine:
       spec = dataclasses.replace(spec, probe=None)
     schedule = _Schedule(self._texts, cache, searches, spec,
                          self.programs.spec)
-    done = schedule.play(prompts, stats)
+    done = schedule.play(prompts, stats, finished)
     stats.seconds = time.perf_counter() - began
     _warn_of_waiting(stats)
     return records.Rollout(done, stats)
@@ -218,11 +220,15 @@ class _Schedule:
     self._unprobed: list[tuple[int, types.Trajectory]] = []
 
   def play(
-    self, prompts: Sequence[_Prompt], stats: records.RolloutStats
+    self, prompts: Sequence[_Prompt], stats: records.RolloutStats,
+    finished: Callable[[], object],
   ) -> list[types.Trajectory]:
     """Plays every prompt to its end; returns them in order."""
     self._waiting.extend(prompts)
+    told = 0
     while self._waiting or any(self._slots):
+      for _ in range(told, told := len(self._done)):
+        finished()
       # 0. Trajectories are probed before others take their slots.
       if self._waiting:
         self._probe()
@@ -242,6 +248,8 @@ class _Schedule:
       # 5. ... and the environment judges each turn that ended.
       self._end_turns(ended, stats)
     self._probe()
+    for _ in range(told, len(self._done)):
+      finished()
     return [self._done[prompt.order] for prompt in prompts]
 
   def _in(self, phase: Phase) -> list[Slot]:

@@ -29,7 +29,7 @@ from stepsearch_jax.models import decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf
 from stepsearch_jax.parallel import distributed, sharding
-from stepsearch_jax.ppo import estimators, trainable
+from stepsearch_jax.ppo import estimators, trainable, weighting
 from stepsearch_jax.retrieval import factory
 from stepsearch_jax.retrieval.index import corpus as corpus_lib
 from stepsearch_jax.rollout import automaton, controls, programs, text_side
@@ -323,6 +323,7 @@ class Experiment:
       "yes" if estimators.find(spec.estimator.name).needs_values else "none",
     )
     logging.info("%s", methods.described(settings.config))
+    weighting.warn_of_llds(spec, settings.batch.trajectories)
     minis = settings.batch.trajectories // spec.batch.mini_batch
     logging.info(
       "%d steps of %d trajectories, %d optimizer steps each, forward and "

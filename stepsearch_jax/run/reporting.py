@@ -273,10 +273,14 @@ def card_settings(
   settings: Settings, retriever: types.Retriever, model_name: str
 ) -> dict:
   """The settings half of an evaluation card."""
+  world = settings.data.train == "world"
   return {
     "model": model_name,
     "questions": settings.data.eval or settings.data.train,
-    "split": "evaluation file" if settings.data.eval else "held out",
+    "split": "evaluation file" if settings.data.eval else (
+      "validation" if world and settings.data.split == "validation"
+      else "held out"
+    ),
     "corpus": _corpus_name(settings),
     **retriever.describe(),
     "k": settings.protocol.topk,

@@ -60,14 +60,19 @@ def start(
   return found
 
 
-def check_traces(experiment: Experiment) -> None:
-  """Raises a UserError if a fresh run imitates a file that is not there."""
-  path = experiment.settings.warm_start.traces
-  types.expect(
-    not path or identity.has_learned(experiment.workdir)
-    or epath.Path(path).exists(),
-    "warm_start.traces", "a file", path,
-  )
+def check(experiment: Experiment) -> None:
+  """Raises a UserError if a fresh run could not start, as far as is known now.
+
+  Its traces may not be there, and the policy that it starts from may be no
+  run's or another model's.
+  """
+  spec = experiment.settings.warm_start
+  if identity.has_learned(experiment.workdir):
+    return
+  types.expect(not spec.traces or epath.Path(spec.traces).exists(),
+               "warm_start.traces", "a file", spec.traces)
+  if spec.policy:
+    _expect_same_model(experiment, spec.policy)
 
 
 def first_policy(
@@ -92,6 +97,21 @@ def policy_of(experiment: Experiment, workdir: str) -> types.Tree:
   Raises:
     UserError: it is no run, or one with another model or tokenizer.
   """
+  _expect_same_model(experiment, workdir)
+  other = dataclasses.replace(experiment, workdir=epath.Path(workdir))
+  types.expect(
+    other.tokenizer.hf.get_vocab() == experiment.tokenizer.hf.get_vocab(),
+    "warm_start.policy", "a run with the same tokenizer",
+    f"{workdir}, whose tokens differ (trained on another world or other "
+    "questions?)",
+  )
+  step, policy = other.trained_policy()
+  logging.info("starting from the policy of %s, step %d", workdir, step)
+  return policy
+
+
+def _expect_same_model(experiment: Experiment, workdir: str) -> None:
+  """Raises a UserError unless a run's model is this one's."""
   theirs, ours = (
     identity.flat({name: config[name] for name in ("model", "policy")})
     for config in (
@@ -104,16 +124,6 @@ def policy_of(experiment: Experiment, workdir: str) -> types.Tree:
       "warm_start.policy", f"a run with {field} = {value!r}",
       f"{workdir} with {theirs.get(field)!r}",
     )
-  other = dataclasses.replace(experiment, workdir=epath.Path(workdir))
-  types.expect(
-    other.tokenizer.hf.get_vocab() == experiment.tokenizer.hf.get_vocab(),
-    "warm_start.policy", "a run with the same tokenizer",
-    f"{workdir}, whose tokens differ (trained on another world or other "
-    "questions?)",
-  )
-  step, policy = other.trained_policy()
-  logging.info("starting from the policy of %s, step %d", workdir, step)
-  return policy
 
 
 def demonstrations(experiment: Experiment) -> list[types.Trajectory]:

@@ -51,6 +51,21 @@ def test_sources_are_apart_and_corrected_for_their_number(tmp_path):
   assert rows["all", "em"].adjusted == rows["all", "em"].p
 
 
+def test_other_questions_of_the_same_ids_are_not_compared(tmp_path):
+  """Ids may be row numbers."""
+  a = write(tmp_path / "a", [1.0, 0.0], question="Who founded Larn?")
+  b = write(tmp_path / "b", [1.0, 0.0], question="Who founded Larn? ")
+  assert len(comparison.compare(str(a), str(b))) == 2
+  bare = write(tmp_path / "bare", [1.0, 0.0])  # Tells no texts.
+  assert len(comparison.compare(str(a), str(bare))) == 2
+  c = write(tmp_path / "c", [1.0, 0.0], question="Who left Larn?")
+  with pytest.raises(types.UserError, match=(
+    "--compare: question '0': expected the same text in both, in .*/a 'Who "
+    "founded Larn\\?', got 'Who left Larn\\?'"
+  )):
+    comparison.compare(str(a), str(c))
+
+
 def test_attempts_at_a_question_count_as_their_mean(tmp_path):
   a, b = tmp_path / "a", tmp_path / "b"
   write(a, [1.0, 0.0]), write(a, [0.0, 0.0]), write(b, [0.0, 0.0])

@@ -38,8 +38,9 @@ class Engine:
       raise types.UserError(f"question {question.id!r} needs 99 tokens")
     return [1]
 
-  def run(self, params, questions, episodes, temperature):
+  def run(self, params, questions, episodes, temperature, finished=None):
     played = []
+    self.told = finished is not None
     for question, episode in zip(questions, episodes, strict=True):
       if question.id == self.dies_at:
         raise KeyboardInterrupt
@@ -188,6 +189,18 @@ def test_skipped_overlong_questions_count_as_unanswered(tmp_path):
   assert [json.loads(row)["stop_reason"] for row in rows].count("overlong") == 2
 
 
+def test_a_bar_that_is_asked_for_hears_of_every_rollout(tmp_path, capsys):
+  """Chunk by chunk an evaluation of one chunk would show nothing."""
+  for chunk, shown, bar in ((9, False, False), (2, False, True),
+                            (9, True, True)):
+    engine = Engine()
+    playing.evaluate(
+      engine, None, Tokenizer(),
+      job(tmp_path / f"{chunk}{shown}", chunk=chunk, shown=shown))
+    assert engine.told == shown
+    assert ("evaluate:" in capsys.readouterr().err) == bar
+
+
 def test_recall_is_left_out_where_the_corpus_lacks_the_gold(tmp_path):
   made = playing.evaluate(
     Engine(), None, Tokenizer(), job(tmp_path, absent={GOLD.id}))
@@ -206,6 +219,9 @@ def test_sampled_attempts_give_their_mean_and_the_share_with_a_right_one(
   # Odd questions are right in the second attempt only.
   assert made["sources"]["b"]["em"] == 0.5
   assert made["sources"]["b"]["pass_at_k"] == 1.0
+  assert made["sources"]["b"]["pass_at_k_interval"] == [1.0, 1.0]
+  assert "0.5000 (0.5000-0.5000), pass@2 1.0000 (1.0000-1.0000) |" in (
+    tmp_path / "eval/card.md").read_text()
   assert made["sources"]["a"]["em"] == 1.0 and made["sources"]["a"]["n"] == 3
   assert made["metrics"]["em"] == 0.75
   assert {h: (r["n"], r["em"]) for h, r in made["hops"].items()} == {

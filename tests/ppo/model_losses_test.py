@@ -120,6 +120,9 @@ def test_metrics_of_the_policy_are_means_over_the_mini_batch():
     "actor/pg_clipfrac": np.sum(clipped) / 25,
     "actor/ppo_kl": -gaps.sum() / 25,
     "actor/logp_change": np.abs(gaps).sum() / 25,
+    "actor/logp_k3": (np.exp(gaps) - 1 - gaps).sum() / 25,
+    "actor/logp_outside": (np.abs(np.exp(gaps) - 1) > 0.1).sum() / 25,
+    "actor/token_entropy": np.sum([ENTROPY[p] for p in TOKENS]) / 25,
     "actor/entropy_loss":
       (weights * [ENTROPY[p] for p in TOKENS]).sum() / 25,
     "actor/pg_loss":

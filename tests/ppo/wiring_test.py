@@ -18,6 +18,7 @@ from stepsearch_jax.ppo import (
   optimizer,
   records,
   specs,
+  weighting,
 )
 
 optax_promotes = update_test.optax_promotes
@@ -175,10 +176,13 @@ def test_a_split_state_joins_to_itself_and_stores_no_reference():
     assert a is b
 
 
+@pytest.mark.parametrize("aggregation", ["token", "constant"])
 def test_recorded_log_probabilities_save_a_pass_and_report_the_mismatch(
-  monkeypatch
+  aggregation, monkeypatch
 ):
-  ours = update_test.make_learner(loss__old_logp="rollout")
+  ours = update_test.make_learner(
+    loss__old_logp="rollout", loss__aggregation=aggregation
+  )
   batch = update_test.make_batch()
   state = fresh(ours)
   on = batch.policy_mask > 0
@@ -196,6 +200,9 @@ def test_recorded_log_probabilities_save_a_pass_and_report_the_mismatch(
   assert "actor/entropy" not in metrics
   _, updated = ours.update(state, found)
   assert updated["rollout_mismatch/mean"] == pytest.approx(0.25, abs=1e-4)
+  assert updated["rollout_mismatch/k3"] == pytest.approx(
+    np.exp(-0.25) - 1 + 0.25, abs=1e-4)
+  assert updated["rollout_mismatch/outside"] == pytest.approx(1, abs=1e-5)
   entropy = update_test.forward(update_test.policy(), batch)[1]
   assert updated["actor/entropy"] == pytest.approx(
     float(np.asarray(entropy)[on].mean()), rel=1e-3
@@ -239,14 +246,21 @@ def test_old_logp_of_good_and_bad_rows_by_hand():
   })
 
 
-def test_an_update_says_what_it_pads_and_that_llds_needs_a_second_step(caplog):
+def test_llds_in_a_batch_of_one_optimizer_step_is_said_to_do_nothing(caplog):
   assert parts.SPEC.batch.optimizer_steps(4) == 1
   assert parts.SPEC.batch.optimizer_steps(5) == 2
-  ours = update_test.make_learner.__wrapped__(loss__llds_coef=0.5)
-  state, batch = fresh(ours), update_test.make_batch()
+  spec = parts.learner_spec(loss__llds_coef=0.5)
   with caplog.at_level(logging.WARNING, logger="absl"):
-    _, metrics = ours.update(state, update_test.experience(batch))
+    weighting.warn_of_llds(spec, 5)
+    assert not caplog.text
+    weighting.warn_of_llds(spec, 4)
   assert "ppo.llds_coef = 0.5 does nothing" in caplog.text
+
+
+def test_an_update_says_what_it_pads():
+  ours = update_test.make_learner()
+  state, batch = fresh(ours), update_test.make_batch()
+  _, metrics = ours.update(state, update_test.experience(batch))
   # 42 tokens, packed as 16, 12 + 5 and 9 into rows of 20.
   assert metrics["update/padding_share"] == pytest.approx(1 - 42 / 60)
 

@@ -169,8 +169,11 @@ def scripted(parts):
         tokenizer, turns, slots=slots, context=context
       ),
     )
-    played = engine.run({}, fakes.make_questions(count), range(count))
+    told = []
+    played = engine.run({}, fakes.make_questions(count), range(count),
+                        finished=lambda: told.append(1))
     engine.close()
+    assert len(told) == count  # Once for every trajectory.
     return played
 
   return run

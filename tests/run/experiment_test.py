@@ -77,6 +77,20 @@ def test_a_corpus_that_nobody_searches_is_not_read(
   made.describe(steps=1)
 
 
+def test_a_run_says_at_its_start_that_llds_will_do_nothing(
+  shared, tmp_path, caplog
+):
+  made = experiment(tmp_path, method="ppo", **{
+    "ppo.llds_coef": 0.5, "ppo.mini_batch": 8, "retrieval.engine": "bm25",
+    "model.reference": str(shared / "golden/models/qwen2_tied"),
+    "rollout.context": 64, "rollout.answer_room": 8,
+  })
+  assert made.settings.batch.trajectories == 8
+  with caplog.at_level("WARNING", logger="absl"):
+    made.describe(steps=1)
+  assert "ppo.llds_coef = 0.5 does nothing" in caplog.text
+
+
 def test_a_corpus_that_is_searched_is_read(tmp_path):
   with pytest.raises(files.DataError, match="absent.jsonl: no such file"):
     _ = experiment(tmp_path, **{"data.corpus": "absent.jsonl"}).retriever

@@ -158,3 +158,15 @@ def test_the_card_says_how_tokens_were_chosen(
   )
   assert jobs[0].settings["decoding"].startswith(want)
   assert jobs[0].described == config.log.trajectories > 0
+
+
+@pytest.mark.parametrize("changes, split", [
+  ({}, "held out"), ({"data.split": "validation"}, "validation"),
+  ({"data.eval": "dev.jsonl", "data.split": "validation"}, "evaluation file"),
+])
+def test_a_card_says_which_questions_were_asked(changes, split):
+  config = quickstart.get_config("runlocal")
+  config.update_from_flattened_dict(changes)
+  retriever = builtin.SimpleNamespace(describe=dict)
+  settings = Settings.from_config(config, devices=1)
+  assert reporting.card_settings(settings, retriever, "m")["split"] == split

@@ -44,6 +44,27 @@ def test_a_policy_of_another_model_is_refused_by_field(
     starting.policy_of(ours, str(tmp_path / "theirs"))
 
 
+def test_a_fresh_run_that_could_not_start_is_refused_before_anything_is_made(
+  tmp_path
+):
+  experiment_in(tmp_path / "theirs", **{"model.size.layers": 5})
+  for number, (changes, message) in enumerate([
+    ({"warm_start.policy": str(tmp_path / "none")}, "config.json does not"),
+    ({"warm_start.policy": str(tmp_path / "theirs")}, "model.size.layers = "),
+    ({"warm_start.traces": str(tmp_path / "none.jsonl"),
+      "warm_start.steps": 1}, "^warm_start.traces: expected a file, got"),
+  ]):
+    ours = experiment_in(tmp_path / f"ours{number}", **changes)
+    with pytest.raises(types.UserError, match=message):
+      starting.check(ours)
+    # Behind its first checkpoint a run needs neither.
+    (ours.workdir / "checkpoints/0").mkdir(parents=True)
+    starting.check(ours)
+    assert {p.name for p in ours.workdir.iterdir()} == {
+      "config.json", "checkpoints"
+    }
+
+
 def test_a_policy_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
   ours = experiment_in(tmp_path / "ours")
   experiment_in(tmp_path / "theirs", **{"model.remat": "dots"})  # May differ.
