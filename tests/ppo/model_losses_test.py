@@ -116,7 +116,14 @@ def test_metrics_of_the_policy_are_means_over_the_mini_batch():
     > -MICRO.advantages[p] * np.exp(g)
     for p, g in zip(TOKENS, gaps, strict=True)
   ]
+  fell = {}
+  for place, gap in zip(TOKENS, gaps, strict=True):
+    key = place[0], SEGMENTS[place], TURNS[place]
+    fell[key] = fell.get(key, 0.0) - gap
+  assert 0 < sum(drop > 0 for drop in fell.values()) < len(fell)
   want = {
+    # Of the 7 turns of the mini-batch.
+    "actor/less_likely_turns": sum(drop > 0 for drop in fell.values()) / 7,
     "actor/pg_clipfrac": np.sum(clipped) / 25,
     "actor/ppo_kl": -gaps.sum() / 25,
     "actor/logp_change": np.abs(gaps).sum() / 25,

@@ -81,7 +81,8 @@ def test_a_run_says_at_its_start_that_llds_will_do_nothing(
   shared, tmp_path, caplog
 ):
   made = experiment(tmp_path, method="ppo", **{
-    "ppo.llds_coef": 0.5, "ppo.mini_batch": 8, "retrieval.engine": "bm25",
+    "ppo.llds_coef": 0.5, "ppo.mini_batch": 8,
+    "retrieval.remote": "http://127.0.0.1:9",
     "model.reference": str(shared / "golden/models/qwen2_tied"),
     "rollout.context": 64, "rollout.answer_room": 8,
   })
