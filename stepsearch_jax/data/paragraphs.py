@@ -2,22 +2,24 @@
 
 Every layout that the datasets use: MuSiQue's `paragraphs` by index or marked
 `is_supporting`, the `context` of HotpotQA and 2WikiMultihopQA by title, lists
-of supporting paragraphs by themselves.
+of supporting paragraphs by themselves. An empty field counts as absent.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from stepsearch_jax import types
 from stepsearch_jax.data import fields
 
-# Lists of supporting paragraphs and nothing else, the first one there counts.
+# Lists of supporting paragraphs and nothing else, the first filled one counts.
 SUPPORTING = (
   "support", "sub_support_docs", "support_docs", "supporting_paragraphs"
 )
 _SENTENCES = ("sentences", "content", "text", "paragraph_text")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +52,18 @@ def supporting(row: fields.Row, info: fields.Row) -> Support:
   Raises:
     files.DataError: naming file, line and field.
   """
-  name = row.first(*SUPPORTING)
-  if name:
-    listed = row.passages(name, ids=name == "support")
-  else:
-    listed = info.passages("support_docs")
+  listed = _listed(row, info)
   if listed:
     return _present(listed)
   found = Support(reason=(
     "expected for instance sub_support_docs, supporting_paragraphs, "
     "paragraphs with is_supporting, or supporting_facts with context"
   ))
-  if "question_decomposition" in row:
+  if row.filled("question_decomposition"):
     found = _by_index(row)
   elif "supporting_facts" in row:
     found = _by_title(row)
-  if not found.passages and "paragraphs" in row:
+  if not found.passages and row.filled("paragraphs"):
     marked = [passage for passage, gold in _marked(row) if gold]
     if marked:
       return dataclasses.replace(
@@ -74,12 +72,22 @@ def supporting(row: fields.Row, info: fields.Row) -> Support:
 
 
 def everything(row: fields.Row) -> list[types.Passage]:
-  """Returns all paragraphs of a question's row, gold or not."""
-  if "paragraphs" in row:
-    return [passage for passage, _ in _marked(row)]
-  if "context" in row:
-    return context(row)
-  return list(supporting(row, row.part("extra_info")).passages)
+  """Returns all paragraphs of a question's row, gold or not, each once."""
+  found = row.passages("paragraphs") if row.filled("paragraphs") else []
+  found += context(row) if row.filled("context") else []
+  found += _listed(row, row.part("extra_info"))
+  unique: dict[tuple[str, str], types.Passage] = {}
+  for passage in found:
+    unique.setdefault((passage.title, passage.text), passage)
+  return list(unique.values())
+
+
+def _listed(row: fields.Row, info: fields.Row) -> list[types.Passage]:
+  """Returns the paragraphs that stand in a list of gold ones."""
+  name = row.filled(*SUPPORTING)
+  if name:
+    return row.passages(name, ids=name == "support")
+  return info.passages("support_docs") if info.filled("support_docs") else []
 
 
 def context(row: fields.Row) -> list[types.Passage]:
@@ -95,13 +103,14 @@ def context(row: fields.Row) -> list[types.Passage]:
   if not isinstance(value, (list, tuple)):
     raise row.error("context", wanted, row["context"])
   found = []
-  for item in value:
+  for item in map(fields.parsed, value):
     if isinstance(item, dict):
-      lines = next((item[n] for n in _SENTENCES if n in item), None)
-      item = (item.get("title"), lines)
+      part = fields.Row(row.where, item, "context.")
+      lines = part.filled(*_SENTENCES) or part.first(*_SENTENCES)
+      item = (item.get("title"), item.get(lines))
     if not isinstance(item, (list, tuple)) or len(item) != 2:
       raise row.error("context", wanted, item)
-    title, lines = item
+    title, lines = item[0], fields.parsed(item[1])
     if not isinstance(title, str) or not isinstance(lines, (list, tuple)):
       raise row.error("context", wanted, item)
     if not all(isinstance(line, str) for line in lines):
@@ -148,16 +157,14 @@ def _marked(row: fields.Row) -> list[tuple[types.Passage, bool]]:
 
 def _by_index(row: fields.Row) -> Support:
   """Returns what `paragraph_support_idx` of the hops points at."""
-  held = {}
-  for place, item in enumerate(row.items("paragraphs")):
-    if isinstance(item, dict):
-      paragraph = fields.Row(row.where, item, "paragraphs.")
-      index = paragraph.number("idx")
-      held[place if index is None else index] = paragraph
+  items = row.items("paragraphs") if row.filled("paragraphs") else []
+  held = _held(row, "paragraphs", "idx", (
+    (_index(row, item, place), item) for place, item in enumerate(items)
+  ))
   passages, places, lacking = [], [], 0
   for hop in row.rows("question_decomposition"):
     index = hop.number("paragraph_support_idx")
-    passage = fields.passage(held[index]) if index in held else None
+    passage = row.passage("paragraphs", held[index]) if index in held else None
     if passage is not None and passage.text.strip():
       places.append(len(passages))
       passages.append(passage)
@@ -172,17 +179,41 @@ def _by_index(row: fields.Row) -> Support:
     tuple(passages), tuple(places), lacking=lacking, reason=reason)
 
 
+def _index(row: fields.Row, item: object, place: int) -> int:
+  """Returns the number of a paragraph: its own, else its place."""
+  if isinstance(item, str):
+    return place
+  index = fields.Row(row.where, item, "paragraphs.").number("idx")
+  return place if index is None else index
+
+
+def _held(
+  row: fields.Row, name: str, key: str, pairs: Iterable[tuple[Hashable, _T]]
+) -> dict[Hashable, _T]:
+  """Returns paragraphs by what points at them; a repeated one counts once.
+
+  Raises:
+    files.DataError: two that differ, of which nothing says which is meant.
+  """
+  held = {}
+  for pointer, paragraph in pairs:
+    if held.setdefault(pointer, paragraph) != paragraph:
+      raise row.error(name, f"one paragraph per {key}", pointer)
+  return held
+
+
 def _by_title(row: fields.Row) -> Support:
   """Returns the paragraphs of `context` that `supporting_facts` names."""
   wanted = "[title, sentence number] pairs"
-  facts = fields.parsed(row["supporting_facts"])
+  facts = row["supporting_facts"]
+  facts = [] if fields.empty(facts) else fields.parsed(facts)
   if isinstance(facts, dict):
-    titles = facts.get("title")
+    titles = fields.parsed(facts.get("title"))
   elif isinstance(facts, (list, tuple)):
     titles = [
       fact.get("title") if isinstance(fact, dict)
       else fact[0] if isinstance(fact, (list, tuple)) and fact else None
-      for fact in facts
+      for fact in map(fields.parsed, facts)
     ]
   else:
     titles = None
@@ -190,10 +221,13 @@ def _by_title(row: fields.Row) -> Support:
     isinstance(title, str) for title in titles
   ):
     raise row.error("supporting_facts", wanted, facts)
-  if "context" not in row:
+  if not row.filled("context"):
     return Support(reason="supporting_facts without context")
-  held = {passage.title: passage for passage in context(row)}
   names = dict.fromkeys(titles)
+  held = _held(row, "context", "title of supporting_facts", (
+    (passage.title, passage) for passage in context(row)
+    if passage.title in names
+  ))
   found = [held[t] for t in names if t in held and held[t].text.strip()]
   return Support(
     tuple(found), lacking=len(names) - len(found),

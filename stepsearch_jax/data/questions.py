@@ -1,7 +1,7 @@
 """Question files of every accepted schema to `types.Question`.
 
 What a field means does not depend on the others, so files that mix schemas and
-rows whose other fields are null are read like any:
+rows whose other fields are null or empty are read like any:
 
   question      question, text, query, extra_info.question, or what follows
                 "Question:" in prompt (verl)
@@ -28,7 +28,7 @@ from typing import Any
 from absl import logging
 
 from stepsearch_jax import files, types
-from stepsearch_jax.data import fields, paragraphs
+from stepsearch_jax.data import fields, paragraphs, prompted
 
 _SOURCES = {
   "bdsaglam/musique": "musique",
@@ -41,11 +41,12 @@ _SOURCE = ("data_source", "source", "dataset")
 _ANSWERS = ("golden_answers", "answers", "answer")
 _ALIASES = ("answer_aliases", "aliases")
 _HOPS = ("question_decomposition", "decomposition")
+# What a row holds an answer in.
+_ANSWERED = ("final_answer", "reward_model", *_ANSWERS)
 # All that is read in a row, for messages.
 ACCEPTED = (
-  *_TEXT, "prompt", *_ID, *_SOURCE, "final_answer", "reward_model", *_ANSWERS,
-  *_ALIASES, "search_keys", "sub_searchs", "phrasings", *_HOPS,
-  *paragraphs.SUPPORTING,
+  *_TEXT, "prompt", *_ID, *_SOURCE, *_ANSWERED, *_ALIASES, "search_keys",
+  "sub_searchs", "phrasings", *_HOPS, *paragraphs.SUPPORTING,
   "paragraphs", "supporting_facts", "context", "extra_info", "metadata",
   "answerable", "pseudo_support", "extra",
 )
@@ -117,7 +118,7 @@ def load_questions(
   Args:
     path: .jsonl, .json or .parquet, gzipped or not, or a TFDS dataset
       (see `files.read_rows`).
-    limit: stop after this many.
+    limit: stop after this many; None reads all.
     require_support: a question without supporting paragraphs is an error, as
       it could earn no step reward.
 
@@ -137,6 +138,7 @@ def read_questions(
   path: str, limit: int | None = None, require_support: bool = False
 ) -> QuestionFile:
   """Reads a question file like `load_questions`; returns a report with it."""
+  types.expect(limit is None or limit >= 1, "limit", "at least 1", limit)
   report, questions, seen = Report(), [], set()
   for number, (where, row) in enumerate(files.read_rows(path)):
     parsed = _parse(where, row, number)
@@ -164,7 +166,7 @@ def read_questions(
       question = dataclasses.replace(question, id=identity)
     seen.add(identity)
     questions.append(question)
-    if limit and len(questions) >= limit:
+    if len(questions) == limit:
       break
   if not questions:
     raise files.DataError("; ".join(
@@ -191,10 +193,24 @@ def row_of(where: str, row: Mapping[str, Any]) -> fields.Row:
   """Returns the fields of a row, with those inside `metadata` among them."""
   inner = fields.parsed(row.get("metadata"))
   if isinstance(inner, Mapping):
-    own = {k: v for k, v in row.items() if not fields.missing(v)}
-    row = {**inner, **own}
+    own = {k: v for k, v in row.items() if not fields.empty(v)}
+    row = {**row, **inner, **own}
     row.pop("metadata", None)
   return fields.Row(where, row)
+
+
+def is_question(row: fields.Row) -> bool:
+  """Returns whether a row asks something; `text` alone may be a passage's.
+
+  This project's own files have the question in `text`, beside an answer and a
+  field for paragraphs, which may be empty.
+  """
+  if row.filled("question"):
+    return True
+  return row.filled(*_ANSWERED) is not None and (
+    row.spelled("paragraphs", "context", *paragraphs.SUPPORTING) is not None
+    or row.part("extra_info").filled("support_docs") is not None
+  )
 
 
 def _parse(where: str, values: Mapping[str, Any], number: int) -> _Parsed:
@@ -207,18 +223,22 @@ def _parse(where: str, values: Mapping[str, Any], number: int) -> _Parsed:
   answers = _answers(row, model)
   support = paragraphs.supporting(row, info)
   hops = _hops(row, support)
+  groups = _keys(row, model, hops)
+  keys = tuple(group for group in groups if group)
   question = types.Question(
     id=_identity(row, info, number),
     text=text,
     answers=answers,
     source=_source(row),
-    search_keys=_keys(row, model, hops),
+    search_keys=keys,
     support=support.passages,
     decomposition=hops,
-    phrasings=row.groups("phrasings"),
+    # Of a hop without a key the place still counts.
+    phrasings=row.groups("phrasings") or (() if keys == groups else groups),
     extra=_extra(row),
   )
-  return _Parsed(question, support, cut, row.used, set(row.names()) - row.used)
+  ignored = {name for name in row.names() if row.filled(name)} - row.used
+  return _Parsed(question, support, cut, row.used, ignored)
 
 
 def _recognize(row: fields.Row, info: fields.Row) -> None:
@@ -227,56 +247,30 @@ def _recognize(row: fields.Row, info: fields.Row) -> None:
       f"{row.where}: unknown question schema, expected one of the fields "
       f"{[*_TEXT, 'prompt']}, found {row.names()}"
     )
-  if row.first("final_answer", "reward_model", *_ANSWERS) is None:
+  if row.first(*_ANSWERED) is None:
     known = "question" in row or row.first(*_HOPS, *paragraphs.SUPPORTING)
     raise files.DataError(
       f"{row.where}: "
       + ("field answer is missing" if known else "unknown question schema")
-      + f", expected one of the fields "
-      f"{['final_answer', 'reward_model', *_ANSWERS]}, found {row.names()}"
+      + f", expected one of the fields {[*_ANSWERED]}, found {row.names()}"
     )
 
 
 def _text(row: fields.Row, info: fields.Row) -> tuple[bool, str]:
   """Returns (whether the prompt goes on behind it, the question)."""
-  name = row.first("question")
-  if name is None and "question" in info:
+  name = row.filled("question")
+  if name is None and info.filled("question"):
     row, name = info, "question"
-  name = name or row.first(*_TEXT)
-  if name is None:
-    return _of_prompt(row)
+  name = name or row.filled(*_TEXT)
+  if name is None and row.filled("prompt"):
+    return prompted.question_of(row)
+  name = name or row.first(*_TEXT, "prompt") or "extra_info.question"
   text = row[name]
   if not isinstance(text, str) or not text.strip():
     raise files.DataError(
       f"{row.where}: field {name} is empty or no text, got {text!r}"
     )
   return False, text
-
-
-def _of_prompt(row: fields.Row) -> tuple[bool, str]:
-  """Returns (whether text follows it, the question) of a verl prompt.
-
-  Prompts of trained models carry the question behind a long instruction, maybe
-  with solved examples: the last line with "Question:" counts, from its first.
-  """
-  given = fields.parsed(row["prompt"])
-  if isinstance(given, str):
-    text = given
-  else:
-    messages = row.rows("prompt")
-    users = [m for m in messages if m["role"] == "user"] or messages[-1:]
-    text = users[-1].text("content") if users else None
-  if text is None or not text.strip():
-    raise row.error("prompt", "text or messages with content", given)
-  if "Question:" not in text:
-    return False, text
-  lines = text.splitlines()
-  place = max(i for i, line in enumerate(lines) if "Question:" in line)
-  rest = [lines[place].split("Question:", 1)[1], *lines[place + 1 :]]
-  rest = [line.strip() for line in rest if line.strip()]
-  if not rest:
-    raise row.error("prompt", "a question behind \"Question:\"", text)
-  return len(rest) > 1, rest[0]
 
 
 def _answers(row: fields.Row, model: fields.Row) -> tuple[str, ...]:
@@ -291,8 +285,9 @@ def _answers(row: fields.Row, model: fields.Row) -> tuple[str, ...]:
     answers = answers or row.texts(name, plain=name == "answer")
   if not answers:
     raise files.DataError(f"{row.where}: question without an answer")
-  aliases = row.first(*_ALIASES)
-  aliases = row.texts(aliases) if aliases else ()
+  aliases = ()
+  for name in _ALIASES:
+    aliases = aliases or row.texts(name)
   return tuple(dict.fromkeys(answers + aliases))
 
 
@@ -312,17 +307,17 @@ def _source(row: fields.Row) -> str:
     source = row.label(name)
     if source is not None:
       return _SOURCES.get(source.lower(), source)
-  if "question_decomposition" in row or "sub_searchs" in row:
+  if row.filled("question_decomposition", "sub_searchs"):
     return "musique"
-  if "supporting_facts" in row:
-    return "2wikimultihopqa" if "evidences" in row else "hotpotqa"
+  if row.filled("supporting_facts"):
+    return "2wikimultihopqa" if row.filled("evidences") else "hotpotqa"
   return ""
 
 
 def _hops(
   row: fields.Row, support: paragraphs.Support
 ) -> tuple[types.SubQuestion, ...]:
-  name = row.first(*_HOPS)
+  name = row.filled(*_HOPS)
   if name is None:
     return ()
   hops = []
@@ -355,15 +350,15 @@ def _place(hop: fields.Row, support: paragraphs.Support) -> int:
 def _keys(
   row: fields.Row, model: fields.Row, hops: Sequence[types.SubQuestion]
 ) -> tuple[tuple[str, ...], ...]:
+  """Returns a group per sub-question, empty ones too if another is not."""
   for name in ("search_keys", "sub_searchs"):
-    keys = row.groups(name)
-    if keys:
-      return keys
+    if row.filled(name) and any(groups := row.groups(name)):
+      return groups
   if isinstance(fields.parsed(model["ground_truth"]), Mapping):
-    keys = model.part("ground_truth").groups("search_keys")
-    if keys:
-      return keys
-  return default_keys(hops) if "question_decomposition" in row else ()
+    groups = model.part("ground_truth").groups("search_keys")
+    if any(groups):
+      return groups
+  return default_keys(hops) if row.filled("question_decomposition") else ()
 
 
 def _extra(row: fields.Row) -> dict[str, Any]:

@@ -147,13 +147,7 @@ def evaluate(
       place in described and "described" not in done[place]
     ):
       waiting.append(place)
-  bar = tqdm.tqdm(
-    total=len(places), initial=len(places) - len(waiting), desc="evaluate",
-    unit="rollout",
-    disable=not distributed.is_primary() or (
-      len(waiting) <= job.chunk and not job.shown
-    ),
-  )
+  bar = _bar(job, len(waiting))
   watched = {"finished": bar.update} if job.shown else {}
   for start in range(0, len(waiting), job.chunk):
     part = waiting[start : start + job.chunk]
@@ -175,6 +169,16 @@ def evaluate(
       bar.update(len(part))
   bar.close()
   return _finish(job, done, log)
+
+
+def _bar(job: Evaluation, waiting: int) -> tqdm.tqdm:
+  """Returns a bar over all rollouts, of which so many are to be played."""
+  alone = waiting <= job.chunk and not job.shown
+  total = len(job.places)
+  return tqdm.tqdm(
+    total=total, initial=total - waiting, desc="evaluate", unit="rollout",
+    disable=alone or not distributed.is_primary(),
+  )
 
 
 def _begun(

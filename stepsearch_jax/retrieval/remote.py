@@ -24,6 +24,7 @@ import httpx2
 from absl import logging
 
 from stepsearch_jax import files, types
+from stepsearch_jax.data import fields
 
 _BATCH = 256  # Queries per request.
 # Statuses that can be the fault of one query among many.
@@ -295,10 +296,12 @@ def _parse(body: dict, count: int) -> list[list[types.Passage]]:
     passages = []
     for item in found or ():  # Some servers say null for no hits.
       document = item.get("document", item)
+      title = document.get("title", "")
       if "contents" in document:
-        title, _, text = document["contents"].partition("\n")
+        title, text = fields.split_contents(
+          document["contents"], str(title or "")
+        )
       else:
-        title = document.get("title", "")
         text = document.get("content", document.get("text"))
       if not isinstance(text, str):
         raise types.UserError(f"a document without text: {sorted(document)}")

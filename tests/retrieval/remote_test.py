@@ -121,6 +121,26 @@ def test_a_query_that_breaks_the_server_is_found_by_halves():
   assert len(pauses) == 2 * 3  # The halves are asked once each.
 
 
+@pytest.mark.parametrize("document, title, text", [
+  ({"contents": "T\nfirst\nsecond"}, "T", "first\nsecond"),
+  ({"contents": "T\r\nfirst"}, "T", "first"),
+  ({"contents": "One line."}, "", "One line."),
+  ({"title": "T", "contents": "first\nsecond"}, "T", "first\nsecond"),
+  ({"title": "T", "contents": '"T"\nfirst', "text": "other"}, "T", "first"),
+  ({"title": None, "contents": "\nfirst"}, "", "first"),
+  ({"title": 1984, "contents": "first"}, "1984", "first"),
+  ({"title": "T", "text": "first\nsecond"}, "T", "first\nsecond"),
+])
+def test_a_document_is_split_into_title_and_text_like_a_corpus(
+  document, title, text
+):
+  answer = {"result": [[{"document": document}]]}
+  with counting(lambda queries: (200, answer)) as (url, _):
+    ((found,),) = remote.RemoteRetriever(url, remote.PATIENCE).search(["q"], 1)
+  assert (found.title, found.text) == (title, text)
+  assert found.id == f"{title}\n{text}"
+
+
 @pytest.mark.parametrize("answer", [
   [], {"result": "x"}, {"result": [["x"]]}, {"result": None},
   {"result": [[{"document": "x"}]]}, {"result": [[{"document": {}}]]},

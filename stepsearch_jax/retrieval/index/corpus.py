@@ -12,12 +12,6 @@ from etils import epath
 from stepsearch_jax import files, types
 from stepsearch_jax.data import fields, paragraphs, questions
 
-# Fields by which a row is a question that brings its paragraphs.
-_OF_QUESTIONS = frozenset((
-  *paragraphs.SUPPORTING, "paragraphs", "context", "supporting_facts",
-  "reward_model", "extra_info",
-))
-_TEXTS = ("contents", "content", "text")
 _RECENT = 1 << 22  # Entries between two sorts.
 
 
@@ -30,21 +24,25 @@ def stream_corpus(path: str) -> Iterator[types.Passage]:
   """Yields the passages of a file, which may be larger than memory.
 
   A passage that repeats is given once. One without an id has its content as
-  identity, so the same file is the same corpus wherever it lies.
+  identity, so the same file is the same corpus wherever it lies. Paragraphs of
+  questions that have no text are left out and counted.
 
   Args:
     path: rows `{"id", "contents": "title\\ntext"}` or `{"id", "title",
       "content" | "text"}`; rows of questions give all their paragraphs:
-      `paragraphs` (MuSiQue), `context` (HotpotQA) or, where there are no
-      others, the supporting ones (StepSearch, verl, this project).
+      `paragraphs` (MuSiQue), `context` (HotpotQA) and the supporting ones
+      (StepSearch, verl, this project).
 
   Raises:
-    files.DataError: naming file, line and field; also for an id that comes
-      twice with different texts.
+    files.DataError: naming file, line and field, for a row without a passage
+      too; also for an id that comes twice with different texts.
   """
-  known, count = _Known(), 0
+  known, count, blank = _Known(), 0, 0
   for where, row in files.read_rows(path):
     for passage in _passages(where, row):
+      if not passage.text.strip():
+        blank += 1
+        continue
       count += 1
       content = _hash(f"{passage.title}\0{passage.text}")
       earlier = known.add(_hash(passage.id), content)
@@ -56,6 +54,8 @@ def stream_corpus(path: str) -> Iterator[types.Passage]:
         )
   if not count:
     raise files.DataError(f"{path}: no passages in the file")
+  if blank:
+    logging.warning("%s: %d paragraphs without text left out", path, blank)
 
 
 def _hash(text: str) -> int:
@@ -97,32 +97,46 @@ class _Known:
     self._recent.clear()
 
 
-def _passages(where: str, values: dict) -> Iterable[types.Passage]:
+def _passages(where: str, values: dict) -> list[types.Passage]:
+  """Returns the passages of a row, at least one of them with a text."""
   row = fields.Row(where, values)
-  if row.first(*_TEXTS) is None or "question" in row:
+  text = row.filled(*fields.TEXTS)
+  if text is None or row.filled("question"):
     row = questions.row_of(where, values)
-  if row.first("paragraphs", "context"):
-    return paragraphs.everything(row)
-  if _OF_QUESTIONS & set(row.names()):
-    logging.log_first_n(
-      logging.WARNING, "%s: questions with their supporting paragraphs only; "
-      "where nothing else can be found, searching is easy", 1, where,
-    )
-    return paragraphs.everything(row)
-  if row.first(*_TEXTS) is None or "question" in row:
-    if row.first("question", "prompt"):
-      raise files.DataError(
-        f"{where}: a question without paragraphs is no corpus: name one "
-        "(data.corpus or --corpus)"
+    text = row.filled(*fields.TEXTS)
+  if text is None or questions.is_question(row):
+    return _of_question(row)
+  passage = fields.passage(row, ids=True)
+  if not passage.text.strip():
+    raise row.error(text, "the text of a passage", row[text])
+  return [passage]
+
+
+def _of_question(row: fields.Row) -> list[types.Passage]:
+  """Returns the paragraphs of a question, or says what the row lacks."""
+  found = paragraphs.everything(row)
+  if any(passage.text.strip() for passage in found):
+    if not row.filled("paragraphs", "context"):
+      logging.log_first_n(
+        logging.WARNING, "%s: questions with their supporting paragraphs only; "
+        "where nothing else can be found, searching is easy", 1, row.where,
       )
-    name = next((name for name in _TEXTS if name in values), None)
-    if name is not None:
-      raise row.error(name, "text", None)
+    return found
+  name = row.filled("paragraphs", "context", *paragraphs.SUPPORTING)
+  if name:
+    raise row.error(name, "a paragraph with a text", row[name])
+  if questions.is_question(row) or row.first("question", "prompt"):
     raise files.DataError(
-      f"{where}: unknown corpus schema, expected contents, content, text, "
-      f"paragraphs or context, found {row.names()}"
+      f"{row.where}: a question without paragraphs is no corpus: name one "
+      f"(data.corpus or --corpus); found {row.names()}"
     )
-  return [fields.passage(row, ids=True)]
+  name = row.spelled(*fields.TEXTS)
+  if name:
+    raise row.error(name, "text", row[name])
+  raise files.DataError(
+    f"{row.where}: unknown corpus schema, expected contents, content, text, "
+    f"paragraphs or context, found {row.names()}"
+  )
 
 
 def write_corpus(path: epath.Path, passages: Iterable[types.Passage]) -> int:

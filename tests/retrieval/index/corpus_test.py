@@ -205,3 +205,75 @@ def test_questions_of_flashrag_bring_their_paragraphs_too(tmp_path):
   # The metadata of a passage is not its text.
   write(path, [{"id": "7", "contents": "A\nb", "metadata": {"context": 5}}])
   assert [p.text for p in corpus.load_corpus(str(path))] == ["b"]
+
+
+@pytest.mark.parametrize("extra", [
+  {"support": []}, {"context": []}, {"paragraphs": []}, {"paragraphs": ["p"]},
+  {"context": "a section"}, {"extra_info": {"a": 1}}, {"question": None},
+  {"answer": "a"}, {"prompt": "p"},
+], ids=repr)
+def test_a_row_with_a_text_that_asks_nothing_is_a_passage(tmp_path, extra):
+  path = tmp_path / "c.jsonl"
+  write(path, [{"id": "1", "title": "T", "text": "x", **extra}, CONTENTS[1]])
+  assert corpus.load_corpus(str(path)) == [
+    types.Passage("1", "T", "x"), WANT[1]]
+
+
+@pytest.mark.parametrize("row, message", [
+  ({"id": "1", "text": ""}, "field text must hold text, got ''"),
+  ({"id": "1", "title": "T", "contents": " "}, "field contents must hold text"),
+  ({"id": "1", "contents": "T\n \n"}, "field contents must hold the text of a"),
+  ({**QUESTION, "support": []}, "a question without paragraphs.*'support'"),
+  ({**QUESTION, "text": "x", "context": []}, "a question without paragraphs"),
+  ({**QUESTION, "supporting_facts": [["T", 0]]}, "a question without parag"),
+  ({"text": "q", "answers": ["a"], "support": []}, "a question without parag"),
+  ({**QUESTION, "paragraphs": [{"title": "T", "text": " "}]},
+   "field paragraphs must hold a paragraph with a text"),
+])
+def test_a_row_that_gives_no_passage_is_refused_wherever_it_stands(
+  tmp_path, row, message
+):
+  path = tmp_path / "c.jsonl"
+  write(path, [*TITLED, row])
+  with pytest.raises(files.DataError, match=rf"c\.jsonl:3: {message}"):
+    corpus.load_corpus(str(path))
+
+
+def test_all_paragraphs_of_a_question_are_in_the_corpus(tmp_path):
+  path = tmp_path / "q.jsonl"
+  gold = {"id": "9", "title": "G", "text": "gold"}
+  write(path, [
+    {**QUESTION, "paragraphs": ["p", gold], "support": [gold]},
+    {**QUESTION, "context": [], "support": [gold | {"text": "more"}]},
+    {"text": "q", "answers": ["a"], "support": ["own"]},
+  ])
+  assert [(p.title, p.text) for p in corpus.load_corpus(str(path))] == [
+    ("", "p"), ("G", "gold"), ("G", "more"), ("", "own")]
+
+
+def test_paragraphs_of_questions_without_a_text_are_counted_and_said(
+  tmp_path, caplog
+):
+  path = tmp_path / "q.jsonl"
+  context = [["T", []], ["U", ["s."]], ["V", [" "]]]
+  write(path, [{**QUESTION, "context": context}])
+  with caplog.at_level("WARNING"):
+    assert [p.title for p in corpus.load_corpus(str(path))] == ["U"]
+  assert f"{path}: 2 paragraphs without text left out" in caplog.text
+
+
+def test_one_line_is_the_text_and_a_title_beside_it_is_kept(tmp_path):
+  path = tmp_path / "c.jsonl"
+  write(path, [
+    {"id": "1", "contents": "A passage without a title."},
+    {"id": "2", "title": "T", "contents": "first\nsecond"},
+    {"id": "3", "contents": "T\r\ntext"},
+    {"_id": "4", "title": "T", "text": "", "contents": "T\nreal"},
+    {"docid": 5, "text": "x"}, {"pid": 6, "text": "x"},
+  ])
+  assert corpus.load_corpus(str(path)) == [
+    types.Passage("1", "", "A passage without a title."),
+    types.Passage("2", "T", "first\nsecond"), types.Passage("3", "T", "text"),
+    types.Passage("4", "T", "real"), types.Passage("5", "", "x"),
+    types.Passage("6", "", "x"),
+  ]
