@@ -4,22 +4,24 @@ What a row holds is found by its fields, the first one that is not null:
 
   gold         golden_answers, ground_truth, target, gts, gold_answers, answers,
                reward_model.ground_truth, or answer where another field holds
-               the prediction
-  prediction   prediction, pred, predicted_answer, output.pred (FlashRAG), or
-               answer where it is not the gold
+               the prediction; answer_aliases and aliases are accepted too
+  prediction   prediction, pred, predicted_answer, the same inside output
+               (FlashRAG), or answer where it is not the gold
   transcript   response, output, completion, generated_text, messages: text or
-               chat messages, whose last answer tag counts
+               chat messages, whose last answer tag counts; what a policy was
+               shown is not its answer
 
 A file that is one object of {question id: answer}, or of {"answer": that}
 (HotpotQA), is scored against the questions of another file, as are rows without
-a gold answer.
+a gold answer, by id, _id or qid. Nothing is guessed: a field that is there and
+cannot be read is refused, and unanswered is only a row whose fields are null.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -29,25 +31,42 @@ from stepsearch_jax.data import fields
 from stepsearch_jax.evaluation import card
 from stepsearch_jax.rewards import released, text_match
 
-_GOLD = ("golden_answers", "ground_truth", "target", "gts", "gold_answers",
-         "answers")
+# Where a row says its gold answers, the first one that holds any.
+GOLD = ("golden_answers", "ground_truth", "target", "gts", "gold_answers",
+        "answers", "reward_model.ground_truth")
 _PREDICTION = ("prediction", "pred", "predicted_answer")
 _TRANSCRIPT = ("response", "output", "completion", "generated_text", "messages")
-# What policies are shown, under the tags of this family's protocols; the last
-# block may have been cut off.
-_SHOWN = re.compile(
-  r"<(information|tool_response|documents|results?)>.*?(?:</\1>|\Z)"
-  r"|<\|begin_of_documents\|>.*?(?:<\|end_of_documents\|>|\Z)", re.DOTALL
+_ID = ("id", "_id", "qid")  # As the loader of questions has them.
+_POLICY = ("assistant", "model", "gpt")
+_OTHERS = ("system", "developer", "user", "human", "tool", "function",
+           "ipython", "observation", "environment")
+# Tags of what policies are shown. An observation may be the policy's own, as in
+# StepSearch's prompt: no final answer either, but one that is never closed is
+# a forgotten tag, where any other one is a block that was cut off.
+_SHOWN = (r"information|observation|warning|context|documents?|of_documents"
+          r"|tool_response|(?:search_|tool_)?results?")
+# Or where a prompt ends: a chat's last answer begins, the question was asked.
+_MARK = re.compile(
+  rf"<(?:\|begin_)?(?P<open>{_SHOWN})(?:\s[^<>]*)?(?<!/)\|?>"
+  rf"|<(?:/|\|end_)(?P<close>{_SHOWN})\s*\|?>"
+  r"|(?P<assistant><\|im_start\|>assistant|<start_of_turn>model|\[/INST\]"
+  r"|<\|start_header_id\|>assistant<\|end_header_id\|>)"
+  r"|(?P<asked>(?-i:Question: ))",
+  re.IGNORECASE,
+)
+# ReAct's: up to the next label, only its line where no label follows.
+_LABEL = r"[ \t]*(?:Thought|Action|Observation|(?:Final )?Answer)(?: \w+)?:"
+_OBSERVED = re.compile(
+  r"^[ \t]*Observation(?: \d+)?:[^\n]*"
+  rf"(?:(?:\n(?!{_LABEL})[^\n]*)*(?=\n{_LABEL}))?",
+  re.IGNORECASE | re.MULTILINE,
 )
 # The instruction of this family's prompts, which names the tags.
 _INSTRUCTION = re.compile(
-  r"\A.*?<answer>\W*(?:and\W*)?</answer>.*?\bQuestion:", re.DOTALL
+  r"\A.*?<answer>\W*(?:and\W*)?</answer>.*?\b(?=Question:)", re.DOTALL
 )
-# Where a chat's last answer begins; what is before it is the prompt.
-_ASSISTANT = (
-  "<|im_start|>assistant", "<|start_header_id|>assistant<|end_header_id|>",
-  "<start_of_turn>model", "[/INST]",
-)
+# Chats that lost their marks still say who speaks.
+_ROLE = re.compile(rf"\A\W*(?:{'|'.join(_POLICY + _OTHERS)})\b:?\s*", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +77,8 @@ class Scoring:
     preset: "paper", or "released" for answers and EM as the released
       scripts/eval.py has them.
     source: data source of rows that name none.
-    gold: accepted answers by question id, for rows that have none.
+    gold: accepted answers by question id, for rows that have none; every row
+      must then be one of these questions.
   """
 
   preset: str = "paper"
@@ -85,8 +105,9 @@ def score_predictions(
   """
   scored, answered = [], set()
   for where, row in _rows(path, scoring):
+    if scoring.gold:
+      answered.add(_known_id(where, row, scoring.gold, answered))
     scored.append(score_row(where, row, scoring))
-    answered.add(str(row.get("id")))
   if not scored:
     raise files.DataError(f"{path}: no predictions in the file")
   lacking = set(scoring.gold) - answered
@@ -107,13 +128,14 @@ def _rows(
     if answers is None:
       yield where, row
       continue
-    unknown = sorted(set(answers) - set(scoring.gold))
+    answers = [(name.strip(), answer) for name, answer in answers.items()]
+    unknown = sorted({name for name, _ in answers} - set(scoring.gold))
     if unknown:
       raise files.DataError(
         f"{where}: {len(unknown)} of {len(answers)} answers have ids that are "
         f"not among the questions of --questions, the first is {unknown[0]!r}"
       )
-    for name, answer in answers.items():
+    for name, answer in answers:
       yield f"{where}: {name}", {"id": name, "prediction": answer}
 
 
@@ -122,16 +144,39 @@ def _by_id(
 ) -> Mapping[str, Any] | None:
   """Returns the answers of an object of {id: answer}, None if it is a row."""
   inner = row.get("answer")
-  if isinstance(inner, Mapping) and not _names(row) & {"id", "_id", "question"}:
+  of_rows = {*_ID, "question", *_PREDICTION, *_TRANSCRIPT, *GOLD,
+             "reward_model"}
+  if isinstance(inner, Mapping) and not _names(row) & of_rows:
     return inner
-  fields_of_rows = {*_PREDICTION, *_TRANSCRIPT, *_GOLD, "answer"}
-  if not fields_of_rows & set(row) and set(scoring.gold) & set(row):
+  if scoring.gold and not {*of_rows, "answer"} & set(row):
     return row
   return None
 
 
 def _names(row: Mapping[str, Any]) -> set[str]:
   return {name for name, value in row.items() if not fields.missing(value)}
+
+
+def _identity(where: str, row: Mapping[str, Any]) -> str | None:
+  given = fields.Row(where, row)
+  return next(filter(None, map(given.label, _ID)), None)
+
+
+def _known_id(
+  where: str, row: Mapping[str, Any], gold: Collection[str],
+  answered: Collection[str],
+) -> str:
+  """Returns the question of a row; unknown or answered ones are refused.
+
+  Attempts bring their gold answers, as this project's own predictions do.
+  """
+  given = fields.Row(where, row)
+  identity = _identity(where, row)
+  again = identity in answered and not gold_field(where, row)
+  if identity not in gold or again:
+    raise given.error(given.first(*_ID) or "id", "an id of --questions" + (
+      " that no other row has" if again else ""), identity)
+  return identity
 
 
 def score_row(
@@ -143,7 +188,7 @@ def score_row(
     UserError: naming the place, `where`, and the field.
   """
   by_release = scoring.preset == "released"
-  answer = _answer(where, row, by_release)
+  answer = _answer(where, row, scoring)
   gold = _gold(where, row, scoring)
   source = next(
     (row[name] for name in ("data_source", "source", "dataset")
@@ -159,21 +204,24 @@ def score_row(
 
 
 def _answer(
-  where: str, row: Mapping[str, Any], by_release: bool
+  where: str, row: Mapping[str, Any], scoring: Scoring
 ) -> str | None:
   """Returns what was answered, None where nothing was."""
-  output = row.get("output")
-  if isinstance(output, Mapping) and not fields.missing(output.get("pred")):
-    return _text(where, "output.pred", output["pred"])
-  for name in _PREDICTION:
-    if not fields.missing(row.get(name)):
-      return _text(where, name, row[name])
+  output = row.get("output") if isinstance(row.get("output"), Mapping) else {}
+  for place, values in (("output.", output), ("", row)):
+    for name in _PREDICTION:
+      if not fields.missing(values.get(name)):
+        return _text(where, place + name, values[name])
   for name in _TRANSCRIPT:
-    if not fields.missing(row.get(name)) and not isinstance(row[name], Mapping):
-      return _of_transcript(where, name, row, by_release)
+    value = row.get(name)
+    nothing = fields.missing(value) or value in ([], ()) or (
+      name == "output" and set(output) & set(_PREDICTION))  # Which are null.
+    if not nothing:
+      return _of_transcript(where, name, row, scoring.preset == "released")
   if {*_PREDICTION, *_TRANSCRIPT} & set(row):
     return None  # The field is there and null: nothing was answered.
-  if "answer" in row and _names(row) & {*_GOLD, "reward_model"}:
+  gold_elsewhere = scoring.gold or _names(row) & {*GOLD, "reward_model"}
+  if "answer" in row and gold_elsewhere:
     given = row["answer"]
     return None if fields.missing(given) else _text(where, "answer", given)
   raise files.DataError(
@@ -185,84 +233,158 @@ def _answer(
 def _of_transcript(
   where: str, name: str, row: Mapping[str, Any], by_release: bool
 ) -> str | None:
-  text = policy_text(where, name, row[name])
+  said = _said(where, name, row[name])
   if by_release:
-    return released.evaluated_answer(text)
-  for prompt in ("prompt", "input"):
-    if isinstance(row.get(prompt), str):
-      text = text.removeprefix(row[prompt])
-  # A prompt without chat marks ends with the question.
-  asked = row.get("question")
-  label = -1
-  if isinstance(asked, str) and asked.strip():
-    label = text.find("Question: " + asked.strip())
-  text = text[label:] if label >= 0 else _INSTRUCTION.sub("", text)
-  return text_match.last_answer(_SHOWN.sub("\n", _after_prompt(text)))
+    return released.evaluated_answer("\n".join(said))
+  prompts, asked = _prompts(where, row), str(row.get("question") or "").strip()
+  return text_match.last_answer(
+    "\n".join(_written(text, prompts, asked) for text in said))
 
 
-def _after_prompt(text: str) -> str:
-  """Returns what follows the first mark of an assistant behind a user's."""
-  starts = [text.rfind(mark) + len(mark) for mark in _ASSISTANT if mark in text]
-  return text[max(starts, default=0) :]
+def _prompts(where: str, row: Mapping[str, Any]) -> list[str]:
+  """Returns the texts of a row's prompt, which its transcript may repeat."""
+  found = []
+  for name in ("prompt", "input", "query"):
+    value = fields.parsed(row.get(name))
+    for message in value if isinstance(value, (list, tuple)) else [value]:
+      if isinstance(message, Mapping):
+        message = _content(where, name, message.get("content"))
+      if isinstance(message, str) and message.strip():
+        found.append(message.strip())
+  return found
 
 
-def policy_text(where: str, name: str, value: Any) -> str:
-  """Returns a transcript as text; of chat messages, what the assistant wrote.
+def _written(text: str, prompts: Sequence[str], question: str) -> str:
+  """Returns what of a transcript the policy wrote.
 
-  Raises:
-    files.DataError: it is neither.
+  `prompts` may stand before it; a prompt without chat marks ends where the
+  `question` follows "Question: ".
   """
+  for prompt in prompts:
+    for rest in (text.lstrip(), _ROLE.sub("", text)):
+      if rest.startswith(prompt):
+        text = rest.removeprefix(prompt)
+        break
+  text = _INSTRUCTION.sub("", text)
+  marks = list(_MARK.finditer(text))
+  kept, start, block, begun = [], 0, "", False
+  for i, mark in enumerate(marks):
+    name = _tag(mark)
+    if mark["open"] and not block:
+      if name != "observation" or _closes(marks[i + 1 :], name):
+        kept.append(text[start : mark.start()])
+        block = name
+    elif mark["close"] and name == block:
+      start, block = mark.end(), ""
+    elif mark["assistant"] or mark["asked"] and not begun and question and (
+      text.startswith(question, mark.end())
+    ):
+      # A document may hold such a mark, a prompt may name a tag.
+      if not block or not _closes(marks[i + 1 :], block):
+        kept, start, block, begun = [], mark.end(), "", True
+  if not block:
+    kept.append(text[start:])
+  return _OBSERVED.sub("", "\n".join(kept))
+
+
+def _tag(mark: re.Match) -> str:
+  return (mark["open"] or mark["close"] or "").lower()
+
+
+def _closes(marks: Sequence[re.Match], name: str) -> bool:
+  """Returns whether the next tag of a name ends a block."""
+  return next((bool(m["close"]) for m in marks if _tag(m) == name), False)
+
+
+def _said(where: str, name: str, value: Any) -> list[str]:
+  """Returns a transcript's text; of chat messages, the policy's texts."""
+  error = fields.Row(where, {}).error
   if isinstance(value, str):
-    return value
+    found = fields.parsed(value)
+    if not isinstance(found, (list, tuple)) or not any(
+      isinstance(message, Mapping) and "role" in message for message in found
+    ):
+      return [value]
+    value = found
   if not isinstance(value, (list, tuple)) or not all(
-    isinstance(message, Mapping) and "content" in message for message in value
+    isinstance(message, Mapping) and {"content", "tool_calls"} & set(message)
+    for message in value
   ):
-    raise files.DataError(
-      f"{where}: field {name} must hold text or chat messages, got "
-      f"{str(value)[:80]}"
-    )
-  said = [m["content"] for m in value if m.get("role", "assistant") ==
-          "assistant"]
-  return "\n".join(_content(where, name, content) for content in said)
+    raise error(name, "text or chat messages", value)
+  roles = [str(message.get("role")).strip().lower() for message in value]
+  unknown = set(roles).difference(_POLICY, _OTHERS)
+  if unknown:
+    raise error(f"{name}.role", f"one of {[*_POLICY, *_OTHERS]}", min(unknown))
+  said = [_content(where, name, message.get("content"))
+          for message, role in zip(value, roles, strict=True)
+          if role in _POLICY]
+  if not said:
+    raise error(name, "a message of role assistant", roles)
+  return said
 
 
 def _content(where: str, name: str, content: Any) -> str:
-  """Returns a message's content: text, null, or parts of text."""
+  """Returns a message's content: text, null, or parts, of which texts count."""
   if fields.missing(content):
     return ""
-  if isinstance(content, (list, tuple)):
-    return "".join(
-      part["text"] for part in content
-      if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-    )
-  return _text(where, f"{name}.content", content)
+  if not isinstance(content, (list, tuple)):
+    return _text(where, f"{name}.content", content)
+  texts = [part.get("text", "") if isinstance(part, Mapping) and
+           {"text", "type"} & set(part) else part for part in content]
+  if not all(isinstance(text, str) for text in texts):
+    raise fields.Row(where, {}).error(
+      f"{name}.content", "text or parts of text", content)
+  return "".join(texts)
+
+
+def gold_field(
+  where: str, row: Mapping[str, Any], names: Sequence[str] = GOLD
+) -> tuple[fields.Row, str] | None:
+  """Returns the object and its field where a row's gold answers stand.
+
+  That is the first one of `names` that holds text, None if none does. A dot
+  leads into an object; of an object with `target` it is that.
+
+  Raises:
+    files.DataError: naming a field that is no text, number or list of these.
+  """
+  for name in names:
+    place, last = fields.Row(where, row), name.rpartition(".")[2]
+    for part in name.split(".")[:-1]:
+      place = place.part(part)
+    value = fields.parsed(place[last])
+    if isinstance(value, Mapping):
+      if "target" not in value:
+        raise place.error(last, "answers, or an object with target", value)
+      place, last = place.part(last), "target"
+    if place.texts(last, plain=last == "answer"):
+      return place, last
+  return None
+
+
+def aliases(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns what a row accepts beside its gold answers."""
+  given = fields.Row(where, row)
+  return given.texts("answer_aliases") + given.texts("aliases")
 
 
 def _gold(
   where: str, row: Mapping[str, Any], scoring: Scoring
 ) -> list[str]:
   """Returns the accepted answers of a row."""
-  model = row.get("reward_model")
-  other = {*_PREDICTION, *_TRANSCRIPT} & set(row)
-  row = {**(model if isinstance(model, Mapping) else {}), **{
-    name: value for name, value in row.items() if not fields.missing(value)
-  }}
-  name = next((name for name in _GOLD if name in row), None)
-  gold = row[name] if name else scoring.gold.get(str(row.get("id")))
-  if gold is None and other:
-    name, gold = "answer", row.get("answer")
-  gold = fields.parsed(gold)
-  if isinstance(gold, Mapping):
-    gold = gold.get("target")
-  gold = list(gold) if isinstance(gold, (list, tuple)) else [gold]
-  if not gold or any(fields.missing(answer) for answer in gold):
+  found = gold_field(where, row)
+  if not found and (gold := scoring.gold and scoring.gold.get(
+    _identity(where, row))):
+    return [*gold, *aliases(where, row)]
+  if not found and {*_PREDICTION, *_TRANSCRIPT} & set(row):
+    found = gold_field(where, row, ("answer",))
+  if not found:
     raise files.DataError(
-      f"{where}: expected gold answers under one of {_GOLD}, got {gold!r}; "
-      f"found fields {sorted(row)[:20]}"
+      f"{where}: expected gold answers under one of {GOLD}, found fields "
+      f"{sorted(row)[:20]}"
     )
-  texts = [_text(where, name or "id", answer) for answer in gold]
-  kept = [text for text in texts if text.strip()]
-  return kept or texts
+  place, name = found
+  return [*place.texts(name, plain=name == "answer"), *aliases(where, row)]
 
 
 def _text(where: str, name: str, value: Any) -> str:

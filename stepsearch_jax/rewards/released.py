@@ -72,6 +72,11 @@ def gold_of_case(
     raise step_rewards.RewardError("TypeError", "support_docs is None")
   support = []
   for document in support_docs:
+    if not isinstance(document, Mapping):
+      raise step_rewards.RewardError(
+        "TypeError", "support_docs must hold objects with paragraph_text, got "
+        f"{str(support_docs)[:80]!r}"
+      )
     if "paragraph_text" not in document:
       raise step_rewards.RewardError(
         "KeyError",
@@ -104,7 +109,17 @@ def score_case(
   goal = gold_of_case(
     case["target"], keys, case.get("support_docs"), seen.well_formed
   )
-  return step_rewards.score(spec, seen, goal)
+  try:
+    return step_rewards.score(spec, seen, goal)
+  except (AttributeError, TypeError) as error:
+    for name, texts in (("support_docs.paragraph_text", goal.support),
+                        ("search_keys", sum(goal.search_keys or (), []))):
+      for text in texts:
+        if not isinstance(text, str):
+          raise step_rewards.RewardError(
+            "AttributeError", f"{name} must hold text, got {text!r}"
+          ) from error
+    raise
 
 
 def evaluated_answer(text: str) -> str:

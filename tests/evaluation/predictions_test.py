@@ -130,10 +130,68 @@ RIGHT = "<answer> Paris </answer>"
    f"Answer inside <answer> and </answer>. Question: capital?\n{RIGHT}"},
   {"target": "Paris", "response":
    f"{RIGHT}<tool_response> <answer> Rome </answer> </tool_response>"},
+  {"target": "Paris", "output": {"prediction": "Paris"}},
+  {"golden_answers": [], "target": "", "gts": "Paris", "pred": "Paris"},
+  {"reward_model": '{"ground_truth": {"target": ["Paris"]}}', "pred": "Paris"},
+  {"answer": "Lutetia", "answer_aliases": ["Paris"], "prediction": "Paris"},
+  {"target": "Lutetia", "aliases": '["x", "Paris"]', "response": RIGHT},
+  {"target": "Paris", "messages": [{"role": "Assistant", "content": RIGHT}]},
+  {"target": "Paris", "messages": [{"role": "model", "content": [RIGHT]}]},
+  {"target": "Paris", "messages": [
+    {"role": "gpt", "tool_calls": [{}]}, {"role": "gpt", "content": [
+      {"type": "image"}, "<answer> Pa", {"text": "ris </answer>"}]}]},
+  {"target": "Paris", "response": json.dumps([
+    {"role": "assistant", "content": f"{RIGHT} Observation:"},
+    {"role": "tool", "content": "<answer> Rome </answer>"}])},
+  {"target": "Paris", "response": "[1] says so: " + RIGHT},
 ], ids=str)
 def test_right_predictions_are_found_under_every_name(tmp_path, row):
   (table,) = table_of(tmp_path, [row]).values()
   assert (table["em"], table["f1"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("text", [
+  f"{RIGHT}<information>Doc 1 <|im_start|>assistant hi</information> done",
+  f"{RIGHT}<information>Question: capital? none</information>",
+  f"<observation> <answer> Rome </answer> </observation>{RIGHT}",
+  f"<observation> never closed {RIGHT}",
+  f"<observation> not closed <information> <answer> Rome </answer>"
+  f"</information> <observation> good </observation> {RIGHT}",
+  f"Documents come in <context> tags.<|im_start|>assistant\n{RIGHT}",
+  f"Documents come in <document>. Question: capital?\n{RIGHT} Question: "
+  "capital?",
+  f"<information/> <documents> Rome </documents> {RIGHT}",
+  f"Action: Search[x]\nObservation 1: <answer> Rome </answer>\n{RIGHT}",
+  f"Observation: Rome\nThought: so\nFinal Answer: {RIGHT}",
+  f"<information> a tag <information> in it </information> {RIGHT}",
+])
+def test_what_the_policy_wrote_counts_beside_what_it_was_shown(tmp_path, text):
+  row = {"target": "Paris", "question": "capital?", "response": text}
+  (table,) = table_of(tmp_path, [row]).values()
+  assert table["em"] == 1.0
+
+
+@pytest.mark.parametrize("text", [
+  *(f"<{tag}>Doc 1 {RIGHT}</{tag}> no" for tag in (
+    "observation", "document", "documents", "context", "search_result",
+    "search_results", "result", "results", "tool_result", "warning",
+    "tool_response", "Information")),
+  f"<information id=1> {RIGHT}</information> no",
+  f"<DOCUMENT title='x'> {RIGHT}</Document > no",
+  f"<|begin_search_result|> {RIGHT}<|end_search_result|> no",
+  f"<|begin_of_documents|> {RIGHT}<|end_of_documents|> no",
+  f"<tool_response><information> x</information> {RIGHT}</tool_response> no",
+  f"<context id=3> {RIGHT} and cut off",
+  f"<information>a <|im_start|>assistant {RIGHT}</information> no",
+  f"<observation> a <information> {RIGHT} </information> no",
+  f"Action: Search[x]\nObservation: use {RIGHT}\nI give up",
+  f"observation: Doc 1\nDoc 2 {RIGHT}\nThought 2: I give up",
+])
+def test_an_answer_that_was_shown_is_not_the_policys(tmp_path, text):
+  for value in (text, [{"role": "assistant", "content": text}]):
+    (table,) = table_of(tmp_path, [{"target": "Paris", "response": value}]
+                        ).values()
+    assert table["em"] == 0.0
 
 
 SEARCH_R1 = ("Answer the question. For example, <answer> Paris </answer>. "
@@ -152,6 +210,21 @@ SEARCH_R1 = ("Answer the question. For example, <answer> Paris </answer>. "
    f"<|im_start|>user\n{RIGHT}<|im_end|>\n<|im_start|>assistant\nno"},
   {"target": "Paris", "response": f"[INST] {RIGHT} [/INST] no"},
   {"target": "Paris", "response": f"<information> {RIGHT} and cut off"},
+  {"target": "Paris", "prompt": f"Example {RIGHT}\n\n",
+   "response": f"Example {RIGHT}\nI give up"},
+  {"target": "Paris", "response": f"system\nBe short\nuser\nExample {RIGHT}\n"
+   "assistant\nno", "prompt": [
+     {"role": "system", "content": "Be short"},
+     {"role": "user", "content": [{"type": "text", "text": f"Example {RIGHT}"}]
+      }]},
+  {"target": "Paris", "prompt": json.dumps([
+    {"role": "user", "content": f"Example {RIGHT}"}]),
+   "response": f"Example {RIGHT} I give up"},
+  {"target": "Paris", "messages": json.dumps([
+    {"role": "user", "content": "use " + RIGHT},
+    {"role": "assistant", "content": "no"}])},
+  {"target": "Paris", "response": str([
+    {"role": "User", "content": RIGHT}, {"role": "MODEL", "content": "no"}])},
   {"target": "Paris", "prediction": ""}, {"target": "Paris", "pred": None},
   {"target": "Paris", "output": {"pred": None}},
   {"target": "Paris", "messages": []},
@@ -185,6 +258,47 @@ def test_what_cannot_be_scored_is_one_line_with_file_and_row(tmp_path, row):
   assert "\n" not in str(caught.value)
 
 
+def chat(*messages):
+  return {"target": "Paris", "messages": [
+    {"role": role, "content": content} for role, content in messages]}
+
+
+@pytest.mark.parametrize("row, message", [
+  ({"target": "Paris", "response": {"text": RIGHT}},
+   "response must hold text or chat messages, got {'text': "),
+  ({"target": "Paris", "response": {"body": {"choices": [
+    {"message": {"content": RIGHT}}]}}}, "response must hold text or chat"),
+  ({"target": "Paris", "output": {"answer": "Paris"}}, "output must hold text"),
+  ({"target": "Paris", "output": {"prediction": ["Paris"]}},
+   "output.prediction must hold strings"),
+  ({"target": "Paris", "response": [RIGHT]}, "response must hold text or chat"),
+  (chat(("assistant", RIGHT), ("bot", RIGHT)), "messages.role must hold one of "
+   ".*'gpt'.*, got 'bot'"),
+  ({"target": "Paris", "messages": [{"content": RIGHT}]},
+   "messages.role must hold one of .*, got 'none'"),
+  (chat(("user", RIGHT), ("tool", RIGHT)), "messages must hold a message of "
+   "role assistant, got .'user', 'tool'."),
+  (chat(("assistant", [{"type": "text", "text": {"value": RIGHT}}])),
+   "messages.content must hold text or parts of text, got "),
+  (chat(("assistant", [{"answer": RIGHT}])), "messages.content must hold text"),
+  (chat(("assistant", {"text": RIGHT})), "messages.content must hold strings"),
+  ({"target": {"a": 1}, "pred": "x"}, "target must hold answers, or an object"),
+  ({"target": ["x", None], "pred": "x"}, "target must hold strings, got None"),
+  ({"reward_model": "x", "pred": "x"}, "reward_model must hold an object"),
+  ({"reward_model": {"ground_truth": {"keys": []}}, "pred": "x"},
+   "reward_model.ground_truth must hold answers, or an object with target"),
+  ({"target": "x", "aliases": {"a": "b"}, "pred": "x"}, "aliases must hold"),
+], ids=str)
+def test_a_field_that_cannot_be_read_is_named(tmp_path, row, message):
+  with pytest.raises(files.DataError, match=f"p.jsonl:1: field {message}"):
+    table_of(tmp_path, [row])
+
+
+def test_a_gold_answer_that_is_blank_is_none(tmp_path):
+  with pytest.raises(files.DataError, match=r"under one of .*fields \['gts', "):
+    table_of(tmp_path, [{"prediction": "x", "target": [""], "gts": []}])
+
+
 QUESTIONS = {"a": ("Paris",), "b": ("Rome",), "c": ("Bonn", "Berlin")}
 
 
@@ -202,6 +316,44 @@ def test_answers_by_id_are_scored_against_the_questions(tmp_path, name, rows):
   assert table["mine"]["em"] == pytest.approx(2 / 3)
   with pytest.raises(files.DataError, match="--questions|gold answers"):
     table_of(tmp_path, rows, name)
+
+
+@pytest.mark.parametrize("rows", [
+  [{"_id": "1", "prediction": "Paris"}], [{"qid": "1", "response": RIGHT}],
+  [{"id": 1.0, "answer": "Paris"}], [{"id": None, "qid": 1, "pred": "Paris"}],
+  [{" 1": "Paris"}], [{"id": " 1 ", "question": "q?", "answer": "paris"}],
+  [{"id": "1", "prediction": "Rome", "aliases": ["Rome"]}],
+], ids=str)
+def test_rows_find_their_question_by_the_ids_of_question_files(tmp_path, rows):
+  gold = {"1": ("Paris",), "None": ("Paris",)}
+  table = table_of(tmp_path, rows, gold=gold)["unknown"]
+  assert (table["n"], table["em"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize("rows, message", [
+  ([{"id": None, "prediction": "x"}], "field id must hold an id of --questions"
+   ", got None"),
+  ([{"prediction": "x", "target": "x"}], "an id of --questions, got None"),
+  ([{"qid": "zz", "prediction": "x"}], "field qid .* --questions, got 'zz'"),
+  ([{"id": "zz", "target": "x", "prediction": "x"}], "--questions, got 'zz'"),
+  ([{"id": "zz", "answer": "x"}], "field id .* --questions, got 'zz'"),
+  ([{"zz": "x"}], "--questions, the first is 'zz'"),
+  ([{"id": "b", "pred": "x"}, {"_id": "b", "pred": "x"}],
+   "p.jsonl:2: field _id must hold an id of --questions that no other row has, "
+   "got 'b'"),
+  ([{"b": "x"}, {"b": "y"}], "that no other row has, got 'b'"),
+], ids=str)
+def test_a_row_is_one_of_the_questions_once(tmp_path, rows, message):
+  with pytest.raises(files.DataError, match=message):
+    table_of(tmp_path, [{"id": "a", "pred": "x"}, *rows][-2:], gold=QUESTIONS)
+
+
+def test_attempts_are_rows_with_their_own_gold_answers(tmp_path):
+  rows = [{"id": i, "golden_answers": ["Paris"], "prediction": text}
+          for i in "abc" for text in ("Paris", "no")]
+  for gold in ({}, QUESTIONS):
+    table = table_of(tmp_path, rows, gold=gold)["unknown"]
+    assert (table["n"], table["em"]) == (6, 0.5)
 
 
 def test_released_scoring_equals_the_released_script(shared, tmp_path):

@@ -67,6 +67,96 @@ def test_every_recorded_case_gives_what_is_expected(shared):
           assert found == case.get(name, found), case
 
 
+def scored(row, preset="paper"):
+  """Of ROWS[0] with other fields, or without where these are `...`."""
+  row = {k: v for k, v in {**ROWS[0], **row}.items() if v is not ...}
+  return score_tool.score_row(step_rewards.PRESETS[preset](), row, 1, "f:7")
+
+
+SUPPORT = ROWS[0]["support_docs"]
+KEYS = {"reward_model": {"ground_truth": {"target": "Paris",
+                                          "search_keys": [["q"]]}}}
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("row", [
+  {"search_keys": None, **KEYS}, {"search_keys": [], **KEYS},
+  {"search_keys": ..., **KEYS}, {"search_keys": [], "target": ..., **KEYS},
+  {"search_keys": ..., "sub_searchs": [["q"]]},
+  {"search_keys": None, "reward_model": json.dumps(KEYS["reward_model"])},
+  {"support_docs": None, "extra_info": {"support_docs": SUPPORT}},
+  {"support_docs": [], "extra_info": json.dumps({"support_docs": SUPPORT})},
+  {"support_docs": ..., "sub_support_docs": SUPPORT},
+  {"target": [], "golden_answers": ["Paris"]},
+  {"target": "", "ground_truth": "Paris"},
+  {"target": ..., "golden_answers": [], "ground_truth": "Paris"},
+  {"target": None, "reward_model": {"ground_truth": ["Paris"]}},
+  {"target": ..., "gts": {"target": ["Paris"]}},
+], ids=str)
+def test_an_empty_field_leaves_the_word_to_one_that_is_filled(row, preset):
+  row = scored(row, preset)
+  assert row["score"] == pytest.approx(1.618)
+  assert row["information_gains"] == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("row, released", [
+  ({"target": '["Paris", "Lutetia"]'}, 2 / 3),  # One text of two words.
+  ({"target": "Lutetia", "answer_aliases": ["Paris"]}, 0.0),
+  ({"target": ["Lutetia"], "aliases": ["Paris"]}, 0.0),
+  ({"support_docs": ["alpha beta"]}, "TypeError: support_docs must hold "
+   "objects with paragraph_text, got \"['alpha beta']\""),
+  ({"support_docs": json.dumps(SUPPORT)}, "TypeError: support_docs must hold"),
+  ({"support_docs": [{"text": "alpha beta"}]}, "KeyError: a support document "
+   "needs paragraph_text"),
+], ids=str)
+def test_json_text_aliases_and_texts_are_read_but_as_released(row, released):
+  assert scored(row)["score"] == pytest.approx(1.618)
+  assert scored(row)["information_gains"] == pytest.approx([1.0])
+  raw = scored(row, "released")
+  if isinstance(released, str):
+    assert raw["error"].startswith(released)
+  else:
+    assert raw["answer_correct"] == pytest.approx(released, abs=1e-4)
+
+
+@pytest.mark.parametrize("row, error, raw", [
+  ({"support_docs": "alpha"}, "DataError: f:7: field support_docs must hold a "
+   "list of objects, got 'alpha'", "TypeError: support_docs must hold objects"),
+  ({"support_docs": [{"paragraph_text": None}]},
+   "DataError: f:7: field support_docs.paragraph_text must hold text, got None",
+   "AttributeError: support_docs.paragraph_text must hold text, got None"),
+  ({"search_keys": [[1998]]}, "DataError: f:7: field search_keys must hold",
+   "AttributeError: search_keys must hold text, got 1998"),
+  ({"support_docs": None, "extra_info": "x"},
+   "DataError: f:7: field extra_info must hold an object, got 'x'", None),
+  ({"search_keys": None, "reward_model": "x"},
+   "DataError: f:7: field reward_model must hold an object, got 'x'", None),
+  ({"target": {"a": 1}}, "DataError: f:7: field target must hold answers",
+   "TypeError: target must be a string or a list, got {'a': 1}"),
+  *(({"target": none}, "DataError: f:7: field target must hold gold answers, "
+     f"got {none!r}", 0.0) for none in ("", [])),
+], ids=str)
+def test_errors_name_the_field(row, error, raw):
+  assert scored(row)["error"].startswith(error)
+  released = scored(row, "released")
+  if raw == 0.0:
+    assert released["answer_correct"] == 0.0
+  else:
+    assert released["error"].startswith(raw or error)
+
+
+def test_a_file_without_rows_is_an_error(tmp_path):
+  source = tmp_path / "none.jsonl"
+  source.write_text("\n")
+  done = subprocess.run(
+    [sys.executable, "-m", "stepsearch_jax.tools.score", f"--input={source}",
+     f"--output={tmp_path}/scores.jsonl"], capture_output=True, text=True,
+  )
+  assert done.returncode == 1
+  assert "none.jsonl: no trajectories in the file" in done.stderr
+  assert not (tmp_path / "scores.jsonl").exists()
+
+
 def test_a_gold_answer_without_words_stays_as_recorded_when_released():
   row = {"target": ["The The"], "response": "<answer> The The </answer>"}
   for preset, score in (("paper", 1.0), ("released", 0.0)):
