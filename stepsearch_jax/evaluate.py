@@ -150,7 +150,9 @@ def _changes(
   All of them where the policy is no run's.
   """
   now = json.loads(json.dumps(config.to_dict()))
-  then = {} if _MODEL.value else identity.flat(identity.read(workdir)["config"])
+  then = {}
+  if not _MODEL.value and (workdir / "config.json").exists():
+    then = identity.flat(identity.read(workdir)["config"])
   return {
     field: value for field, value in sorted(identity.flat(now).items())
     if field.partition(".")[0] in _PLAYED and then.get(field) != value
