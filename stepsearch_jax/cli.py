@@ -206,8 +206,10 @@ def _wrong_flags(error: flags.Error) -> str:
   Of a config that refuses its argument, its own error; of one that is broken,
   the whole traceback.
   """
-  if "Error whilst parsing config file" in str(error):
-    own = error.__context__.__context__  # ml_collections raises it once more.
+  # ml_collections raises the error of a config once more, with the traceback
+  # as its text; where a class takes more than a text, that is a TypeError.
+  own = getattr(error.__context__, "__context__", None)
+  if own is not None and str(error).startswith("flag --config="):
     return f"--config: {own}" if isinstance(own, ValueError) else str(error)
   lines = [
     re.sub(r"^flag (--\S+)=None: .* other than None\.", r"\1 is missing",

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, BinaryIO
 
 import numpy as np
@@ -25,6 +25,7 @@ from stepsearch_jax import buckets, types
 _BUFFER = 1 << 20  # Bytes read from a bucket at a time.
 _UPLOAD_SECONDS = 5.0
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MARK = b"\xef\xbb\xbf"  # Some editors begin UTF-8 with it.
 
 
 class DataError(types.UserError):
@@ -160,6 +161,37 @@ class RowLog:
     self._uploaded = time.monotonic()
 
 
+def read_object(
+  path: epath.PathLike, fields: Mapping[str, type]
+) -> dict[str, Any]:
+  """Returns the JSON object that a file holds.
+
+  Args:
+    path: of the file, which exists.
+    fields: the type of each that it must have; float takes integers as well.
+
+  Raises:
+    DataError: the file is damaged, holds something else or lacks a field.
+  """
+  data = epath.Path(path).read_bytes().removeprefix(_MARK)
+  row = _parse(str(path), data, lines=True)
+  check_fields(str(path), row, fields)
+  return row
+
+
+def check_fields(where: str, row: Any, fields: Mapping[str, type]) -> None:
+  """Raises DataError, which begins with `where`, as `read_object` does."""
+  if not isinstance(row, dict):
+    raise _no_object(where, row)
+  for name, kind in fields.items():
+    wanted = (int, float) if kind is float else kind
+    if name not in row or not isinstance(row[name], wanted):
+      given = f"{row[name]!r:.60}" if name in row else "no such field"
+      raise DataError(
+        f"{where}: field {name}: expected {kind.__name__}, got {given}"
+      )
+
+
 def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict]]:
   """Yields ("file:line", row) of a data file.
 
@@ -235,11 +267,14 @@ def _tfds(reference: str) -> Iterator[tuple[str, dict | DataError]]:
 
 
 def _plain(value, errors: str = "replace"):
-  """Returns a TFDS example as the JSON value that it stands for."""
+  """Returns what TFDS or Parquet hold as the JSON that it stands for."""
   if isinstance(value, dict):
     return {key: _plain(item, errors) for key, item in value.items()}
   if isinstance(value, bytes):
-    return value.decode(errors=errors)
+    try:
+      return value.decode(errors=errors)
+    except UnicodeDecodeError:
+      return value  # An image, for instance, which nobody reads.
   if isinstance(value, np.ndarray):
     value = value.tolist()
   if isinstance(value, (list, tuple)):
@@ -254,48 +289,66 @@ def _parquet(path: epath.Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
   number = 0
   try:
     for batch in parquet.ParquetFile(file).iter_batches():
-      # Columns of bytes are text that its writer did not mark as such.
-      marked = any("binary" in str(column.type) for column in batch.schema)
-      for row in batch.to_pylist():
+      names = batch.schema.names
+      columns = [
+        _column(f"{path}: column {name} behind row {number}", column)
+        for name, column in zip(names, batch.columns, strict=True)
+      ]
+      for values in zip(*columns, strict=True):
         number += 1
-        yield f"{path}:{number}", _plain(row, "strict") if marked else row
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield f"{path}:{number}", dict(zip(names, values, strict=True))
+  except (pyarrow.ArrowException, OSError) as error:
     raise DataError(
       f"{path}: not a parquet file, or damaged behind row {number}: "
       f"{types.first_line(error)}"
     ) from error
 
 
+def _column(where: str, column) -> list:
+  """Returns the values of an Arrow array, its times as text or numbers."""
+  wanted = _timeless(column.type)
+  try:
+    if wanted != column.type:  # Python's own times have narrower limits.
+      column = column.cast(wanted)
+    values = column.to_pylist()
+  except (ValueError, NotImplementedError, OverflowError) as error:
+    raise DataError(f"{where}: {types.first_line(error)}") from error
+  # Bytes are text that its writer did not mark as such.
+  return _plain(values, "strict") if "binary" in str(wanted) else values
+
+
+def _timeless(kind):
+  """Returns an Arrow type with text or numbers in place of times."""
+  import pyarrow
+
+  if pyarrow.types.is_temporal(kind):
+    # Text of a zone's time needs a machine that knows the zone.
+    zoned = getattr(kind, "tz", None)
+    return pyarrow.int64() if zoned else pyarrow.string()
+  if pyarrow.types.is_struct(kind):
+    return pyarrow.struct([f.with_type(_timeless(f.type)) for f in kind])
+  if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+    return pyarrow.list_(kind.value_field.with_type(_timeless(kind.value_type)))
+  return kind
+
+
 def _json(
   path: epath.Path, file: BinaryIO, one: bool
 ) -> Iterator[tuple[str, dict | DataError]]:
-  """Yields the rows of JSONL, or of a file that is one JSON value.
-
-  Args:
-    path: for messages.
-    file: bytes, unpacked.
-    one: whether the file's name says that it holds one value.
-  """
+  """Yields the rows of JSONL, or of a file named as `one` JSON value."""
   first = True
   for number, line in enumerate(file, 1):
-    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    line = line.removeprefix(_MARK) if number == 1 else line
     if not line.strip():
       continue
     where = f"{path}:{number}"
-    if not first:
-      whole = False
-    elif line.lstrip().startswith(b"["):
-      whole = one or _broken(line)
-    else:
-      whole = one and _broken(line)
-    first = False
-    if whole:  # One value over all lines; blank ones keep their numbers.
+    listed = line.lstrip().startswith(b"[")
+    if first and (one and listed or (one or listed) and _broken(line)):
+      # One value over all lines; blank ones keep their numbers.
       yield from _value(path, b"\n" * (number - 1) + line + file.read())
       return
-    try:
-      yield where, _row(where, _text(where, line))
-    except DataError as error:
-      yield where, error
+    first = False
+    yield where, _row(where, line)
 
 
 def _broken(line: bytes) -> bool:
@@ -307,27 +360,15 @@ def _broken(line: bytes) -> bool:
   return False
 
 
-def _value(
-  path: epath.Path, data: bytes
-) -> Iterator[tuple[str, dict | DataError]]:
-  value = _parse(str(path), _text(str(path), data), lines=True)
-  for number, row in enumerate(
-    value if isinstance(value, list) else [value], 1
-  ):
+def _value(path, data: bytes) -> Iterator[tuple[str, dict | DataError]]:
+  value = _parse(str(path), data, lines=True)
+  rows = value if isinstance(value, list) else [value]
+  for number, row in enumerate(rows, 1):
     where = f"{path}:{number}"
     yield where, row if isinstance(row, dict) else _no_object(where, row)
 
 
-def _text(where: str, data: bytes) -> str:
-  try:
-    return data.decode()
-  except UnicodeDecodeError as error:
-    raise DataError(
-      f"{where}: cannot be read as text, expected UTF-8: {error}"
-    ) from error
-
-
-def _row(where: str, line: str) -> dict | DataError:
+def _row(where: str, line: str | bytes) -> dict | DataError:
   try:
     row = _parse(where, line)
   except DataError as error:
@@ -336,14 +377,13 @@ def _row(where: str, line: str) -> dict | DataError:
 
 
 def _no_object(where: str, row) -> DataError:
-  return DataError(
-    f"{where}: expected a JSON object, got {type(row).__name__}"
-  )
+  return DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
 
 
-def _parse(where: str, text: str, lines: bool = False):
+def _parse(where: str, text: str | bytes, lines: bool = False):
   """Parses JSON; `lines` adds the line of an error to `where`."""
   try:
+    text = text if isinstance(text, str) else text.decode()
     row = json.loads(text)
     # Most texts have no such escape, and their walk is saved.
     return encodable(row) if "\\ud" in text or "\\uD" in text else row
@@ -351,6 +391,10 @@ def _parse(where: str, text: str, lines: bool = False):
     place = f"{where}:{error.lineno}" if lines else where
     raise DataError(
       f"{place}: malformed JSON ({error.msg} at column {error.colno})"
+    ) from error
+  except UnicodeDecodeError as error:
+    raise DataError(
+      f"{where}: cannot be read as text, expected UTF-8: {error}"
     ) from error
   except (ValueError, RecursionError) as error:
     raise DataError(f"{where}: malformed JSON ({str(error)[:80]})") from error

@@ -25,7 +25,7 @@ MAY_IMPORT = {
   "models": {"buckets", "jax", "parallel", "types"},
   "retrieval": {"buckets", "data", "files", "jax", "models", "parallel",
                 "serving", "types"},
-  "serving": {"types"},
+  "serving": {"files", "types"},
   "rollout": {"env", "jax", "models", "parallel", "types"},
   "ppo": {"jax", "models", "parallel", "types", "user_functions"},
   "sft": {"data", "env", "files", "jax", "models", "parallel", "ppo", "rewards",

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from stepsearch_jax import __main__ as verbs
+from stepsearch_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -80,6 +83,27 @@ def test_every_verb_has_help(verb, tmp_path):
 def test_wrong_flags_are_one_line(tmp_path, arguments, said):
   done = stepsearch(*arguments, cwd=tmp_path)
   assert (done.returncode, done.stderr) == (1, f"error: {said}\n")
+
+
+@pytest.mark.parametrize("config, said", [
+  ("broken.py", "--config: Expecting value: line 1 column 1 (char 0)"),
+  (f"{ROOT}/stepsearch_jax/run/saved.py:run",
+   "--config: run/config.json:1: malformed JSON (Expecting value at column 1)"),
+])
+def test_a_config_that_cannot_be_read_is_one_line(
+  tmp_path, monkeypatch, config, said
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "broken.py").write_text(
+    "import json\ndef get_config():\n  json.loads('')\n"
+  )
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run/config.json").touch()
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  with pytest.raises(flags.Error) as error:
+    values(["test", f"--config={config}"])
+  assert cli._wrong_flags(error.value) == said
 
 
 def test_a_model_brings_its_own_settings(tmp_path):

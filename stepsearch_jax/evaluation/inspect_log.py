@@ -25,6 +25,12 @@ _SCORES = {"em": "exact_match", "f1": "answer_f1"}
 # Fields of a prediction that the log has in places of its own.
 _PLACED = ("id", "question", "golden_answers", "prediction", "em", "f1",
            "turns", "response")
+_CARD = {"settings": dict, "metrics": dict, "sources": dict}
+# Of a prediction; what an id or an answer is matters to nobody here.
+_ROW = {
+  "id": object, "question": str, "golden_answers": list, "prediction": object,
+  "em": float, "f1": float, "turns": list, "response": str,
+}
 
 
 def write(evaluation: epath.Path, place: epath.Path) -> epath.Path:
@@ -36,13 +42,16 @@ def write(evaluation: epath.Path, place: epath.Path) -> epath.Path:
       gets a name that `inspect view` lists.
 
   Raises:
-    UserError: the folder holds no evaluation.
+    UserError: the folder holds no evaluation, or a file of it is damaged.
   """
   for name in ("card.json", "predictions.jsonl"):
     types.expect((evaluation / name).exists(), "--inspect",
                  f"an evaluation with {name}", str(evaluation))
-  card = json.loads((evaluation / "card.json").read_text())
-  rows = [row for _, row in files.read_rows(evaluation / "predictions.jsonl")]
+  card = files.read_object(evaluation / "card.json", _CARD)
+  rows = []
+  for where, row in files.read_rows(evaluation / "predictions.jsonl"):
+    files.check_fields(where, row, _ROW)
+    rows.append(row)
   created = datetime.datetime.fromtimestamp(
     (evaluation / "card.json").stat().mtime, datetime.UTC
   ).isoformat(timespec="seconds")

@@ -19,11 +19,14 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from stepsearch_jax import files, types
+
+_DOCUMENT = {"id": str, "title": str, "text": str, "score": float}
 
 
 class RecordingRetriever:
@@ -46,7 +49,9 @@ class RecordingRetriever:
     self._log = files.RowLog(path)
     rows = self._log.rows()
     if rows:
-      about, self._found, _ = _parse(f"{path}:1", rows)
+      about, self._found, _ = _parse(
+        path, [(f"{path}:{i}", row) for i, row in enumerate(rows, 1)]
+      )
       if about != self._about:
         raise types.UserError(
           f"{path} records {about}, this run searches {self._about}: choose "
@@ -111,8 +116,9 @@ class ReplayRetriever:
     """
     self._path = path
     self._inner = inner
-    rows = [row for _, row in files.read_rows(path)]
-    self._about, self._found, self._failures = _parse(f"{path}:1", rows)
+    self._about, self._found, self._failures = _parse(
+      path, list(files.read_rows(path))
+    )
     self._lock = threading.Lock()
 
   def search(
@@ -155,20 +161,30 @@ class ReplayRetriever:
     types.close_retriever(self._inner)
 
 
-def _parse(where: str, rows: Sequence[dict]) -> tuple[
+def _parse(
+  path: epath.PathLike, rows: Sequence[tuple[str, dict]]
+) -> tuple[
   dict, dict[tuple[str, int], list[types.Passage]], collections.Counter
 ]:
   """(what was searched, documents of each search, failures before them)."""
-  first, *rest = rows or [{}]
-  if "searched" not in first:
+  about = rows[0][1].get("searched") if rows else None
+  if not isinstance(about, dict):
     raise files.DataError(
-      f"{where}: no record of searches, the first line must hold searched"
+      f"{path}:1: no record of searches, the first line must hold searched"
     )
   found, failures = {}, collections.Counter()
-  for row in rest:
+  for where, row in rows[1:]:
+    files.check_fields(where, row, {"query": str, "k": int})
     key = row["query"], row["k"]
     if "failed" in row:
       failures[key] += 1
-    else:
-      found[key] = [types.Passage(**d) for d in row["documents"]]
-  return first["searched"], found, failures
+      continue
+    files.check_fields(where, row, {"documents": list})
+    found[key] = [_passage(f"{where}: document", d) for d in row["documents"]]
+  return about, found, failures
+
+
+def _passage(where: str, row: Any) -> types.Passage:
+  """Returns a recorded document."""
+  files.check_fields(where, row, _DOCUMENT)
+  return types.Passage(**{name: row[name] for name in _DOCUMENT})

@@ -116,13 +116,13 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
   """Returns the content of a run's config.json.
 
   Raises:
-    UserError: the folder holds no run.
+    UserError: the folder holds no run, or the file is damaged.
   """
   path = epath.Path(workdir) / "config.json"
   if not path.exists():
     raise types.UserError(f"{path} does not exist: --workdir={workdir} is no "
                           "run of this version")
-  return json.loads(path.read_text())
+  return files.read_object(path, {"config": dict})
 
 
 def claim(
@@ -147,6 +147,7 @@ def claim(
   }
   if path.exists():
     old = read(workdir)
+    files.check_fields(str(path), old, {"questions": str, "changes": list})
     changed = list(differences(old["config"], config))
     if not has_learned(workdir):
       changed = [x for x in changed if not _belongs(x[0], FREE_AT_FIRST)]

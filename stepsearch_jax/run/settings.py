@@ -9,6 +9,7 @@ sections is checked here. A wrong value ends in one line within a second:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from stepsearch_jax.retrieval import factory, remote
 from stepsearch_jax.retrieval.index import encoding
 from stepsearch_jax.rewards import probe_rewards, step_rewards, user_reward
 from stepsearch_jax.rollout import device, records
-from stepsearch_jax.run import methods, monitor, signs, specs
+from stepsearch_jax.run import identity, methods, monitor, signs, specs
 from stepsearch_jax.sft import scripted
 from stepsearch_jax.types import UserError, expect
 
@@ -117,6 +118,7 @@ class Settings:
                    devices: int | None) -> Settings:
     """See `from_config`."""
     config = methods.filled(config)
+    _check_numbers(config.to_dict())
     settings = cls(
       seed=config.seed,
       method=config.method,
@@ -190,6 +192,17 @@ class Settings:
       dtype=jnp.dtype(self.model.dtype),
       remat=decoder.Remat(self.model.remat),
     )
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+  """Checks what no comparison finds: NaN, infinity, words among numbers."""
+  for field, value in identity.flat(config).items():
+    if isinstance(value, float):
+      expect(math.isfinite(value), field, "a finite number", value)
+    # A chat template may take what it likes.
+    elif isinstance(value, (list, tuple)) and not field.startswith("model."):
+      expect(all(isinstance(number, int) for number in value), field,
+             "integers", value)
 
 
 def _probe(config: ml_collections.ConfigDict) -> records.ProbeSpec | None:

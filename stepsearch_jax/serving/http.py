@@ -18,6 +18,7 @@ import prometheus_client
 from absl import logging
 from starlette import applications, exceptions, requests, responses, routing
 
+from stepsearch_jax import files
 from stepsearch_jax.serving import errors
 
 Handler = Callable[[requests.Request], Awaitable[responses.Response]]
@@ -89,13 +90,13 @@ def unzipped(body: bytes, limit: int) -> bytes:
 
 
 def parse_object(body: bytes) -> dict:
-  """Returns the JSON object that a body holds.
+  """Returns the JSON object that a body holds, fit to be answered with.
 
   Raises:
     BadRequestError: it is no JSON, or no object.
   """
   try:
-    row = json.loads(body)
+    row = files.encodable(json.loads(body))
   except (ValueError, RecursionError) as error:
     raise errors.BadRequestError(f"the body is no JSON: {error}") from error
   if not isinstance(row, dict):

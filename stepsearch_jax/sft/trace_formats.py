@@ -310,7 +310,7 @@ def content(message: Mapping[str, Any]) -> str:
 def _parsed(text: str) -> Any:
   try:
     return json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise MalformedError("a tool call that is no JSON") from error
 
 

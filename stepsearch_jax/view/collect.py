@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import files, types
 
 # Metrics that the page draws first, if a run has them.
 FIRST = (
@@ -34,7 +34,7 @@ def collect(workdirs: Sequence[epath.Path], limit: int) -> dict[str, Any]:
       and evaluations.
 
   Raises:
-    UserError: a folder holds no run.
+    UserError: a folder holds no run, or a file of it is damaged.
   """
   share = max(limit // max(len(workdirs), 1), 1)
   names = _names(workdirs)
@@ -61,12 +61,12 @@ def _names(workdirs: Sequence[epath.Path]) -> list[str]:
 def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
   path = workdir / "metrics.jsonl"
   rollouts, held = _rollouts(workdir, limit)
-  config = _json(workdir / "config.json")
+  config = _json(workdir / "config.json", {"config": dict})
   if not config and not path.exists():
     raise types.UserError(f"{workdir}: no run (expected {path.name} there)")
   return {
     "name": name,
-    "summary": _json(workdir / "summary.json"),
+    "summary": _json(workdir / "summary.json", {}),
     "settings": {
       field: _short(value) for field, value in _flat(config.get("config", {}))
     },
@@ -78,8 +78,8 @@ def _run(name: str, workdir: epath.Path, limit: int) -> dict[str, Any]:
   }
 
 
-def _json(path: epath.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
+def _json(path: epath.Path, fields: Mapping[str, type]) -> dict[str, Any]:
+  return files.read_object(path, fields) if path.exists() else {}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = ""):
@@ -97,12 +97,9 @@ def _short(value: Any) -> str:
 
 def _lines(path: epath.Path):
   """Yields the rows of a JSONL file; a run may be writing the last one."""
-  for line in path.read_text().splitlines():
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    yield row
+  for _, row in files.try_rows(path):
+    if not isinstance(row, files.DataError):
+      yield row
 
 
 def _curves(path: epath.Path) -> dict[str, list[list[float]]]:

@@ -211,3 +211,31 @@ def test_the_command_writes_the_log_of_an_earlier_evaluation(
   log = json.loads((tmp_path / "log.json").read_text())
   check(log)
   assert len(log["samples"]) == len(rows)
+
+
+CARD = {"settings": {}, "metrics": {"em": 1, "f1": 1}, "sources": {}}
+ROW = {"id": 1, "question": "Who?", "golden_answers": ["Ada"], "turns": [],
+       "prediction": "Ada", "em": 1, "f1": 1.0, "response": ""}
+
+
+@pytest.mark.parametrize("card, row, said", [
+  ('{"set', ROW, r"card\.json:1: malformed JSON"),
+  ("[]", ROW, r"card\.json: expected a JSON object, got list"),
+  *[(json.dumps({k: v for k, v in CARD.items() if k != name}), ROW,
+     rf"card\.json: field {name}: expected dict, got no such field")
+    for name in CARD],
+  *[(json.dumps(CARD), {k: v for k, v in ROW.items() if k != name},
+     rf"predictions\.jsonl:1: field {name}: .*got no such field")
+    for name in ROW],
+  (json.dumps(CARD), ROW | {"em": "1"}, "field em: expected float, got '1'"),
+])
+def test_a_damaged_evaluation_is_one_line(tmp_path, card, row, said):
+  folder = epath.Path(tmp_path)
+  (folder / "predictions.jsonl").write_text(json.dumps(ROW) + "\n")
+  (folder / "card.json").write_text(json.dumps(CARD))
+  check(json.loads(inspect_log.write(folder, folder / "l.json").read_text()))
+  (folder / "card.json").write_text(card)
+  (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+  with pytest.raises(types.UserError, match=said):
+    inspect_log.write(folder, folder / "m.json")
+  assert not (folder / "m.json").exists()

@@ -230,3 +230,30 @@ def test_a_run_from_a_record_needs_no_index_and_ends_with_the_same_bits(
     (workdir / "evaluations/step_000002/card.json").read_text()
   )["settings"]
   assert card["replayed"] == path and card["corpus_hash"]
+
+
+@pytest.mark.parametrize("row, said", [
+  ({"a": 1}, "field query: expected str, got no such field"),
+  ({"query": ["q"], "k": 1, "documents": []}, "field query: expected str"),
+  ({"query": "q", "k": "1", "failed": "down"}, "field k: expected int"),
+  ({"query": "q", "k": 1}, "field documents: expected list, got no such"),
+  ({"query": "q", "k": 1, "documents": ["d"]},
+   "document: expected a JSON object, got str"),
+  ({"query": "q", "k": 1, "documents": [{"id": "1", "contents": "x"}]},
+   "document: field title: expected str, got no such field"),
+  ({"query": "q", "k": 1, "documents": [
+    {"id": "1", "title": "T", "text": None, "score": 0}]},
+   "document: field text: expected str, got None"),
+])
+def test_a_damaged_record_names_its_line(tmp_path, row, said):
+  path = tmp_path / "s.jsonl"
+  first = {"searched": {"index": "one"}}
+  path.write_text("\n" + files.to_jsonl([first, row]))
+  with pytest.raises(files.DataError, match=rf"s\.jsonl:3: {said}"):
+    record.ReplayRetriever(path)
+  path.write_text(files.to_jsonl([first, row]))
+  with pytest.raises(files.DataError, match=rf"s\.jsonl:2: {said}"):
+    record.RecordingRetriever(Described(), path)
+  path.write_text(files.to_jsonl([{"searched": "one"}]))
+  with pytest.raises(files.DataError, match=r"s\.jsonl:1: no record"):
+    record.ReplayRetriever(path)

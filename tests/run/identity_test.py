@@ -117,3 +117,29 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_a_field_is_free_by_its_whole_name():
   assert identity.is_free("log") and identity.is_free("log.profile")
   assert not identity.is_free("logic") and not identity.is_free("logic.x")
+
+
+@pytest.mark.parametrize("content, said", [
+  ("", "config.json:1: malformed JSON"), ("[]", "expected a JSON object"),
+  ('{"config": {"see', "config.json:1: malformed JSON"),
+  ("{}", "config.json: field config: expected dict, got no such field"),
+  ('{"config": "x"}', "config.json: field config: expected dict, got 'x'"),
+])
+def test_a_damaged_config_is_one_line(tmp_path, content, said):
+  folder = epath.Path(tmp_path)
+  (folder / "config.json").write_text(content)
+  for use in (identity.read, identity.started, lambda folder: identity.claim(
+    folder, config_with(), "hash")):
+    with pytest.raises(types.UserError, match=said):
+      use(folder)
+
+
+@pytest.mark.parametrize("field", ["questions", "changes"])
+def test_a_run_is_claimed_with_all_that_is_compared(tmp_path, field):
+  folder = epath.Path(tmp_path)
+  identity.claim(folder, config_with(), "hash")
+  row = json.loads((folder / "config.json").read_text())
+  del row[field]
+  (folder / "config.json").write_text(json.dumps(row))
+  with pytest.raises(types.UserError, match=f"config.json: field {field}: "):
+    identity.claim(folder, config_with(), "hash")

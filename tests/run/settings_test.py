@@ -84,6 +84,16 @@ def config_with(changes):
   ({"sentinel.settling": -1}, "sentinel.settling"),
   ({"method": "grpo", "batch.rollouts": 2,
     "ppo.kl_controller": "adaptive"}, "ppo.kl_controller"),
+  *[({field: value}, f"{field}: expected a finite number, got {value}")
+    for field in (
+      "ppo.policy_warmup_ratio", "ppo.value_warmup_ratio", "reward.gamma_key",
+      "reward.step_scale", "sentinel.kl", "sentinel.searches", "policy.alpha",
+      "retrieval.patience.timeout_seconds", "rollout.temperature",
+    ) for value in (float("nan"), float("inf"))],
+  *[({field: ("a",)}, f"{field}: expected integers, got ('a',)")
+    for field in ("rollout.extend_rows", "rollout.extend_tokens",
+                  "probe.tokens", "log.profile")],
+  ({"rollout.extend_rows": (1, 2.5)}, "rollout.extend_rows"),
 ])
 def test_a_wrong_setting_names_its_field(changes, field):
   config = config_with(changes)
@@ -167,3 +177,11 @@ def test_a_config_of_another_version_says_which_field_it_lacks():
     del config.model["chat"]
   with pytest.raises(types.UserError, match="no field 'chat'"):
     Settings.from_config(config, devices=1)
+
+
+def test_variables_of_a_chat_template_may_be_words():
+  config = quickstart.get_config("runlocal")
+  with config.unlocked():
+    config.model.chat["tools"] = ("search",)
+  settings = Settings.from_config(config, devices=1)
+  assert settings.model.chat["tools"] == ("search",)

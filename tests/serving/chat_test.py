@@ -264,7 +264,8 @@ def test_bodies_are_read_within_their_limits(url):
   assert send(plain, "br") == 415
   assert send(gzip.compress(b" " * 10_000), "gzip") == 413
   assert send(b"x" * 2001) == 413
-  for broken in (b"{", b"[1]", b"\xff", b""):
+  for broken in (b"{", b"[1]", b"\xff", b"", b"[" * 1990,
+                 json.dumps(asked() | {"\ud800": 1}).encode()):
     assert send(broken) == 400
 
 

@@ -252,6 +252,8 @@ ANSWER = "<answer> Ada </answer>"
   (response('<tool_call>{"name": "visit"}</tool_call>'),
    "a tool other than search"),
   (response("<tool_call>visit</tool_call>"), "a tool call that is no JSON"),
+  (response("<tool_call>" + "[" * 100_000 + "</tool_call>"),
+   "a tool call that is no JSON"),
   (chat(("assistant", "", [None])), "an empty query"),
   (chat(("assistant", "", ["", " "])), "an empty query"),
   (chat(("assistant", "", ["a"])), "no answer"),

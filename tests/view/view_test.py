@@ -133,6 +133,30 @@ def test_a_folder_without_a_run_is_one_line(tmp_path):
     collect.collect([epath.Path(tmp_path)], 10)
 
 
+@pytest.mark.parametrize("name, content, said", [
+  ("config.json", '{"config": {"see', "config.json:1: malformed JSON"),
+  ("config.json", "[]", "config.json: expected a JSON object, got list"),
+  ("config.json", "{}", "config.json: field config: expected dict"),
+  ("config.json", '{"config": 5}', "field config: expected dict, got 5"),
+  ("summary.json", "", "summary.json:1: malformed JSON"),
+])
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path, name, content, said):
+  run = write_run(tmp_path / "a", [rollout(0)])
+  (run / name).write_text(content)
+  with pytest.raises(types.UserError, match=said):
+    collect.collect([run], 10)
+
+
+def test_of_damaged_lines_only_the_whole_rows_are_shown(tmp_path):
+  run = write_run(tmp_path / "a", [])
+  whole = json.dumps(rollout(0, "\u2028é"), ensure_ascii=False).encode()
+  (run / "trajectories/step_000001.jsonl").write_bytes(
+    b"7\n" + b"[" * 100_000 + b"\n" + whole + b"\n" + whole[:-9] + b"\xc3"
+  )
+  (found,) = collect.collect([run], 10)["runs"]
+  assert [row["prediction"] for row in found["rollouts"]] == ["\u2028é"]
+
+
 class Tags(html.parser.HTMLParser):
   """Collects start tags and the text of scripts."""
 

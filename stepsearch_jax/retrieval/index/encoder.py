@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import types
+from stepsearch_jax import files, types
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.retrieval.index import encoding
+from stepsearch_jax.retrieval.index import encoding, vectors
 
 _WORD = re.compile(r"\w+")
 
@@ -159,8 +159,13 @@ class HashedTfidfEncoder:
 
   def load(self, folder: epath.Path) -> None:
     """Reads the document frequencies."""
-    with (folder / "idf.npy").open("rb") as file:
-      self._idf = np.load(file, allow_pickle=False)
+    idf = vectors.read_npy(folder / "idf.npy")
+    if idf.shape != (self.dim,) or idf.dtype != np.float32:
+      raise files.DataError(
+        f"{folder / 'idf.npy'}: expected float32 [{self.dim}], got "
+        f"{idf.dtype} {list(idf.shape)}"
+      )
+    self._idf = idf
 
 
 # Padded tokens cost as much as others, a further shape one compilation.

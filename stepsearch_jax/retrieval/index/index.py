@@ -13,7 +13,6 @@ corpus is an error, never a silently wrong search.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,12 +20,22 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from stepsearch_jax import buckets, types
+from stepsearch_jax import buckets, files, types
 from stepsearch_jax.retrieval.index import encoder as encoder_lib
 from stepsearch_jax.retrieval.index import encoding, tuning
 from stepsearch_jax.retrieval.index import passages as passages_lib
+from stepsearch_jax.retrieval.index import vectors as vectors_lib
 
 FORMAT = 2
+_FIELDS = {
+  "encoder": dict, "corpus": str, "count": int, "dim": int, "search": dict,
+}
+_SEARCH = {"kind": str, "leaves": int, "reorder": int}
+_ENCODING = {  # As in `encoding.EncodingSpec`.
+  "pooling": str, "query_prefix": str, "passage_prefix": str,
+  "max_length": int,
+}
+_KINDS = ("exact", "hashed", "tree")
 
 
 class IndexMismatchError(types.UserError):
@@ -49,14 +58,28 @@ class Index:
     self, folder: epath.Path, manifest: dict,
     passages: passages_lib.PassageStore,
   ):
-    """Opens embeddings or ScaNN assets; use `open_index`."""
+    """Opens embeddings or ScaNN assets; use `open_index`.
+
+    Raises:
+      DataError: files are damaged or cut, or do not belong together.
+    """
     self.manifest = manifest
     self.passages = passages
     self._setting = tuning.Setting(**manifest["search"])
     self._searcher = None
-    self._vectors = np.load(
-      str(folder / "embeddings.npy"), mmap_mode="r", allow_pickle=False
+    self._vectors = vectors_lib.read_npy(
+      folder / "embeddings.npy", mapped=True
     )
+    shape, count = self._vectors.shape, manifest["count"]
+    if len(passages) != count or shape != (count, manifest["dim"]) or (
+      self._vectors.dtype != np.float32
+    ):
+      raise files.DataError(
+        f"{folder}: manifest.json says {count} passages and float32 "
+        f"[{count}, {manifest['dim']}], {passages_lib.TEXTS} holds "
+        f"{len(passages)} and embeddings.npy {self._vectors.dtype} "
+        f"{list(shape)}; build the index again"
+      )
     scann = load_scann()
     if scann is None:
       self._setting = tuning.Setting("exact")
@@ -74,9 +97,15 @@ class Index:
           f"{folder}/scann holds a pickle, which is never "
           "loaded; build the index again"
         )
-      self._searcher = scann.scann_ops_pybind.load_searcher(
-        str(folder / "scann")
-      )
+      try:
+        self._searcher = scann.scann_ops_pybind.load_searcher(
+          str(folder / "scann")
+        )
+      except (RuntimeError, ValueError) as error:
+        raise files.DataError(
+          f"{folder}/scann: missing or damaged, build the index again "
+          f"({types.first_line(error)})"
+        ) from error
 
   @property
   def hash(self) -> str:
@@ -133,18 +162,28 @@ def read_manifest(
     named: what an error begins with, such as the flag that names the folder.
 
   Raises:
-    UserError: no index there, or one of another format.
+    UserError: no index there, one of another format, or a damaged manifest.
   """
   path = epath.Path(folder) / "manifest.json"
   if not path.exists():
     raise types.UserError(
       f"{named}{folder} is no index: manifest.json is missing"
     )
-  manifest = json.loads(path.read_text())
+  manifest = files.read_object(path, {})
   if manifest.get("format") != FORMAT:
     raise types.UserError(
-      f"{named}{folder}: index format {manifest.get('format')}, "
+      f"{named}{folder}: index format {manifest.get('format')!r}, "
       f"expected {FORMAT}; build it again"
+    )
+  where = f"{named}{path}"
+  files.check_fields(where, manifest, _FIELDS)
+  search = manifest["search"]
+  files.check_fields(f"{where}: encoder", manifest["encoder"], {"name": str})
+  files.check_fields(f"{where}: search", search, _SEARCH)
+  if search.keys() != _SEARCH.keys() or search["kind"] not in _KINDS:
+    raise files.DataError(
+      f"{where}: field search: expected {list(_SEARCH)} with kind one of "
+      f"{_KINDS}, got {search}"
     )
   return manifest
 
@@ -155,10 +194,10 @@ def encoder_of(
   """Returns the reference and the texts of the encoder that built an index."""
   given = manifest["encoder"]
   if given["name"] == "hashed_tfidf":
-    return f"hashed_tfidf:{given['dim']}", encoding.FROM_MODEL
+    return f"hashed_tfidf:{manifest['dim']}", encoding.FROM_MODEL
+  files.check_fields("manifest.json: encoder", given, _ENCODING)
   return given["name"], encoding.EncodingSpec(**{
-    field.name: given[field.name]
-    for field in dataclasses.fields(encoding.EncodingSpec)
+    name: given[name] for name in _ENCODING
   })
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import array
 import json
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from stepsearch_jax import types
-from stepsearch_jax.retrieval.index import corpus
+from stepsearch_jax import files, types
+from stepsearch_jax.retrieval.index import corpus, vectors
 
 TEXTS = "passages.jsonl"
 _OFFSETS = "offsets.npy"
@@ -52,11 +53,25 @@ class PassageStore(Sequence):
   """The passages of an index folder, read on demand."""
 
   def __init__(self, folder: epath.Path):
-    """Opens what `write_passages` wrote."""
-    with (folder / _OFFSETS).open("rb") as file:
-      self._offsets = np.load(file, allow_pickle=False)
-    if len(self._offsets) > 1:
-      with open(folder / TEXTS, "rb") as file:
+    """Opens what `write_passages` wrote.
+
+    Raises:
+      DataError: one of its files is damaged or cut, or they do not belong
+        together.
+    """
+    self._path = folder / TEXTS
+    self._offsets = vectors.read_npy(folder / _OFFSETS)
+    size = os.path.getsize(self._path)
+    if self._offsets.ndim != 1 or not self._offsets.size or (
+      self._offsets[-1] != size
+    ):
+      raise files.DataError(
+        f"{self._path}: {size} bytes, but {_OFFSETS} ends at "
+        f"{self._offsets.ravel()[-1:]}; one of them was cut or altered, build "
+        "the index again"
+      )
+    if size:
+      with open(self._path, "rb") as file:
         self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def __len__(self) -> int:
@@ -68,8 +83,14 @@ class PassageStore(Sequence):
     if isinstance(i, slice):
       return [self[row] for row in range(*i.indices(len(self)))]
     start, stop = self._offsets[i], self._offsets[i + 1]
-    row = json.loads(self._bytes[start:stop])
-    return types.Passage(row["id"], row["title"], row["text"])
+    try:
+      row = json.loads(self._bytes[start:stop])
+      return types.Passage(row["id"], row["title"], row["text"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise files.DataError(
+        f"{self._path}:{i + 1}: no passage, the file was altered; build the "
+        f"index again ({types.first_line(error)})"
+      ) from error
 
   def __iter__(self) -> Iterator[types.Passage]:
     """Iterates over all passages in order."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stepsearch_jax import types
+from stepsearch_jax import files, types
 
 _NORM_TOLERANCE = 0.01  # Ten times what float16 rows can differ by.
 _SAMPLE = 4096
@@ -62,6 +62,24 @@ class ReadyVectors:
     release(self.rows)
 
 
+def read_npy(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
+  """Returns the array of an .npy file.
+
+  Args:
+    path: on this machine.
+    mapped: whether it is mapped into memory, read-only, instead of loaded.
+
+  Raises:
+    DataError: the file cannot be read, or is damaged or cut.
+  """
+  try:
+    return np.load(os.fspath(path), "r" if mapped else None, allow_pickle=False)
+  except Exception as error:  # A damaged header can raise whatever it likes.
+    raise files.DataError(
+      f"{path}: cannot be read as an .npy file: {types.first_line(error)}"
+    ) from error
+
+
 def open_vectors(path: str, dim: int | None = None) -> np.ndarray:
   """Memory-maps vectors.
 
@@ -85,11 +103,13 @@ def open_vectors(path: str, dim: int | None = None) -> np.ndarray:
       f"{path}: cannot be read: {error.strerror}"
     ) from error
   if head[:6] == b"\x93NUMPY":
-    table = np.load(path, mmap_mode="r", allow_pickle=False)
-    if table.ndim != 2 or table.dtype not in (np.float32, np.float16):
+    table = read_npy(path, mapped=True)
+    if table.ndim != 2 or not table.size or table.dtype not in (
+      np.float32, np.float16
+    ):
       raise types.UserError(
-        f"{path}: expected float32 or float16 [n, d], got {table.dtype} "
-        f"{list(table.shape)}"
+        f"{path}: expected float32 or float16 [n, d], at least one row, got "
+        f"{table.dtype} {list(table.shape)}"
       )
     return table
   if path.endswith(".memmap") and dim is not None:

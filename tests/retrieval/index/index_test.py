@@ -1,5 +1,6 @@
 """Indexes on disk: right neighbors, wrong encoders and corpora refused."""
 
+import io
 import json
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 from stepsearch_jax import types
 from stepsearch_jax.retrieval import local as retriever
 from stepsearch_jax.retrieval.index import build as index_build
-from stepsearch_jax.retrieval.index import corpus, encoder, index, tuning
+from stepsearch_jax.retrieval.index import (
+  corpus,
+  encoder,
+  encoding,
+  index,
+  passages,
+  tuning,
+)
 
 PASSAGES = [
   types.Passage("a", "Ada", "Ada Rook was born in the town of Lintel."),
@@ -178,3 +186,102 @@ def test_cache_returns_the_same_and_forgets_the_oldest(folder):
   opened.search(["Bo"], 2)
   assert list(opened._cache) == [(2, "Bo")]
   assert opened.search(["Ada"], 2) == first
+
+
+def manifest(**changes):
+  """Changes fields of a manifest; None leaves one out."""
+  return lambda old: json.dumps({
+    name: value for name, value in (json.loads(old) | changes).items()
+    if value is not None
+  }).encode()
+
+
+def array(change):
+  """Changes the array of an .npy file."""
+  def changed(old):
+    file = io.BytesIO()
+    np.save(file, change(np.load(io.BytesIO(old))))
+    return file.getvalue()
+  return changed
+
+
+EXACT = {"kind": "exact", "leaves": 0, "reorder": 0}
+
+
+@pytest.mark.parametrize("name, change, said", [
+  ("manifest.json", lambda old: b"", r"manifest.json:1: malformed JSON"),
+  ("manifest.json", lambda old: old[:50], "manifest.json:4: malformed JSON"),
+  ("manifest.json", lambda old: b"[]", "expected a JSON object, got list"),
+  ("manifest.json", lambda old: b'{"format": 2, "x": "\xe9"}', "UTF-8"),
+  ("manifest.json", manifest(format="2"), "index format '2', expected 2"),
+  *[("manifest.json", manifest(**{name: None}),
+     f"manifest.json: field {name}: expected {kind}, got no such field")
+    for name, kind in (("encoder", "dict"), ("corpus", "str"), ("dim", "int"),
+                       ("count", "int"), ("search", "dict"))],
+  ("manifest.json", manifest(encoder="hashed"), "encoder: expected dict"),
+  ("manifest.json", manifest(encoder={"dim": 4096}), "encoder: field name"),
+  ("manifest.json", manifest(search={"kind": "exact"}), "search: field leaves"),
+  ("manifest.json", manifest(search=EXACT | {"zzz": 1}), "got .*'zzz': 1"),
+  ("manifest.json", manifest(search=EXACT | {"kind": "x"}), "one of .*'tree'"),
+  ("manifest.json", manifest(count=99), "says 99 passages .* holds 3 and "),
+  ("embeddings.npy", array(lambda old: old[:2]), r"float32 \[2, 4096\]; build"),
+  ("embeddings.npy", array(lambda old: old[:, :8]), r"float32 \[3, 8\]; build"),
+  ("embeddings.npy", array(np.float64), r"float64 \[3, 4096\]; build"),
+  ("embeddings.npy", lambda old: old[:-4], "embeddings.npy: cannot be read"),
+  ("embeddings.npy", lambda old: b"", "embeddings.npy: cannot be read as an"),
+  ("idf.npy", lambda old: old[:-4], "idf.npy: cannot be read as an .npy"),
+  ("idf.npy", array(lambda old: old[1:]), r"float32 \[4096\], got .*\[4095\]"),
+  ("offsets.npy", lambda old: old[:-8], "offsets.npy: cannot be read as an"),
+  ("offsets.npy", array(lambda old: old[:-1]), "passages.jsonl: 229 bytes"),
+  ("offsets.npy", array(lambda old: old[:0]), "passages.jsonl: 229 bytes"),
+  ("offsets.npy", array(lambda old: old[[0, 1, 3]]), "jsonl holds 2 and"),
+  ("passages.jsonl", lambda old: b"", r"0 bytes, but offsets.npy ends at"),
+  ("passages.jsonl", lambda old: old[:-1], r"228 bytes, but .* at \[229\]"),
+  ("passages.jsonl", lambda old: old + b"\n", r"230 bytes, but .* at \[229\]"),
+])
+def test_a_damaged_index_is_refused_when_it_is_opened(
+  folder, name, change, said
+):
+  path = folder / name
+  path.write_bytes(change(path.read_bytes()))
+  with pytest.raises(types.UserError, match=said) as error:
+    index.open_index(folder, encoder.HashedTfidfEncoder())
+  assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_manifest_may_begin_with_a_mark(folder):
+  path = folder / "manifest.json"
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert index.open_index(folder, encoder.HashedTfidfEncoder()).manifest[
+    "count"] == 3
+
+
+def test_an_altered_passage_names_its_line(folder):
+  path = folder / "passages.jsonl"
+  whole = path.read_bytes()
+  path.write_bytes(whole.replace(b'"b", "title"', b'"b", "titel"'))
+  store = passages.PassageStore(folder)
+  assert store[0] == PASSAGES[0]
+  with pytest.raises(types.UserError, match=r"passages.jsonl:2: no passage"):
+    _ = store[1]
+
+
+def test_a_search_without_its_assets_is_refused(folder):
+  pytest.importorskip("scann")
+  path = folder / "manifest.json"
+  path.write_bytes(manifest(search=EXACT | {"kind": "tree"})(path.read_bytes()))
+  with pytest.raises(types.UserError, match="index/scann: missing or damaged"):
+    index.open_index(folder, encoder.HashedTfidfEncoder())
+
+
+def test_the_encoder_of_a_manifest_has_all_its_texts():
+  given = {"name": "a/e5", "pooling": "mean", "query_prefix": "query: ",
+           "passage_prefix": "passage: ", "max_length": 9, "weights": "12ab"}
+  assert index.encoder_of({"encoder": given}) == (
+    "a/e5", encoding.EncodingSpec("mean", "query: ", "passage: ", 9))
+  for name in ("pooling", "query_prefix", "passage_prefix", "max_length"):
+    less = {k: v for k, v in given.items() if k != name}
+    with pytest.raises(types.UserError, match=f"encoder: field {name}"):
+      index.encoder_of({"encoder": less})
+  assert index.encoder_of({"encoder": {"name": "hashed_tfidf"}, "dim": 7}) == (
+    "hashed_tfidf:7", encoding.FROM_MODEL)

@@ -120,3 +120,32 @@ def test_bare_memmaps_are_read_by_the_dimensions_of_the_encoder(tmp_path):
   np.testing.assert_array_equal(vectors.open_vectors(path, 8), table)
   with pytest.raises(ValueError, match="192 bytes are no float32 rows of 7"):
     vectors.open_vectors(path, 7)
+
+
+def test_a_damaged_npy_file_is_named_whatever_numpy_raises(tmp_path):
+  path = tmp_path / "v.npy"
+  np.save(path, unit(5, 8))
+  whole = path.read_bytes()
+  assert whole[8:10] == b"\x76\x00"  # The length of the header.
+  for damaged in (
+    whole[:6], whole[:20], whole[:-9], whole[:8] + b"\x20" + whole[9:],
+    whole[:10] + b"{'descr': '<f4', 'a', }" + whole[33:],
+    whole.replace(b"'<f4'", b"'|O4'"),
+  ):
+    path.write_bytes(damaged)
+    with pytest.raises(types.UserError, match=r"v\.npy: cannot be read as an"):
+      vectors.open_vectors(str(path))
+  path.write_bytes(whole)
+  np.testing.assert_array_equal(vectors.read_npy(path), unit(5, 8))
+
+
+@pytest.mark.parametrize("table, said", [
+  (np.zeros((0, 8), np.float32), r"at least one row, got float32 \[0, 8\]"),
+  (np.zeros((5, 0), np.float32), r"at least one row, got float32 \[5, 0\]"),
+  (np.zeros(5, np.float32), r"\[n, d\], at least one row, got float32 \[5\]"),
+  (np.zeros((5, 8)), r"expected float32 or float16 .* got float64 \[5, 8\]"),
+])
+def test_arrays_that_hold_no_vectors_are_refused(tmp_path, table, said):
+  np.save(tmp_path / "v.npy", table)
+  with pytest.raises(types.UserError, match=said):
+    vectors.open_vectors(str(tmp_path / "v.npy"))
