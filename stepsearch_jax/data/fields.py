@@ -15,7 +15,7 @@ import math
 import re
 import tokenize
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from stepsearch_jax import files, types
 
@@ -177,11 +177,12 @@ class Row:
 
   def rows(self, name: str) -> list[Row]:
     """Returns a list of objects, also where it is one object of columns."""
-    return [
-      Row(self.where, item, f"{self._prefix}{name}.")
-      for item in self.items(name)
-      if isinstance(item, Mapping) or self._refuse(name, item)
-    ]
+    found = []
+    for item in self.items(name):
+      if not isinstance(item, Mapping):
+        self._refuse(name, item)
+      found.append(Row(self.where, item, f"{self._prefix}{name}."))
+    return found
 
   def passages(self, name: str, ids: bool = False) -> list[types.Passage]:
     """Returns paragraphs: texts, or objects of a title and a text.
@@ -227,7 +228,7 @@ class Row:
       raise self.error(name, _NO_PRINTED, value)
     return value
 
-  def _refuse(self, name: str, value: Any):
+  def _refuse(self, name: str, value: Any) -> NoReturn:
     raise self.error(name, "a list of objects", value)
 
 

@@ -8,8 +8,8 @@ of supporting paragraphs by themselves. An empty field counts as absent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from stepsearch_jax import types
 from stepsearch_jax.data import fields
@@ -179,7 +179,9 @@ def _by_index(row: fields.Row) -> Support:
     tuple(passages), tuple(places), lacking=lacking, reason=reason)
 
 
-def _index(row: fields.Row, item: object, place: int) -> int:
+def _index(
+  row: fields.Row, item: str | Mapping[str, Any], place: int
+) -> int:
   """Returns the number of a paragraph: its own, else its place."""
   if isinstance(item, str):
     return place

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from stepsearch_jax import types
 from stepsearch_jax.models import cache as cache_lib
 from stepsearch_jax.models import cudnn, decode_kernel
 from stepsearch_jax.parallel import sharding
@@ -114,13 +115,13 @@ def cached_attention(
 
 
 def held_rows(
-  q: jax.Array, entries: cache_lib.Entries, cache: cache_lib.Cache,
+  q: types.Leaf, entries: cache_lib.Entries, cache: cache_lib.Cache,
   backend: str | None = None,
 ) -> int | None:
   """Positions per block of the kernel that reads only what slots hold.
 
   Args:
-    q, entries, cache, backend: see `cached_attention`.
+    q, entries, cache, backend: see `cached_attention`; shapes will do.
 
   Returns:
     None where the kernel is not used, and `kv_length` bounds what is read.

@@ -113,7 +113,9 @@ def score_case(
     return step_rewards.score(spec, seen, goal)
   except (AttributeError, TypeError) as error:
     for name, texts in (("support_docs.paragraph_text", goal.support),
-                        ("search_keys", sum(goal.search_keys or (), []))):
+                        ("search_keys", [
+                          key for group in goal.search_keys or ()
+                          for key in group])):
       for text in texts:
         if not isinstance(text, str):
           raise step_rewards.RewardError(
