@@ -306,12 +306,13 @@ def _parquet(path: epath.Path, file: BinaryIO) -> Iterator[tuple[str, dict]]:
 
 def _column(where: str, column) -> list:
   """Returns the values of an Arrow array, its times as text or numbers."""
+  import pyarrow
   wanted = _timeless(column.type)
   try:
     if wanted != column.type:  # Python's own times have narrower limits.
       column = column.cast(wanted)
     values = column.to_pylist()
-  except (ValueError, NotImplementedError, OverflowError) as error:
+  except (pyarrow.ArrowException, ValueError, OverflowError) as error:
     raise DataError(f"{where}: {types.first_line(error)}") from error
   # Bytes are text that its writer did not mark as such.
   return _plain(values, "strict") if "binary" in str(wanted) else values
@@ -320,7 +321,6 @@ def _column(where: str, column) -> list:
 def _timeless(kind):
   """Returns an Arrow type with text or numbers in place of times."""
   import pyarrow
-
   if pyarrow.types.is_temporal(kind):
     # Text of a zone's time needs a machine that knows the zone.
     zoned = getattr(kind, "tz", None)

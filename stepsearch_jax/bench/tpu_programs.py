@@ -195,6 +195,7 @@ def _config(work: Work):
 
 @functools.cache
 def _built(work: Work):
+  tunix_programs.installed()  # Else ours would be compiled for nothing.
   config, machine = _config(work)
   devices = tpu_compiler.topology_devices(machine)
   return config, arithmetic.build(config, machine, devices), devices
@@ -211,7 +212,6 @@ def _chunks(work: Work, config) -> int:
 @functools.cache
 def our_update(work: Work) -> Figures:
   """Compiles our policy update."""
-  tunix_programs.installed()  # Else it would be compiled for nothing.
   config, built, _ = _built(work)
   learner = built.training
   lowered = learner.lowered()
@@ -234,7 +234,6 @@ def our_update(work: Work) -> Figures:
 @functools.cache
 def our_decode(work: Work) -> Figures:
   """Compiles a block of our decoding; one step of it is counted."""
-  tunix_programs.installed()
   _, built, _ = _built(work)
   policy = built.training.abstract_state().policy.params
   lowered = built.rollout.lowered(*built.chunk, policy)["decode_block"]
@@ -244,7 +243,6 @@ def our_decode(work: Work) -> Figures:
 @functools.cache
 def _peer(work: Work):
   """(what Tunix works on, its mesh)."""
-  tunix_programs.installed()
   config, _, devices = _built(work)
   ppo, mesh = config.ppo, config.mesh
   model = dataclasses.replace(

@@ -46,8 +46,7 @@ class Evaluation:
     temperature: 0 for greedy.
     circumstances: more lines of the card, about what does not decide the
       rollouts: when and where they were played.
-    shown: every rollout moves a progress bar; else chunks do, if there are
-      several.
+    shown: there is a progress bar, also where one chunk holds all.
     described: rollouts, the first ones, that `describe` is asked about.
     describe: returns a rollout's row for people to look at; None for none.
   """
@@ -148,14 +147,13 @@ def evaluate(
     ):
       waiting.append(place)
   bar = _bar(job, len(waiting))
-  watched = {"finished": bar.update} if job.shown else {}
   for start in range(0, len(waiting), job.chunk):
     part = waiting[start : start + job.chunk]
     # The episode seeds the sampling, so it must not depend on the chunks.
     played = engine.run(
       params, [job.questions[i] for _, i in part],
       [attempt * len(job.questions) + i for attempt, i in part],
-      temperature=job.temperature, **watched,
+      temperature=job.temperature, finished=bar.update,
     )
     for place, trajectory in zip(part, played.trajectories, strict=True):
       line = done[place] = {
@@ -165,8 +163,6 @@ def evaluate(
         if job.describe and place in described:
           line["described"] = job.describe(trajectory)
         log.append({"place": place, **line})
-    if not job.shown:
-      bar.update(len(part))
   bar.close()
   return _finish(job, done, log)
 

@@ -76,27 +76,31 @@ class Arm:
 def read_run(folder: epath.Path) -> dict[str, Any]:
   """Returns what a study keeps of a finished run, as a JSON object.
 
-  Its fields: `questions` (digest of the sorted ids) and `count`, `em` (a bit
-  per question in that order, as hexadecimal), `em_after` (their mean), `curve`
-  {step: mean exact match}, `hops` {hops: mean exact match}, `searches`,
-  `recall`, `seconds`, `step_seconds` (mean of a step after the first, which
-  compiles).
+  Its fields: `commit` and `jax` that played it, `questions` (digest of the
+  sorted ids) and `count`, `em` (a bit per question in that order, as
+  hexadecimal), `em_after` (their mean), `curve` {step: mean exact match},
+  `hops` {hops: mean exact match}, `searches`, `recall`, `seconds`,
+  `step_seconds` (mean of a step after the first, which compiles).
   """
   evaluations = sorted((folder / "evaluations").glob("step_*"))
   rows = _predictions(evaluations[-1])
+  cards = {
+    int(place.name.removeprefix("step_")):
+      json.loads((place / "card.json").read_text()) for place in evaluations
+  }
+  last = cards[max(cards)]["settings"]
   hops = collections.defaultdict(list)
   for row in rows:
     hops[row.get("hops", 0)].append(row["em"])
   ids = "\n".join(row["id"] for row in rows)
   summary = json.loads((folder / "summary.json").read_text())
   return {
+    "commit": last["commit"], "jax": last["jax"],
     "questions": hashlib.sha256(ids.encode()).hexdigest()[:12],
     "count": len(rows),
     "em": np.packbits([row["em"] > 0 for row in rows]).tobytes().hex(),
     "curve": {
-      str(int(place.name.removeprefix("step_"))):
-        json.loads((place / "card.json").read_text())["metrics"]["em"]
-      for place in evaluations
+      str(step): card["metrics"]["em"] for step, card in cards.items()
     },
     "hops": {str(n): float(np.mean(em)) for n, em in sorted(hops.items()) if n},
     "searches": _mean([row["searches"] for row in rows]),

@@ -114,29 +114,18 @@ class Book:
         folders[plan.tuning_seed, rate] = place
       for (seed, rate), place in folders.items():
         if (arm.name, seed, rate) not in found and is_finished(place):
-          found[arm.name, seed, rate] = {
-            "arm": arm.name, "seed": seed, "rate": rate, **here,
-            **study.read_run(place),
-          }
-          self._check_run(place, here)
+          row = {"arm": arm.name, "seed": seed, "rate": rate, **here,
+                 **study.read_run(place)}
+          # Every run is a process of its own, maybe days later or elsewhere.
+          for field in ("commit", "jax"):
+            types.expect(row[field] == here[field], f"{place}: {field}",
+                         f"{here[field]!r}, with which the study began",
+                         row[field])
+          found[arm.name, seed, rate] = row
     order = [arm.name for arm in plan.arms]
     order += sorted({row["arm"] for row in found.values()} - set(order))
     return sorted(found.values(), key=lambda row: (
       order.index(row["arm"]), row["rate"] or 0.0, row["seed"]))
-
-  @staticmethod
-  def _check_run(place: epath.Path, here: Mapping[str, str]) -> None:
-    """Refuses a run that was played by other code than the study's.
-
-    Every run is a process of its own, maybe days later or elsewhere, and its
-    cards say what it was played by.
-    """
-    last = max((place / "evaluations").glob("step_*"))
-    said = json.loads((last / "card.json").read_text()).get("settings", {})
-    for field in ("commit", "jax"):
-      types.expect(said.get(field) == here.get(field), f"{place}: {field}",
-                   f"{here.get(field)!r}, with which the study began",
-                   said.get(field))
 
   def check(
     self, about: Mapping[str, str], arms: Sequence[ArmPlan]
