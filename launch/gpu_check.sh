@@ -11,14 +11,17 @@
 # takes only what is missing. STEPSEARCH_COMMIT names the commit where .git is
 # missing. Stages, in this order:
 #   choices_decode, choices_update, choices_prefill
-#              the same in few layers, by what compiler and memory may be told
+#              the same in few layers, by attention and remat
 #   attention  kernels side by side
 #   parity     this device's numbers beside the CPU's, small shapes
 #   update     share of peak: update and scoring, Qwen2.5-3B's widths
+#   update_dots
+#              the update that keeps the results of matrix products (H200)
 #   decode     share of bandwidth, 64 slots
 #   prefill    share of peak
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
+#   index      of FOLDER/corpus.jsonl by FOLDER/encoder, if it has none
 #   real       the study of configs/musique_smollm2.py:gpu with the questions,
 #              passages and index in --files=FOLDER (see there), with
 #              model.gguf and encoder/ from it if they are there
@@ -29,12 +32,13 @@ cd "$(dirname "$0")/.."
 
 out=gpu_check
 stages=choices_decode,choices_update,choices_prefill
-stages+=,attention,parity,update,decode,prefill,train,replay,real
+stages+=,attention,parity,update,update_dots,decode,prefill,train,replay
+stages+=,index,real
 seconds=540 tiny="" files="" python=python3 platform=cuda,cpu
 declare -A limits=(
   [choices_decode]=60 [choices_update]=70 [choices_prefill]=40
-  [parity]=100 [update]=150 [decode]=90 [prefill]=120 [attention]=70
-  [train]=90 [replay]=170 [real]=480
+  [parity]=100 [update]=150 [update_dots]=150 [decode]=90 [prefill]=120
+  [attention]=70 [train]=90 [replay]=170 [index]=60 [real]=480
 )
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -54,7 +58,7 @@ while [ $# -gt 0 ]; do
         limits[${pair%%:*}]="${pair#*:}"
       done ;;
     --tiny) tiny=1 platform=cpu ;;
-    --help | -h) sed -n '2,26p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --help | -h) sed -n '2,29p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: unknown argument $1" >&2; exit 1 ;;
   esac
   shift
@@ -115,6 +119,7 @@ figures choices_prefill accelerator prefill variants
 figures attention attention
 figures parity parity
 figures update accelerator "training:"
+figures update_dots accelerator "training: update" dots
 figures decode accelerator decode
 figures prefill accelerator prefill
 stage train "$python" -m stepsearch_jax.train --workdir="$(mktemp -d)/run" \
@@ -125,6 +130,9 @@ if [ -n "$files" ]; then
   for own in model=model.gguf encoder=encoder; do
     [ ! -e "$files/${own#*=}" ] || real+=",${own%%=*}=$files/${own#*=}"
   done
+  [ -e "$files/index/manifest.json" ] || stage index "$python" \
+    -m stepsearch_jax.tools.build_index --corpus="$files/corpus.jsonl" \
+    --encoder="$files/encoder" --output="$files/index"
   stage real "$python" launch/study.py --workdir="$out/real" --allow_dirty \
     --config="configs/musique_smollm2.py:$real"
 else
@@ -132,5 +140,5 @@ else
 fi
 
 say "all stages are over"
-"$python" -m stepsearch_jax.bench.report "$out"/{variants,attention,parity,accelerator}.json \
+"$python" -m stepsearch_jax.bench.report "$out"/{variants,attention,parity,accelerator,dots}.json \
   2>&1 | tee "$out/table.txt"

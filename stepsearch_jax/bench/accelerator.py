@@ -145,18 +145,6 @@ def random_policy(config: decoder.DecoderConfig) -> types.Tree:
   ))(jax.random.key(0))
 
 
-_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-# What the compiler might do otherwise with a decode block on a GPU.
-_COMPILED: dict[str, Any] = {
-  "as it is": {},
-  "loop in a graph": {"xla_gpu_enable_command_buffer": f"{_GRAPHS},WHILE"},
-  "products apart": {"xla_gpu_dot_merger_threshold_mb": 0},
-  "cuBLAS alone": {
-    "xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0,
-  },
-}
-
-
 class _Training:
   """A learner on full rows."""
 
@@ -200,12 +188,11 @@ def _prefill(config, sizes: Sizes) -> Work:
   )
 
 
-def _decode(config, sizes: Sizes, options: dict | None = None) -> Work:
+def _decode(config, sizes: Sizes) -> Work:
   """A block of decode steps in full slots."""
   rows, length = sizes.decode_rows, sizes.decode_length
   steps = programs.BLOCK
-  kind = functools.partial(programs.Optioned, options or {})
-  compiled = programs.endless(config, rows, length, kind)
+  compiled = programs.endless(config, rows, length)
   params = compiled.decode_params(random_policy(config))
 
   def block():
@@ -298,6 +285,8 @@ def _phases(config, trained, sizes: Sizes) -> Iterator[_Phase]:
   training = functools.cache(lambda: _Training(trained, sizes))
   rows = f"{sizes.update_rows} x {sizes.update_length}"
   part = f"{rows}, {trained.num_layers} of {config.num_layers} layers"
+  if trained.remat != decoder.Remat.FULL:
+    part += f", remat {trained.remat}"
   yield _Phase(
     "training: update", lambda: training().update(), part, "0.45"
   )
@@ -320,14 +309,22 @@ def _updated(config, sizes: Sizes):
   return _Training(config, sizes).update()
 
 
+def _by_attention(config) -> Iterator[tuple[str, decoder.DecoderConfig]]:
+  """(name, shape) with the device's own attention and with XLA's."""
+  for backend in (None, "xla"):
+    yield (
+      backend or "as it is", dataclasses.replace(config, attention=backend)
+    )
+
+
 def _variants(config, trained, sizes: Sizes) -> Iterator[_Phase]:
   """The same phases in few layers, by what may be chosen."""
   layers = f"{config.num_layers} layers"
-  for name, options in _COMPILED.items():
+  rows = f"{sizes.decode_rows} rows at {sizes.decode_length}, {layers}"
+  for backend, shape in _by_attention(config):
     yield _Phase(
-      "decode", functools.partial(_decode, config, sizes, options),
-      f"{sizes.decode_rows} rows at {sizes.decode_length}, {layers}, {name}",
-      "0.6", True,
+      "decode", functools.partial(_decode, shape, sizes),
+      f"{rows}, attention {backend}", "0.6", True,
     )
   rows = f"{sizes.update_rows} x {sizes.update_length}"
   for remat in (decoder.Remat.DOTS, decoder.Remat.NONE, decoder.Remat.FULL):
@@ -337,11 +334,10 @@ def _variants(config, trained, sizes: Sizes) -> Iterator[_Phase]:
       f"{rows}, {trained.num_layers} layers, remat {remat}", "0.45",
     )
   rows = f"{sizes.prefill_rows} x {sizes.prefill_length}, {layers}"
-  for backend in (None, "xla"):
-    shape = dataclasses.replace(config, attention=backend)
+  for backend, shape in _by_attention(config):
     yield _Phase(
       "prefill", functools.partial(_prefill, shape, sizes),
-      f"{rows}, attention {backend or 'as it is'}", "0.5",
+      f"{rows}, attention {backend}", "0.5",
     )
 
 
@@ -352,16 +348,16 @@ def readings(
   """Update, scoring, decode, prefill and a replay on one accelerator.
 
   Args:
-    path: recorded workloads (JSON); None makes similar ones up; "tiny" also
-      takes `tiny` sizes; "variants" takes the phases in few layers by what
-      compiler and memory may be told; "tiny variants" both.
+    path: recorded workloads (JSON); None makes similar ones up. Or words:
+      "tiny" also takes `tiny` sizes, "variants" the phases in few layers by
+      attention and remat, "dots" and "none" train with that remat.
     config: shape; None is Qwen2.5-3B's.
     sizes: of the workloads; None suits 80 GB and more.
 
   Raises:
     UserError: the device's peaks are not known.
   """
-  words = set((path or "").split()) & {"tiny", "variants"}
+  words = set((path or "").split()) & {"tiny", "variants", *decoder.Remat}
   if "tiny" in words:
     config, sizes = tiny()
   config, sizes = config or qwen3b(), sizes or Sizes()
@@ -375,7 +371,8 @@ def readings(
   machine = machines.of_device(device.platform, device.device_kind)
   memory = (device.memory_stats() or {}).get("bytes_limit", machine.memory)
   layers = sizes.update_layers or fitting_layers(config, memory)
-  trained = dataclasses.replace(config, num_layers=layers)
+  (remat,) = [r for r in decoder.Remat if r in words] or [config.remat]
+  trained = dataclasses.replace(config, num_layers=layers, remat=remat)
   depth = sizes.rollout_layers or config.num_layers
   config = dataclasses.replace(config, num_layers=depth)
   phases = _variants if "variants" in words else _phases

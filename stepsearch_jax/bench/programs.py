@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 
 from stepsearch_jax.models import decoder
@@ -15,29 +13,6 @@ from stepsearch_jax.rollout import device
 from stepsearch_jax.rollout import programs as rollout_programs
 
 BLOCK = 32
-
-
-class Optioned(rollout_programs.RolloutPrograms):
-  """Programs that are compiled with options of the compiler's."""
-
-  def __init__(self, options: dict[str, str | int | bool], *how: Any):
-    """Options by their names; the rest as ever."""
-    super().__init__(*how)
-    self._options = options
-
-  def _lower_decode(self, kv_length: int):
-    return _Lowered(super()._lower_decode(kv_length), self._options)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lowered:
-  """A lowered program and the options that it is compiled with."""
-
-  program: jax.stages.Lowered
-  options: dict[str, Any]
-
-  def compile(self) -> jax.stages.Compiled:
-    return self.program.compile(compiler_options=self.options)
 
 
 def endless(

@@ -7,6 +7,7 @@ yields zeros, never NaN.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,16 +88,15 @@ def cached_attention(
       cache it is padding, whose result is for nobody to see.
     cache: tells the slots of the rows and how keys lie.
     kv_length: static bound on the positions; None = all of the cache.
-    backend: see `packed_attention`. One query per row goes through the decode
-      kernel on TPU where `decode_kernel.block_rows` allows it, else through
-      XLA.
+    backend: see `packed_attention`. One query per slot goes through the
+      kernel that `held_kernel` finds, else through XLA.
 
   Returns:
     [B, S, H, D].
   """
   backend = backend or backend_of(jax.default_backend())
-  if rows := held_rows(q, entries, cache, backend):
-    return _held_only(q, entries, positions, cache, rows)
+  if kernel := held_kernel(q, entries, cache, backend):
+    return _held_only(kernel, q, entries, positions, cache)
   k, v = cache_lib.read(entries, kv_length, cache)
   even = q.shape[1] % 2 == v.shape[2] % 2 == 0
   if backend == "cudnn" and even and q.dtype in _CUDNN_TYPES:
@@ -114,25 +114,35 @@ def cached_attention(
   return _merge(blocks, q.shape)
 
 
-def held_rows(
+def held_kernel(
   q: types.Leaf, entries: cache_lib.Entries, cache: cache_lib.Cache,
   backend: str | None = None,
-) -> int | None:
-  """Positions per block of the kernel that reads only what slots hold.
+) -> Callable[..., jax.Array] | None:
+  """The kernel that reads only what slots hold, for one query per slot.
 
   Args:
     q, entries, cache, backend: see `cached_attention`; shapes will do.
 
   Returns:
-    None where the kernel is not used, and `kv_length` bounds what is read.
+    A function of (queries [P, KV, G, D], keys, values, entries held [P]); None
+    where there is none, and `kv_length` bounds what is read.
   """
   backend = backend or backend_of(jax.default_backend())
   kv = entries[0].shape[1]
-  if backend != "splash" or cache.slots is not None:
+  if cache.slots is not None or not _splits_alike(q.shape[2], kv):
     return None
-  if not _splits_alike(q.shape[2], kv):
+  if backend == "cudnn" and cudnn.decodes(q, *entries):
+    return cudnn.decode
+  if backend != "splash":
     return None
-  return decode_kernel.block_rows(q, *entries, sharding.shards("kv_heads", kv))
+  rows = decode_kernel.block_rows(
+    q, *entries, sharding.shards("kv_heads", kv)
+  )
+  if rows is None:
+    return None
+  return functools.partial(
+    decode_kernel.attend, rows=rows, cores=sharding.cores()
+  )
 
 
 def _splits_alike(heads, kv):
@@ -140,17 +150,14 @@ def _splits_alike(heads, kv):
   return sharding.shards("heads", heads) == sharding.shards("kv_heads", kv)
 
 
-def _held_only(q, entries, positions, cache, rows):
-  """The same for one query per slot, of what it holds (compiled, not run).
+def _held_only(kernel, q, entries, positions, cache):
+  """The same for one query per slot, of what it holds.
 
   The whole cache goes in, since a slice of it would be copied for the kernel:
   lengths bound what is read, so `kv_length` does not matter.
   """
   held = positions[:, 0] + 1
   held = jnp.where(held <= entries[1].shape[2], held, 0)
-  kernel = functools.partial(
-    decode_kernel.attend, rows=rows, cores=sharding.cores()
-  )
   query = ("slots", "kv_heads", None, "head_dim")
   names = (query, *cache.axes, ("slots",))
   grouped = _grouped(q, entries[0].shape[1])[:, :, :, 0]

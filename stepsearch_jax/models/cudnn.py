@@ -1,8 +1,9 @@
-"""Packed attention through cuDNN's fused kernel, by the places of segments.
+"""Attention through cuDNN's fused kernel, by segments and by lengths.
 
-The kernel reads where each segment begins and how long it is; no mask of
-[R, 1, S, S] exists. JAX has this form behind its public function only, so what
-it needs is looked up once and the caller falls back where it is not there.
+Of packed rows, the kernel reads where each segment begins and how long it is;
+no mask of [R, 1, S, S] exists. When slots decode, it reads how many entries
+each one holds. JAX has these forms behind its public function only, so what
+they need is looked up once and the caller falls back where it is not there.
 
 The kernel's causal mask knows whole sequences only. Where segments share a
 prefix, attention (and nothing else of the model) runs on rows that are spread
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable
+from types import ModuleType
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from absl import logging
+
+from stepsearch_jax import types
 
 # A row with more segments than one per so many tokens takes the caller's other
 # path: the kernel's workspace grows with the bound on their number.
@@ -29,7 +32,7 @@ _SPREAD = 2
 
 
 @functools.cache
-def kernel() -> types.ModuleType | None:
+def kernel() -> ModuleType | None:
   """Returns JAX's cuDNN module, None where it cannot take segments.
 
   It needs a Hopper GPU or later, and a JAX whose function takes offsets.
@@ -49,7 +52,7 @@ def kernel() -> types.ModuleType | None:
   return None
 
 
-def _lacking(module: types.ModuleType) -> str | None:
+def _lacking(module: ModuleType) -> str | None:
   """Returns why a cuDNN module cannot take segments; None where it can."""
   for name in ("dot_product_attention", "check_compute_capability"):
     if not hasattr(module, name):
@@ -250,3 +253,43 @@ def packed(
   return jax.lax.switch(
     way, (_apart, _shared, otherwise), q, k, v, segment_ids
   )
+
+
+def decodes(q: types.Leaf, k: types.Leaf, v: types.Leaf) -> bool:
+  """Whether `decode` takes one query per slot of such shapes and types.
+
+  Args:
+    q: [P, S, H, D] queries; shapes and types will do.
+    k, v: [P, KV, T, D] entries of all slots; keys may lie in another order.
+  """
+  alike = k.shape == v.shape and q.dtype == k.dtype == v.dtype
+  return (
+    alike and q.shape[:2] == (v.shape[0], 1)
+    and q.dtype in (jnp.bfloat16, jnp.float16)
+    and v.shape[3] % 8 == 0 and kernel() is not None
+  )
+
+
+def decode(
+  q: jax.Array, k: jax.Array, v: jax.Array, held: jax.Array
+) -> jax.Array:
+  """Attention of one query per slot over what the slot holds.
+
+  The query heads that share keys are the kernel's queries, so that keys and
+  values are read once for all of them.
+
+  Args:
+    q: [P, KV, G, D], already scaled.
+    k, v: [P, KV, T, D].
+    held: [P] int32, entries of each slot; 0 yields zeros.
+
+  Returns:
+    [P, KV, G, D].
+  """
+  module = kernel()
+  out = module.dot_product_attention(
+    q, k, v, q_seqlen=jnp.full_like(held, q.shape[2]),
+    kv_seqlen=jnp.maximum(held, 1), scale=1.0,
+    mask_type=module.MaskType.PADDING, qkv_layout="BNTH",
+  )
+  return jnp.where((held > 0)[:, None, None, None], out, 0)

@@ -131,7 +131,7 @@ class RolloutPrograms:
       (self.spec.slots, 1, config.num_heads, config.head_dim), config.dtype
     )
     with sharding.scope(self._mesh):
-      return attention.held_rows(
+      return attention.held_kernel(
         query, (cache.k[0], cache.v[0]), cache, config.attention
       ) is not None
 

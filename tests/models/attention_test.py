@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepsearch_jax.models import attention, cudnn
+from stepsearch_jax.models import attention, cache, cudnn
 
 SEGMENTS = np.array([
   [1] * 200 + [2] * 300 + [0] * 12,
@@ -247,10 +247,93 @@ def test_the_real_kernel_lowers_for_cuda_without_a_mask(monkeypatch):
     text = program.trace(*shapes, segments).lower(
       lowering_platforms=("cuda",)
     ).as_text()
+    q, k, v = (
+      jax.ShapeDtypeStruct((4, 2, length, 128), jnp.bfloat16)
+      for length in (8, 1024, 1024)
+    )
+    held = jax.ShapeDtypeStruct((4,), jnp.int32)
+    decoding = jax.jit(cudnn.decode).trace(q, k, v, held).lower(
+      lowering_platforms=("cuda",)
+    ).as_text()
   finally:
     cudnn.kernel.cache_clear()
   assert "fmhaSoftmaxBackward" in text and "fmhaSoftmax" in text
   assert "2x1x2048x2048" not in text and "2048x2048xi1" not in text
+  # The cache goes in as it lies: nothing of its size is made.
+  assert "fmhaSoftmax" in decoding and "tensor<4x1024x" not in decoding
+
+
+class FakeDecode:
+  """What cuDNN computes with padding: keys up to a row's own length."""
+
+  MaskType = types.SimpleNamespace(PADDING="padding")
+
+  def dot_product_attention(
+    self, q, k, v, *, q_seqlen, kv_seqlen, scale, mask_type, qkv_layout
+  ):
+    assert (mask_type, qkv_layout) == ("padding", "BNTH")
+    assert (q_seqlen == q.shape[2]).all()
+    out = np.full(q.shape, np.nan, np.float32)
+    for row, held in enumerate(np.asarray(kv_seqlen)):
+      assert held > 0  # cuDNN would divide by nothing.
+      keys, values = (np.asarray(x[row, :, :held], np.float32) for x in (k, v))
+      scores = np.einsum("ngd,ntd->ngt", np.float32(q[row]), keys) * scale
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      out[row] = np.einsum("ngt,ntd->ngd", weights, values)
+    return jnp.asarray(out, q.dtype)
+
+
+@pytest.mark.parametrize("heads, kv", [(8, 2), (9, 3)])
+def test_slots_decode_over_what_they_hold(monkeypatch, heads, kv):
+  monkeypatch.setattr(cudnn, "kernel", FakeDecode)
+  rng = np.random.default_rng(4)
+  q = jnp.asarray(rng.standard_normal((5, 1, heads, 16)), jnp.bfloat16)
+  k, v = jnp.asarray(rng.standard_normal((2, 5, kv, 40, 16)), jnp.bfloat16)
+  # The last slot is not active: its position is outside.
+  positions = jnp.asarray([[0], [7], [20], [39], [40]], jnp.int32)
+  slots = cache.Cache((), (), order=cache.KeyOrder.TD)
+  # What lies behind a slot's last entry is nobody's: poison.
+  behind = jnp.arange(40)[None, None, :, None] > positions[:, :, None, None]
+  k, v = (jnp.where(behind, jnp.nan, x) for x in (k, v))
+  ours = attention.cached_attention(
+    q, (k, v), positions, slots, 24, "cudnn"
+  )
+  plain = attention.cached_attention(
+    q.astype(jnp.float32), tuple(jnp.nan_to_num(x) for x in (k, v)),
+    positions, slots, None, "xla",
+  )
+  np.testing.assert_allclose(
+    np.float32(ours[:4]), plain[:4], rtol=0.02, atol=0.01
+  )
+  np.testing.assert_array_equal(np.float32(ours[4]), 0)
+
+
+@pytest.mark.parametrize("change", [
+  {"queries": 2}, {"dtype": jnp.float32}, {"dim": 12}, {"order": "dt"},
+  {"rows": jnp.zeros(5, jnp.int32)}, {"backend": "xla"},
+])
+def test_other_queries_and_layouts_do_not_go_to_the_decode_kernel(
+  monkeypatch, change
+):
+  monkeypatch.setattr(cudnn, "kernel", FakeDecode)
+
+  def found(
+    queries=1, dtype=jnp.bfloat16, dim=16, order="td", rows=None,
+    backend="cudnn",
+  ):
+    q = jax.ShapeDtypeStruct((5, queries, 8, dim), dtype)
+    v = jax.ShapeDtypeStruct((5, 2, 40, dim), dtype)
+    turned = jax.ShapeDtypeStruct((5, 2, dim, 40), dtype)
+    slots = cache.Cache((), (), rows, cache.KeyOrder(order))
+    return attention.held_kernel(
+      q, (v if order == "td" else turned, v), slots, backend
+    )
+
+  assert found() is cudnn.decode
+  assert found(**change) is None
+  monkeypatch.setattr(cudnn, "kernel", lambda: None)
+  assert found() is None
 
 
 def jax_with(capability="9.0", offsets=True):
