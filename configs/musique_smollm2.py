@@ -130,7 +130,6 @@ def _train(config: ml_collections.ConfigDict) -> None:
 
 def _fill_gpu(config: ml_collections.ConfigDict) -> None:
   """What one GPU does in minutes where 2 CPU cores need hours."""
-  config.total_steps = 40
   config.model.dtype = "bfloat16"
   config.rollout.slots = 64
   config.rollout.block = 32

@@ -23,7 +23,7 @@ import tqdm
 
 from stepsearch_jax import types
 from stepsearch_jax.models import attention, decoder, heads
-from stepsearch_jax.parallel import sharding
+from stepsearch_jax.parallel import first_run, sharding
 from stepsearch_jax.rollout import device, layout
 from stepsearch_jax.rollout.device import ProgramSpec
 
@@ -116,6 +116,7 @@ class RolloutPrograms:
     self._cast = jax.jit(cast, out_shardings=placed)
     self._compiled: dict[tuple, jax.stages.Compiled] = {}
     self._probes: dict[tuple, jax.stages.Compiled] = {}
+    self._run = first_run.FirstAlone()  # Searches go on in other threads.
     self.kv_buckets = _kv_buckets(spec.context)
 
   @functools.cached_property
@@ -285,7 +286,7 @@ class RolloutPrograms:
   ) -> device.SlotState:
     """Runs `device.extend`; `kv_length` bounds the tokens' positions."""
     program = self._program(self.bucket(kv_length), *chunk.tokens.shape)
-    return program(params, state, chunk)
+    return self._run(program, params, state, chunk)
 
   @property
   def _probe_buckets(self) -> tuple[int, ...]:
@@ -299,7 +300,7 @@ class RolloutPrograms:
     reach = min(int((chunk.start + chunk.length).max()), self.spec.context)
     kv_length = next(b for b in self._probe_buckets if b >= reach)
     program = self._probe_program(kv_length, *chunk.tokens.shape)
-    return program(params, state, chunk)
+    return self._run(program, params, state, chunk)
 
   def copy_prefix(
     self, state: device.SlotState, source: np.ndarray, chunk: device.Chunk,
@@ -307,14 +308,14 @@ class RolloutPrograms:
   ) -> device.SlotState:
     """Runs `device.copy_prefix`; `kv_length` bounds the prefixes."""
     program = self._program(self.bucket(kv_length), len(source))
-    return program(state, source, chunk)
+    return self._run(program, state, source, chunk)
 
   def decode_block(
     self, params: types.Tree, state: device.SlotState, key: jax.Array,
     kv_length: int, limit: int, leave: int,
   ) -> tuple[device.SlotState, device.BlockOutput]:
     """Runs `device.decode_block`; `kv_length` bounds what it may reach."""
-    return self._program(self._reach(kv_length))(
-      params, state,
+    return self._run(
+      self._program(self._reach(kv_length)), params, state,
       device.Draw(self._table, key, np.int32(limit), np.int32(leave)),
     )

