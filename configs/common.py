@@ -222,7 +222,7 @@ def _ppo():
   # Penalty on good rows that become less likely (LLDS), usually 0.2; it does
   # something from the second optimizer step of a batch on. None = the method's.
   ppo.llds_coef = config_dict.placeholder(float)
-  ppo.llds_answer_weight = 0.2  # Of the tokens of the answering turn in it.
+  ppo.llds_answer_weight = 0.2  # Of the tokens of the answer in it.
   # recompute | rollout: those recorded while sampling, which saves a pass.
   ppo.old_logp = "recompute"
   ppo.importance_cap = 2.0  # With rollout: largest importance weight.

@@ -224,6 +224,8 @@ class Turn:
     failed: True when the turn's search failed for good.
     shown: what of each document's text the observation had room for; None
       where it had room for all.
+    answer_position: index in `Trajectory.tokens` of the first sampled token
+      behind the tag that opens the answer; -1 where the turn does not answer.
   """
 
   text: str
@@ -235,6 +237,7 @@ class Turn:
   retrieved: bool = False
   failed: bool = False
   shown: tuple[str, ...] | None = None
+  answer_position: int = -1
 
   @property
   def shown_texts(self) -> tuple[str, ...]:
@@ -320,7 +323,8 @@ class RolloutBatch:
       the same last observation of the same question (the prompt for the first
       turn); -1 for a turn that did not happen.
     searches: [B] int32, searches that were answered.
-    answer_turn: [B] int32, the turn that answers; -1 where none does.
+    answer_start: [B] int32, place of the answer's first token, behind the tag
+      that opens it; T where there is no answer.
   """
 
   tokens: np.ndarray
@@ -332,4 +336,4 @@ class RolloutBatch:
   turn: np.ndarray
   anchor: np.ndarray
   searches: np.ndarray
-  answer_turn: np.ndarray
+  answer_start: np.ndarray

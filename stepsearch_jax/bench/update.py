@@ -63,7 +63,7 @@ def batch_of(
     turn=np.where(mask > 0, 0, -1).astype(np.int32),
     anchor=np.zeros((count, 8), np.int32),
     searches=np.zeros(count, np.int32),
-    answer_turn=np.full(count, -1, np.int32),
+    answer_start=np.full(count, width, np.int32),
   )
 
 

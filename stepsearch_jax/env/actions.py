@@ -13,10 +13,17 @@ _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class ParsedTurn:
-  """The action of a turn; `content` is stripped, "" when invalid."""
+  """What a turn asks for.
+
+  Attributes:
+    action: of its first complete block.
+    content: of the block, stripped; "" when invalid.
+    begins: characters of the turn before the content; -1 when invalid.
+  """
 
   action: types.Action
   content: str
+  begins: int = -1
 
 
 def opening(action: types.Action) -> str:
@@ -42,7 +49,9 @@ def parse(text: str) -> ParsedTurn:
   match = _ACTION.search(text)
   if match is None:
     return ParsedTurn(types.Action.INVALID, "")
-  return ParsedTurn(types.Action(match.group(1)), match.group(2).strip())
+  return ParsedTurn(
+    types.Action(match.group(1)), match.group(2).strip(), match.start(2)
+  )
 
 
 def thought(text: str) -> str:

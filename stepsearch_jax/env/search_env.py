@@ -26,6 +26,7 @@ class Step:
     done: whether the trajectory ends with this turn.
     query: what to retrieve, None if nothing.
     warning: text to feed back when not done and nothing is retrieved.
+    begins: characters of the turn before the content; -1 where unknown.
   """
 
   text: str
@@ -34,6 +35,7 @@ class Step:
   done: bool = False
   query: str | None = None
   warning: str = ""
+  begins: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class SearchEnv:
     parsed = actions.parse(text)
     action, content = parsed.action, parsed.content
     if action is types.Action.ANSWER or self.is_last(turn):
-      return Step(text, action, content, done=True)
+      return Step(text, action, content, done=True, begins=parsed.begins)
     if action is types.Action.SEARCH:
       return Step(text, action, content, query=content)
     warning = self.template.invalid + self._notice(turn)

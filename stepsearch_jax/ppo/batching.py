@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -91,7 +92,9 @@ def _empty(
     searches=np.array(
       [sum(turn.retrieved for turn in t.turns) for t in trajectories], np.int32
     ),
-    answer_turn=np.array([_answer_turn(t) for t in trajectories], np.int32),
+    answer_start=np.array(
+      [_answer_start(t, max_length) for t in trajectories], np.int32
+    ),
   )
 
 
@@ -100,10 +103,11 @@ def _turns(trajectory: types.Trajectory) -> int:
   return max(int(trajectory.turn_index.max(initial=0)) + 1, 1)
 
 
-def _answer_turn(trajectory: types.Trajectory) -> int:
-  """Number of the turn that answers, -1 where none does."""
+def _answer_start(trajectory: types.Trajectory, nowhere: int) -> int:
+  """Place of the answer's first token, `nowhere` where there is none."""
   turns = trajectory.turns
-  return len(turns) - 1 if turns and turns[-1].action == "answer" else -1
+  place = turns[-1].answer_position if turns else -1
+  return nowhere if place < 0 else place
 
 
 def _state(trajectory: types.Trajectory, turn: int) -> bytes:
@@ -255,13 +259,13 @@ class _Rows:
   def add(self, b: int) -> None:
     """Puts a trajectory into a row where it fits, or into a new one."""
     size = int(self._lengths[b])
-    best, saved = len(self.rows), -1
+    best, saved = len(self.rows), -math.inf
     found = _Row((b,), self._heads.shape[1], size, self._step)
     for r, joined in enumerate(self._joined(b, size)):
       gain = self.rows[r].used + size - joined.used
       if joined.used <= self._row_length and gain > saved:
         best, saved, found = r, gain, joined
-        if not self._closest:
+        if gain >= 0 and not self._closest:
           break
     self.rows[best : best + 1] = [found]
 
@@ -275,10 +279,10 @@ class _Rows:
         row.step,
       )
 
-  @property
-  def cost(self) -> tuple[int, int]:
-    """Rows, and the places taken in them."""
-    return len(self.rows), sum(row.used for row in self.rows)
+
+def _cost(rows: Sequence[_Row]) -> tuple[int, int]:
+  """Rows, and the places taken in them."""
+  return len(rows), sum(row.used for row in rows)
 
 
 def _first_fit(
@@ -308,7 +312,7 @@ def _first_fit(
 
 
 def pack(
-  rows: Sequence[int],
+  rows: Iterable[int],
   lengths: np.ndarray,
   width: int,
   row_length: int,
@@ -318,8 +322,9 @@ def pack(
 
   A row is [prefix | rest of trajectory 1 | rest of trajectory 2 | ...], the
   prefix the longest that its trajectories have in common. A trajectory goes
-  into the first row where it fits, or into that which saves most; what takes
-  fewer rows (or tokens) is kept.
+  into the first row where it fits and lengthens nothing, or into that which
+  saves most, or wherever it would go if nothing were shared; what takes fewest
+  rows (or tokens) is kept.
 
   Args:
     rows: batch rows to pack.
@@ -337,16 +342,13 @@ def pack(
       f"a trajectory of {lengths[order[0]]} tokens does not fit a packed row "
       f"of {row_length}"
     )
-  if heads is None:
-    filled = _first_fit(order, lengths, row_length)
-    return _lay_out(filled, lengths, width, row_length)
-  ways = []
-  for closest in (False, True):
-    ways.append(_Rows(lengths, heads, row_length, closest))
+  ways = [_first_fit(order, lengths, row_length)]
+  for closest in (False, True) if heads is not None else ():
+    shared = _Rows(lengths, heads, row_length, closest)
     for b in order:
-      ways[-1].add(b)
-  return _lay_out(min(ways, key=lambda way: way.cost).rows, lengths, width,
-                  row_length)
+      shared.add(b)
+    ways.append(shared.rows)
+  return _lay_out(min(ways, key=_cost), lengths, width, row_length)
 
 
 def _lay_out(rows, lengths, width, row_length) -> Packing:

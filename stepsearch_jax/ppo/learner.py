@@ -3,7 +3,7 @@
 Three kinds of compiled program: forward and accumulate, each over packed rows
 [micro_rows, row_length] and over fewer rows at the end of a mini-batch, and
 apply. Longer, shorter or fewer trajectories change how many times they run,
-never what is compiled.
+never what is compiled: both sizes run in the first step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from stepsearch_jax.ppo import (
   forward,
   kl,
   masked,
+  packer,
   specs,
   trainable,
   weighting,
@@ -62,9 +62,7 @@ class Learner:
     self.spec = spec
     self._mesh = mesh
     self._replicated = sharding.replicated(mesh)
-    devices = mesh.mesh.size
-    shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
-    self._tail_rows = spec.batch.tail_rows(shards)
+    self._packer = packer.Packer(spec, mesh)
     self._estimator = estimators.find(spec.estimator.name)
     self._compute = jax.jit(
       functools.partial(advantages.compute, self._estimator, spec)
@@ -178,55 +176,6 @@ class Learner:
   def _scalar(self, value):
     return sharding.put(value, self._replicated)
 
-  def _packing(
-    self, batch: types.RolloutBatch, rows, share: bool = True
-  ) -> batching.Packing:
-    """Packs `rows`, what they begin with once where `share` is set."""
-    lengths = batch.lengths
-    if self.spec.estimator.scope == specs.MaskScope.ATTENDED:
-      # The released value model also sees the token behind the last.
-      lengths = np.minimum(lengths + 1, batch.tokens.shape[1])
-    packing = batching.pack(
-      rows, lengths, batch.tokens.shape[1], self.spec.batch.row_length,
-      batching.shareable(batch) if share else None,
-    )
-    return packing.padded(sum(self._sizes(len(packing.source))))
-
-  def _sizes(self, rows: int) -> list[int]:
-    """Rows of each micro-batch over so many packed rows."""
-    batch, tail = self.spec.batch, self._tail_rows
-    if self.spec.loss.micro_weighting == specs.MicroWeighting.MICRO_MEAN:
-      tail = batch.micro_rows  # A mean over micro-batches of one size.
-    return batching.micro_sizes(rows, batch.micro_rows, tail)
-
-  def _micros(
-    self, packing: batching.Packing, batch: types.RolloutBatch, **arrays
-  ) -> Iterator[MicroBatch]:
-    """Yields the micro-batches of a packing, on the device.
-
-    Args:
-      packing: where the tokens go.
-      batch: rollouts.
-      **arrays: [B, T] fields of `MicroBatch`; absent ones or None are zeros.
-    """
-    zeros = np.zeros(batch.tokens.shape, np.float32)
-    names = ("weights", "llds_weights", "value_weights", "logp",
-             "reference_logp", "values", "advantages", "returns")
-    given = {name: x for name, x in arrays.items() if x is not None}
-    packed = {name: packing.pack(given.get(name, zeros)) for name in names}
-    packed |= {
-      "tokens": packing.pack(batch.tokens),
-      "turn": packing.pack(batch.turn, fill=-1),
-      "policy_mask": packing.pack(batch.policy_mask),
-      "segment_ids": packing.segment_ids,
-      "positions": packing.positions,
-    }
-    where, start = sharding.batch(self._mesh), 0
-    for size in self._sizes(len(packing.source)):
-      part = {name: x[start : start + size] for name, x in packed.items()}
-      yield sharding.put(MicroBatch(**part), where)
-      start += size
-
   def prepare(
     self, state: LearnerState, batch: types.RolloutBatch
   ) -> tuple[Experience, dict[str, float]]:
@@ -269,10 +218,12 @@ class Learner:
 
   def _evaluate(self, state: LearnerState, batch: types.RolloutBatch):
     """(policy's output, reference's, values or None, metrics) of a batch."""
-    packing = self._packing(batch, range(len(batch.tokens)))
+    packing = self._packer.packing(batch, range(len(batch.tokens)))
     metrics = {"forward/padding_share": packing.padding_share}
     with sharding.scope(self._mesh):
-      micros = list(self._micros(packing, batch))
+      micros = self._packer.both_sizes(
+        "scores", self._packer.micros(packing, batch)
+      )
 
       def over_batch(phase, program, *params):
         """One model over the whole batch, back in its rows."""
@@ -359,16 +310,16 @@ class Learner:
     weights = weighting.of_mini_batch(experience, rows, spec)
     # In a mean over micro-batches it matters who is in which: as released.
     micro_mean = specs.MicroWeighting.MICRO_MEAN
-    packing = self._packing(
+    packing = self._packer.packing(
       batch, rows, share=spec.loss.micro_weighting != micro_mean
     )
-    micros = list(self._micros(
+    micros = self._packer.micros(
       packing, batch, logp=experience.logp,
       reference_logp=experience.reference_logp, values=experience.values,
       advantages=experience.advantages, returns=experience.returns,
       value_weights=experience.value_weights, weights=weights.policy,
       llds_weights=weights.llds,
-    ))
+    )
     tokens = {
       "policy": batch.policy_mask[rows].sum(),
       "value": (experience.value_weights[rows] > 0).sum(),
@@ -387,7 +338,8 @@ class Learner:
         np.float32, (mini.tokens[role], mini.turns, len(mini.micros))
       ))
       trained, metrics = model.update(
-        getattr(state, role), state.reference, mini.micros, share, lr_scale
+        getattr(state, role), state.reference,
+        self._packer.both_sizes(role, mini.micros), share, lr_scale
       )
       state = dataclasses.replace(state, **{role: trained})
       seen |= metrics

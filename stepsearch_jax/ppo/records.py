@@ -189,8 +189,16 @@ class MicroBatch:
   returns: types.Leaf
 
   @classmethod
+  def empty(cls, shape: tuple[int, int]) -> MicroBatch:
+    """Returns rows of padding alone."""
+    found = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), cls.abstract(shape, None)
+    )
+    return dataclasses.replace(found, turn=found.turn - 1)
+
+  @classmethod
   def abstract(
-    cls, shape: tuple[int, int], where: jax.sharding.Sharding
+    cls, shape: tuple[int, int], where: jax.sharding.Sharding | None
   ) -> MicroBatch:
     """Returns shapes and places instead of arrays, for lowering programs."""
     whole = ("tokens", "segment_ids", "positions", "turn")

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from stepsearch_jax import types
 from stepsearch_jax.models import adapters
 
+_BUSY_TOKENS = 4096  # A pass over so many keeps a device busy.
+
 
 class KlEstimator(enum.StrEnum):
   """Per-token estimate of KL(policy || reference); see `kl.penalty`."""
@@ -128,7 +130,7 @@ class LossSpec:
     ratio: what a ratio is of.
     aggregation: how tokens become one number.
     llds_coef: weight of the LLDS penalty; 0 for none.
-    llds_answer_weight: of the tokens of the answering turn in it.
+    llds_answer_weight: of the tokens of the answer in it.
     old_logp: where the log-probabilities before the update come from.
     importance_cap: with recorded ones, the largest importance weight.
     value_clip: largest counted move of a value from its old one.
@@ -286,7 +288,9 @@ class BatchSpec:
     Args:
       shards: data shards of the mesh, which must divide the rows.
     """
-    small = -(-(self.micro_rows // 4) // shards) * shards
+    # A quarter, or less where that keeps a device busy: less stays empty.
+    rows = min(self.micro_rows // 4, -(-_BUSY_TOKENS // self.row_length))
+    small = -(-rows // shards) * shards
     return small if 0 < small < self.micro_rows else self.micro_rows
 
   def optimizer_steps(self, trajectories: int) -> int:

@@ -35,7 +35,7 @@ def of_mini_batch(
   if loss.llds_coef:
     penalty[rows] = llds(
       experience.advantages[rows], mask,
-      batch.turn[rows] == batch.answer_turn[rows, None],
+      np.arange(mask.shape[1]) >= batch.answer_start[rows, None],
       loss.llds_answer_weight,
     )
   return Weights(policy, penalty)
@@ -94,7 +94,7 @@ def llds(
   Args:
     advantages: [B, T].
     mask: [B, T] policy mask.
-    answer: [B, T] bool, tokens of the answering turn.
+    answer: [B, T] bool, tokens of the answer.
     answer_weight: their weight beside the others' 1.
 
   Returns:

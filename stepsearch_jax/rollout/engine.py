@@ -335,12 +335,7 @@ class _Schedule:
         action_position=len(slot.record.tokens) - 1,
       )
       if step.done:
-        slot.record.turns.append(turn)
-        reason = types.StopReason.MAX_TURNS
-        if step.action is types.Action.ANSWER:
-          slot.record.answer = step.content
-          reason = types.StopReason.ANSWER
-        self._finish(slot, reason)
+        self._conclude(slot, turn, step)
         stats.vacant_slot_steps += slot.idled if self._waiting else 0
       elif step.query is not None:
         slot.phase = Phase.SEARCHING
@@ -351,6 +346,21 @@ class _Schedule:
         )
     if asked:
       self._searches.ask([turn.content for _, turn in asked], asked)
+
+  def _conclude(
+    self, slot: Slot, turn: types.Turn, step: search_env.Step
+  ) -> None:
+    """Ends a trajectory with its last turn, an answer or none."""
+    record, reason = slot.record, types.StopReason.MAX_TURNS
+    if step.action is types.Action.ANSWER:
+      record.answer, reason = step.content, types.StopReason.ANSWER
+      if step.begins >= 0:
+        first = record.turn_start + self._texts.reaches(
+          record.tokens[record.turn_start :], step.begins
+        )
+        turn = dataclasses.replace(turn, answer_position=first)
+    record.turns.append(turn)
+    self._finish(slot, reason)
 
   def _finish(self, slot: Slot, reason: types.StopReason) -> None:
     done = self._done[slot.record.order] = slot.record.finish(reason)

@@ -49,6 +49,9 @@ def _kv_buckets(context: int) -> tuple[int, ...]:
   return tuple(sorted(buckets))
 
 
+_Compiled = dict[tuple[int, ...], jax.stages.Compiled]  # By shapes.
+
+
 class RolloutPrograms:
   """The compiled programs for one model and one set of shapes.
 
@@ -114,8 +117,7 @@ class RolloutPrograms:
     )
     self._weights = sharding.abstract(weights, placed)
     self._cast = jax.jit(cast, out_shardings=placed)
-    self._compiled: dict[tuple, jax.stages.Compiled] = {}
-    self._probes: dict[tuple, jax.stages.Compiled] = {}
+    self._compiled, self._probes = _Compiled(), _Compiled()
     self._run = first_run.FirstAlone()  # Searches go on in other threads.
     self.kv_buckets = _kv_buckets(spec.context)
 

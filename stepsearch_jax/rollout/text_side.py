@@ -8,6 +8,7 @@ that replays recorded lengths.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from stepsearch_jax import types
@@ -48,6 +49,13 @@ class TextSide:
     """Returns what the turn that the policy has just ended asks for."""
     text = self.decode(record.tokens[record.turn_start :])
     return self._env.step(text, len(record.turns))
+
+  def reaches(self, tokens: Sequence[int], characters: int) -> int:
+    """Returns how many of a turn's tokens it takes to write some characters."""
+    return bisect.bisect_left(
+      range(len(tokens)), characters,
+      key=lambda count: len(self.decode(tokens[:count])),
+    )
 
   def documents(
     self, record: recorder.Recorder, found: Sequence[types.Passage] | None

@@ -1,5 +1,8 @@
 """Trajectories to batches, and batches to packed rows."""
 
+import dataclasses
+import json
+
 import fakes
 import numpy as np
 import pytest
@@ -39,8 +42,9 @@ def searches(question, *observations, answers=True):
     runs += [(POLICY, number, [10 + number]), (SEEN, number, list(seen))]
     turns.append(turn(retrieved=True))
   runs.append((POLICY, len(observations), [7, 0]))
-  if answers:
-    turns.append(turn("answer"))
+  if answers:  # Its last token alone, behind the tag.
+    place = sum(len(ids) for *_, ids in runs) - 1
+    turns.append(dataclasses.replace(turn("answer"), answer_position=place))
   return trajectory(runs, question, turns)
 
 
@@ -92,7 +96,8 @@ def test_states_are_equal_where_question_and_last_observation_are(batch):
 
 def test_searches_and_answers_are_counted(batch):
   assert batch[1].searches.tolist() == [2, 2, 1, 0]
-  assert batch[1].answer_turn.tolist() == [2, 2, 1, -1]
+  sizes = [len(t.tokens) for t in batch[0]]
+  assert batch[1].answer_start.tolist() == [*(n - 1 for n in sizes[:3]), 12]
 
 
 def test_dropped_tokens_leave_mask_turn_and_recorded_logp(batch):
@@ -188,6 +193,61 @@ def test_sizes_hold_all_rows_and_never_an_empty_micro_batch():
 def test_the_small_size_divides_over_the_data_shards(micro_rows, shards, want):
   spec = parts.learner_spec(batch__micro_rows=micro_rows).batch
   assert spec.tail_rows(shards) == want
+
+
+@pytest.mark.parametrize("micro_rows, length, want", [
+  (16, 4096, 1), (16, 2048, 2), (16, 1500, 3), (16, 512, 4), (2, 4096, 2),
+])
+def test_the_small_size_is_what_keeps_a_device_busy(micro_rows, length, want):
+  spec = parts.learner_spec(
+    batch__micro_rows=micro_rows, batch__row_length=length
+  ).batch
+  assert spec.tail_rows(1) == want
+
+
+def test_recorded_rollouts_leave_little_empty_at_the_released_batch(shared):
+  """Mini-batches of 32 behind the template's 271 tokens, 244 in common."""
+  recorded = json.loads((shared / "bench/workload.json").read_text())
+  rows = recorded["workloads"]["32"]["trajectories"]
+  lengths = np.array([271 + sum(map(sum, row["turns"])) for row in rows])
+  heads = np.arange(271) + 1000 * np.arange(32)[:, None]
+  heads[:, :244] = np.arange(244)
+  spec = parts.learner_spec(
+    batch__micro_rows=16, batch__row_length=4096
+  ).batch
+  packing = batching.pack(range(32), lengths, 4096, 4096, heads)
+  sizes = batching.micro_sizes(len(packing.source), 16, spec.tail_rows(1))
+  assert packing.padded(sum(sizes)).padding_share <= 0.12
+
+
+def same_within(rng, questions, rollouts, common, head):
+  """(lengths, heads): equal prompts per question, `common` in all of them."""
+  count = questions * rollouts
+  names = np.repeat(np.arange(questions), rollouts)
+  heads = np.arange(head) + 1000 * (1 + names[:, None])
+  heads[:, :common] = np.arange(common)
+  return head + rng.integers(5, 60, count), heads
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 4])
+@pytest.mark.parametrize("common", [0, 3, 12])
+def test_sharing_never_takes_more_rows_than_not_sharing(rollouts, common):
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    lengths, heads = same_within(rng, 6, rollouts, common, 18)
+    places = range(len(lengths))
+    plain = batching.pack(places, lengths, 100, 128)
+    shared = batching.pack(places, lengths, 100, 128, heads)
+    assert len(shared.source) <= len(plain.source)
+    if len(shared.source) == len(plain.source):
+      assert shared.padding_share >= plain.padding_share
+
+
+def test_a_trajectory_that_shares_little_joins_where_it_fits():
+  # 6 tokens of two are equal; the third has nothing in common with them.
+  heads = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [9] * 6])
+  packing = batching.pack(range(3), np.array([8, 8, 4]), 20, 20, heads)
+  assert len(packing.source) == 1
 
 
 def first_fit(lengths, row_length):

@@ -186,13 +186,37 @@ def test_packing_and_micro_batches_do_not_change_the_update(changes):
 
 
 def test_other_lengths_and_later_updates_compile_nothing(compilations):
-  ours = make_learner()
-  state, _, _ = step(ours, fresh(ours), make_batch(0))
+  ours = make_learner(batch__micro_rows=4)
+  # One full row per trajectory: four and four, none of the smaller size.
+  state, _, _ = step(ours, fresh(ours), make_batch(0, [48] * 8))
   compilations.clear()
-  for seed in (1, 2):
-    lengths = np.random.default_rng(seed).integers(5, 48, 8)
-    state, _, _ = step(ours, state, make_batch(seed, lengths))
+  for seed, lengths in enumerate((
+    [40] * 5 + [5] * 3, np.random.default_rng(1).integers(5, 48, 8)
+  )):
+    batch = make_batch(seed, lengths)
+    packing = ours._packer.packing(batch, range(8))
+    sizes = {len(x.tokens) for x in ours._packer.micros(packing, batch)}
+    assert seed or sizes == {4, 1}
+    state, _, _ = step(ours, state, batch)
   assert not compilations
+
+
+def test_the_empty_micro_batch_of_the_first_step_changes_no_bit():
+  states = []
+  for met in ((), ("scores", "policy", "value")):
+    ours = learner.Learner(
+      MODEL, MODEL, parts.learner_spec(batch__micro_rows=4),
+      sharding.make_mesh(),
+    )
+    ours._packer._met.update(met)
+    states.append(step(ours, fresh(ours), make_batch(0)))
+  (one, seen, first), (other, theirs, then) = states
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  np.testing.assert_array_equal(seen.logp, theirs.logp)
+  timed = {name for name in first if name.startswith("timing_s")}
+  assert {n: first[n] for n in first.keys() - timed} == {
+    n: then[n] for n in then.keys() - timed
+  }
 
 
 def test_critic_warmup_trains_the_value_model_only():

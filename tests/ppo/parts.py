@@ -81,6 +81,8 @@ def rollout_batch(policy_mask, token_rewards=None, tokens=None, lengths=None,
     turn=turn,
     anchor=np.where(np.arange(turns) <= last[:, None], numbers, -1),
     searches=np.maximum(last, 0),
-    answer_turn=last,
+    answer_start=np.where(
+      on.any(1), np.argmax(on & (turn == last[:, None]), 1) + 1, mask.shape[1]
+    ).astype(np.int32),
   )
   return types.RolloutBatch(**(fields | changes))

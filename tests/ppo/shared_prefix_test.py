@@ -22,6 +22,7 @@ from stepsearch_jax.ppo import (
   forward,
   learner,
   model_losses,
+  packer,
   records,
 )
 
@@ -72,12 +73,12 @@ def micros_of(share, spec):
     name: np.where(on, 0.3 * rng.normal(size=on.shape), 0)
     for name in ("reference_logp", "values", "advantages", "returns")
   }
-  packing = ours._packing(batch, range(len(LENGTHS)), share)
-  return packing, list(ours._micros(
+  packing = ours._packer.packing(batch, range(len(LENGTHS)), share)
+  return packing, ours._packer.micros(
     packing, batch, logp=np.where(on, -4 + rng.normal(size=on.shape), 0),
     weights=np.ones(on.shape), llds_weights=np.where(on, 0.1, 0),
     value_weights=batch.policy_mask, **drawn,
-  ))
+  )
 
 
 @functools.cache
@@ -225,7 +226,7 @@ def test_micro_batches_of_a_mean_over_them_hold_whom_they_held(monkeypatch):
   )
   shares = []
   monkeypatch.setattr(
-    learner.Learner, "_packing",
+    packer.Packer, "packing",
     lambda self, batch, rows, share=True: shares.append(share) or 1 / 0,
   )
   model = dataclasses.replace(config(), dtype="float32", param_dtype="float32")

@@ -113,9 +113,11 @@ def written_out(logp, entropy, held, exp, spec):
       gap, still = logp[b] - exp.logp[b], held[b] - exp.logp[b]
       drop = -gap[turn]
       if good:
-        weight = loss.llds_answer_weight if n == batch.answer_turn[b] else 1.0
-        fell = np.maximum(drop, 0).sum() if drop.sum() > 0 else 0.0
-        penalty += weight * fell / len(where)
+        weight = np.where(
+          turn >= batch.answer_start[b], loss.llds_answer_weight, 1.0
+        )
+        fell = weight * np.maximum(drop, 0) if drop.sum() > 0 else np.zeros(1)
+        penalty += fell.sum() / len(where)
       of = {"token": None, "sequence": where, "turn": turn}[loss.ratio]
       for t in turn:
         mean = still[t] if of is None else still[of].mean()

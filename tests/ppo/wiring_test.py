@@ -286,9 +286,9 @@ def test_each_epoch_takes_its_optimizer_steps(monkeypatch):
   monkeypatch.setattr(
     ours, "spec", dataclasses.replace(ours.spec, batch=batch)
   )
-  packed, pack = [], ours._packing
+  packed, pack = [], ours._packer.packing
   monkeypatch.setattr(
-    ours, "_packing", lambda *given, **also: (
+    ours._packer, "packing", lambda *given, **also: (
       packed.append(given) or pack(*given, **also))
   )
   often, _ = ours.update(fresh(ours), exp)

@@ -206,6 +206,34 @@ def test_searches_observations_and_provenance_line_up(parts, scripted):
     assert tokenizer.decode(prompt).startswith("Question: Who directed")
 
 
+@pytest.mark.parametrize("turn, before", [
+  ("<answer> Ada </answer>", "<answer>"),
+  ("é Bo <answer>Ada Ada</answer>",
+   "é Bo <answer>"),
+])
+def test_the_answer_begins_behind_its_opening_tag(
+  parts, scripted, turn, before
+):
+  tokenizer = parts[0]
+  (done,) = scripted(["<search> one </search>", turn]).trajectories
+  asked, answered = done.turns
+  assert asked.answer_position == -1
+  first = answered.answer_position
+  own = np.nonzero(done.turn_index == 1)[0]
+  assert own[0] < first <= answered.action_position
+
+  def text(stop):
+    return tokenizer.decode(done.tokens[own[0]:stop].tolist())
+
+  # The tag is whole there, and not one token earlier.
+  assert text(first).startswith(before)
+  assert not text(first - 1).startswith(before)
+  rest = tokenizer.decode(done.tokens[first : own[-1] + 1].tolist())
+  assert "Ada" in rest and "Bo" not in rest
+  (lost,) = scripted(["nothing"], max_turns=0).trajectories
+  assert lost.turns[-1].answer_position == -1
+
+
 def test_topk_passages_are_asked_for_and_shown(scripted):
   for topk in (1, 3):
     (trajectory,) = scripted(
