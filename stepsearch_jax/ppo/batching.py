@@ -279,10 +279,10 @@ class _Rows:
         row.step,
       )
 
-
-def _cost(rows: Sequence[_Row]) -> tuple[int, int]:
-  """Rows, and the places taken in them."""
-  return len(rows), sum(row.used for row in rows)
+  @property
+  def cost(self) -> tuple[int, int]:
+    """Rows, and the places taken in them."""
+    return len(self.rows), sum(row.used for row in self.rows)
 
 
 def _first_fit(
@@ -323,8 +323,8 @@ def pack(
   A row is [prefix | rest of trajectory 1 | rest of trajectory 2 | ...], the
   prefix the longest that its trajectories have in common. A trajectory goes
   into the first row where it fits and lengthens nothing, or into that which
-  saves most, or wherever it would go if nothing were shared; what takes fewest
-  rows (or tokens) is kept.
+  saves most, failing both where it lengthens least; what takes fewer rows (or
+  tokens) is kept.
 
   Args:
     rows: batch rows to pack.
@@ -342,13 +342,16 @@ def pack(
       f"a trajectory of {lengths[order[0]]} tokens does not fit a packed row "
       f"of {row_length}"
     )
-  ways = [_first_fit(order, lengths, row_length)]
-  for closest in (False, True) if heads is not None else ():
-    shared = _Rows(lengths, heads, row_length, closest)
+  if heads is None:
+    filled = _first_fit(order, lengths, row_length)
+    return _lay_out(filled, lengths, width, row_length)
+  ways = []
+  for closest in (False, True):
+    ways.append(_Rows(lengths, heads, row_length, closest))
     for b in order:
-      shared.add(b)
-    ways.append(shared.rows)
-  return _lay_out(min(ways, key=_cost), lengths, width, row_length)
+      ways[-1].add(b)
+  return _lay_out(min(ways, key=lambda way: way.cost).rows, lengths, width,
+                  row_length)
 
 
 def _lay_out(rows, lengths, width, row_length) -> Packing:
