@@ -81,8 +81,9 @@ def rollout_batch(policy_mask, token_rewards=None, tokens=None, lengths=None,
     turn=turn,
     anchor=np.where(np.arange(turns) <= last[:, None], numbers, -1),
     searches=np.maximum(last, 0),
+    # The last policy token of each row is its answer.
     answer_start=np.where(
-      on.any(1), np.argmax(on & (turn == last[:, None]), 1) + 1, mask.shape[1]
+      on.any(1), width - 1 - np.argmax(on[:, ::-1], 1), width
     ).astype(np.int32),
   )
   return types.RolloutBatch(**(fields | changes))
