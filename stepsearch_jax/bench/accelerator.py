@@ -91,13 +91,14 @@ def trunk_weights(config: decoder.DecoderConfig) -> int:
 
 
 def forward_flops(
-  config: decoder.DecoderConfig, rows: int, length: int, projected: int
+  config: decoder.DecoderConfig, rows: float, length: float, projected: float
 ) -> float:
   """Model FLOPs of a causal forward pass.
 
   Args:
     config: shape.
-    rows, length: of the batch; a token meets half its row in attention.
+    rows, length: of the batch (means will do); a token meets half its row in
+      attention.
     projected: tokens whose logits are computed.
   """
   attention = (

@@ -11,8 +11,10 @@ import numpy as np
 
 from stepsearch_jax import types
 from stepsearch_jax.bench import duel, peers, programs
+from stepsearch_jax.models import decoder
 
 _PROMPT, _CONTEXT = 128, 256
+_TUNIX_GOALS = {8: "1.3, aim 1.5", 32: "1.5, aim 1.8"}  # By rows.
 
 
 def _ours(params, config, rows: int, context: int) -> Callable:
@@ -84,10 +86,10 @@ def _same(ours, theirs) -> None:
     )
 
 
-def duels() -> Iterator[duel.Duel]:
+def duels(
+  config: decoder.DecoderConfig, params: types.Tree
+) -> Iterator[duel.Duel]:
   """Decoding at 8 and 32 rows, prefill of 8 x 512, beside each peer."""
-  config = peers.smollm2()
-  params = peers.policy(config)
   others = {"transformers generate": _transformers}
   if importlib.util.find_spec("tunix"):
     others["Tunix sampler"] = _tunix
@@ -112,7 +114,8 @@ def duels() -> Iterator[duel.Duel]:
         f"behind prompts of {_PROMPT}", peer,
         lambda g=ours, p=given: decoding(g, p),
         lambda g=theirs, p=given: decoding(g, p), _same,
-        goal="1.3, aim 1.8", peer_warm_up=True,
+        goal=_TUNIX_GOALS[rows] if "Tunix" in peer else "1.3, aim 1.8",
+        peer_warm_up=True,
       )
   given = prompts(8, 512)
   ours = _ours(params, config, 8, 1024)

@@ -84,8 +84,7 @@ class _Step:
   def __init__(self, config, params, replays):
     self._rollout = replay.Ours(config, params, replays, _SLOTS)
     batch = update.batch_of(replays, config.vocab_size)
-    longest = batch.tokens.shape[1]
-    length = max(longest + -longest % 128, 2048)
+    length = update.row_length(batch)
     self._learner = update.Ours(
       config, params, batch, "gae", _MICRO_TOKENS // length, length
     )
@@ -123,8 +122,19 @@ def _context(length: int) -> list[workload.Replay]:
   return _even(32, 3, max((length - 150 - 2 * 70 - 16) // 2, 16))
 
 
+def _grouped(rollouts: int) -> list[workload.Replay]:
+  """32 questions in three turns each, asked `rollouts` times.
+
+  Each point has the same questions, and already the first fills all slots, so
+  that the others gain by what they share and by nothing else.
+  """
+  return workload.behind(
+    _even(_SLOTS * rollouts, 3, 150), workload.STEPSEARCH, rollouts
+  )
+
+
 def growths(path: str | None) -> Iterator[Growth]:
-  """Step time against trajectories, context and turns.
+  """Step time against trajectories, context, turns and rollouts per question.
 
   Args:
     path: unused; the workloads are made up.
@@ -147,4 +157,10 @@ def growths(path: str | None) -> Iterator[Growth]:
     f"32 trajectories of 1 to 8 turns; {shape}", "turns",
     [(n, _even(32, n, 150)) for n in (1, 2, 4, 8)],
     goal="1, attention aside",
+  )
+  yield Growth(
+    "step time against tokens, more rollouts per question",
+    f"32 questions x 1 to 8 rollouts of three turns; {shape}",
+    "rollouts per question",
+    [(n, _grouped(n)) for n in (1, 2, 4, 8)],
   )

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from stepsearch_jax import types
-from stepsearch_jax.bench import peers
+from stepsearch_jax.bench import peers, workload
 from stepsearch_jax.bench import programs as bench_programs
 from stepsearch_jax.bench.workload import Replay
 from stepsearch_jax.env import search_env
@@ -53,6 +53,7 @@ class _ReplayedTexts:
 
   def __init__(self, replays: list[Replay], vocab: int):
     self._replays = replays
+    self._prompts = workload.prompts(replays, vocab)
     self._rng = np.random.default_rng(0)
     self._vocab = vocab
 
@@ -64,17 +65,8 @@ class _ReplayedTexts:
     return self._replays[record.order].turns[len(record.turns)]
 
   def prompt(self, question: types.Question) -> list[int]:
-    """Returns a prompt of the recorded length."""
-    place = int(question.id)
-    replay = self._replays[place]
-    own = place if replay.question is None else replay.question
-    template = np.random.default_rng(1).integers(
-      1, self._vocab, replay.common
-    )
-    rest = np.random.default_rng((2, own)).integers(
-      1, self._vocab, replay.prompt - replay.common
-    )
-    return [*template.tolist(), *rest.tolist()]
+    """Returns the prompt of a trajectory, whose number is the id."""
+    return self._prompts[int(question.id)].tolist()
 
   def turn_budget(self, record: recorder.Recorder, limit: int) -> int:
     """Returns the recorded length of the turn, which ends it there."""
@@ -218,13 +210,13 @@ class TurnByTurn:
     """
     self._model = peers.torch_policy(params, config)
     self._replays, self._vocab = replays, config.vocab_size
+    self._prompts = workload.prompts(replays, self._vocab)
     self._fixed = fixed
 
   def play(self) -> list[tuple[int, int]]:
     """Returns (tokens, sampled tokens) of every trajectory."""
     rng = np.random.default_rng(0)
-    contexts = [list(rng.integers(1, self._vocab, r.prompt))
-                for r in self._replays]
+    contexts = [prompt.tolist() for prompt in self._prompts]
     sampled = [0] * len(contexts)
     for turn in range(max(len(r.turns) for r in self._replays)):
       active = [i for i, r in enumerate(self._replays) if turn < len(r.turns)]

@@ -12,6 +12,7 @@ import jax
 from stepsearch_jax import types
 from stepsearch_jax.bench import decoding, duel, peers, programs, workload
 from stepsearch_jax.bench.replay import Ours, TurnByTurn
+from stepsearch_jax.models import decoder
 
 
 def _same(ours, theirs) -> None:
@@ -20,13 +21,18 @@ def _same(ours, theirs) -> None:
 
 
 def _replays(config, params, path) -> Iterator[duel.Duel]:
-  for count, slots in ((8, 8), (32, 16)):
-    replays = workload.load(path, count)
+  recorded = workload.load(path, 32)
+  template = workload.behind(recorded, workload.STEPSEARCH)
+  grouped = workload.behind(recorded, workload.STEPSEARCH, rollouts=4)
+  for replays, slots, goal in (
+    (workload.load(path, 8), 8, "2.5, aim 3"), (recorded, 16, "2.5, aim 3"),
+    (template, 16, "2.5, aim 3"), (grouped, 16, "2.8, aim 3.5"),
+  ):
     yield duel.Duel(
-      f"replay, {count} trajectories", workload.describe(replays),
+      f"replay, {len(replays)} trajectories", workload.describe(replays),
       "turn by turn with transformers generate, with stops",
       Ours(config, params, replays, slots).play,
-      TurnByTurn(config, params, replays).play, _same, goal="1.8, aim 2.5",
+      TurnByTurn(config, params, replays).play, _same, goal=goal,
     )
   replays = workload.load(path, 8)
   yield duel.Duel(
@@ -106,14 +112,17 @@ def _seconds_a_step(compiled, params, kv_length: int) -> float:
   return (time.perf_counter() - began) / block
 
 
-def duels(path: str | None) -> Iterator[duel.Duel | duel.Reading]:
-  """Rollouts, decoding and prefill of SmolLM2-135M, float32.
+def duels(
+  path: str | None, config: decoder.DecoderConfig | None = None
+) -> Iterator[duel.Duel | duel.Reading]:
+  """Rollouts, decoding and prefill of one model.
 
   Args:
     path: recorded workloads (JSON); None makes similar ones up.
+    config: its shape; None is SmolLM2-135M's, float32.
   """
-  config = peers.smollm2()
+  config = config or peers.smollm2()
   params = peers.policy(config)
   yield from _replays(config, params, path)
   yield from _readings(config, params, path)
-  yield from decoding.duels()
+  yield from decoding.duels(config, params)

@@ -21,7 +21,7 @@ class TorchPpo:
 
   def __init__(
     self, config: decoder.DecoderConfig, params: types.Tree, micro_rows: int,
-    checkpointing: bool,
+    checkpointing: bool, has_value: bool = True,
   ):
     """Builds the models and optimizers.
 
@@ -29,21 +29,25 @@ class TorchPpo:
       config, params: of our policy.
       micro_rows: rows of one forward/backward pass.
       checkpointing: compute activations again, as the release is configured.
+      has_value: train a value model too; GRPO has none.
     """
-    self.policy = peers.torch_policy(params, config)
-    self.value = transformers.LlamaForTokenClassification(
-      peers.torch_config(config, num_labels=1)
-    )
-    self.value.model.load_state_dict(self.policy.model.state_dict())
+    self.policy, self.value = peers.torch_policy(params, config), None
+    models = [self.policy]
+    if has_value:
+      self.value = transformers.LlamaForTokenClassification(
+        peers.torch_config(config, num_labels=1)
+      )
+      self.value.model.load_state_dict(self.policy.model.state_dict())
+      models.append(self.value)
     self._micro_rows = micro_rows
     self._optimizers = {
       model: torch.optim.AdamW(
         model.parameters(), lr=1e-6, weight_decay=0.01, foreach=True
       )
-      for model in (self.policy, self.value)
+      for model in models
     }
     if checkpointing:
-      for model in (self.policy, self.value):
+      for model in models:
         model.gradient_checkpointing_enable()
         model.train()  # It has no dropout; torch checkpoints in training only.
 
@@ -68,7 +72,7 @@ class TorchPpo:
     return chosen, entropy
 
   def scores(self, batch: types.RolloutBatch) -> np.ndarray:
-    """Log-probabilities [B, T] of policy and reference, and values.
+    """Log-probabilities [B, T] of policy and reference, and values if any.
 
     The reference has the policy's weights; it is a forward pass of its own.
     """
@@ -77,9 +81,25 @@ class TorchPpo:
       for ids, inside, rows in self._micros(batch):
         for _ in ("policy", "reference"):
           logps, _ = self._logps(self.policy, ids, inside)
-        self.value(ids, attention_mask=inside, use_cache=False)
+        if self.value is not None:
+          self.value(ids, attention_mask=inside, use_cache=False)
         out[rows, 1 : ids.shape[1]] = logps.numpy()
     return out * batch.policy_mask
+
+  def step(
+    self, batch: types.RolloutBatch, advantages: np.ndarray
+  ) -> np.ndarray:
+    """A whole step; returns the policy's log-probabilities before it.
+
+    Args:
+      batch: rollouts.
+      advantages: [B, T], which cost next to nothing; also the returns.
+    """
+    old = self.scores(batch)
+    self.update_policy(batch, old, advantages)
+    if self.value is not None:
+      self.update_value(batch, advantages)
+    return old
 
   def update_policy(
     self, batch: types.RolloutBatch, old: np.ndarray, advantages: np.ndarray

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +17,14 @@ from stepsearch_jax import types
 from stepsearch_jax.bench import duel, peers, workload
 from stepsearch_jax.models import decoder
 from stepsearch_jax.parallel import sharding
-from stepsearch_jax.ppo import learner, records, specs
+from stepsearch_jax.ppo import (
+  batching,
+  estimators,
+  learner,
+  packer,
+  records,
+  specs,
+)
 
 _PEAK_ROWS = 2  # Of 1,024 tokens; for 4 torch alone takes 23 GB.
 _SHARE = 0.13  # Of a search rollout's tokens that the policy wrote.
@@ -35,19 +44,18 @@ def full_rows(rows: int, length: int, vocab: int) -> types.RolloutBatch:
 def batch_of(
   replays: Sequence[workload.Replay], vocab: int
 ) -> types.RolloutBatch:
-  """Random tokens in the lengths of a workload, common where it says so."""
+  """Random tokens in the lengths of a workload, behind its prompts.
+
+  Trajectories of one question are a group.
+  """
   rng = np.random.default_rng(0)
   width = max(r.total for r in replays)
   tokens = np.zeros((len(replays), width), np.int32)
   mask = np.zeros(tokens.shape, np.float32)
-  template = rng.integers(1, vocab, max(r.common for r in replays))
-  prompts: dict[int, np.ndarray] = {}
-  for row, replay in enumerate(replays):
+  prompts = workload.prompts(replays, vocab)
+  for row, (replay, prompt) in enumerate(zip(replays, prompts, strict=True)):
     tokens[row, : replay.total] = rng.integers(1, vocab, replay.total)
-    own = row if replay.question is None else replay.question
-    prompt = tokens[row, : replay.prompt]
-    prompt[:] = prompts.setdefault(own, prompt.copy())
-    prompt[: replay.common] = template[: replay.common]
+    tokens[row, : replay.prompt] = prompt
     at = replay.prompt
     for generated, observed in replay.turns:
       mask[row, at : at + generated] = 1.0
@@ -59,12 +67,18 @@ def batch_of(
   return types.RolloutBatch(
     tokens=tokens, lengths=lengths, policy_mask=mask,
     token_rewards=rewards * mask, rollout_logp=np.zeros_like(mask),
-    group=np.arange(count, dtype=np.int32),
+    group=workload.questions(replays),
     turn=np.where(mask > 0, 0, -1).astype(np.int32),
     anchor=np.zeros((count, 8), np.int32),
     searches=np.zeros(count, np.int32),
     answer_start=np.full(count, width, np.int32),
   )
+
+
+def row_length(batch: types.RolloutBatch) -> int:
+  """Tokens of a packed row: 2,048, or what the longest trajectory needs."""
+  longest = batch.tokens.shape[1]
+  return max(longest + -longest % 128, 2048)
 
 
 def learner_spec(
@@ -105,21 +119,40 @@ def learner_spec(
   )
 
 
+class _WholePacker(packer.Packer):
+  """Shares nothing, whatever trajectories have in common."""
+
+  def packing(
+    self, batch: types.RolloutBatch, rows: Iterable[int], share: bool = True
+  ) -> batching.Packing:
+    """See `packer.Packer`."""
+    del share
+    return super().packing(batch, rows, share=False)
+
+
+class WholeLearner(learner.Learner):
+  """A learner that computes every trajectory from its first token on."""
+
+  def __init__(self, *parts: Any):
+    """See `learner.Learner`."""
+    super().__init__(*parts)
+    self._packer = _WholePacker(self.spec, self._mesh)
+
+
 class Ours:
   """The learner on a batch."""
 
   def __init__(
     self, config: decoder.DecoderConfig, params: types.Tree,
     batch: types.RolloutBatch, estimator: str, micro_rows: int, row_length: int,
+    kind: type[learner.Learner] = learner.Learner,
   ):
     """Places the models; `micro_rows` packed rows are one pass."""
     self._batch = batch
     spec = learner_spec(
       estimator, len(batch.tokens), micro_rows, row_length
     )
-    self._learner = learner.Learner(
-      config, config, spec, sharding.make_mesh()
-    )
+    self._learner = kind(config, config, spec, sharding.make_mesh())
     masters = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
     self._state = self._learner.start(masters, params, jax.random.key(1))
 
@@ -132,6 +165,12 @@ class Ours:
     """Updates on an experience."""
     self._state, metrics = self._learner.update(self._state, experience)
     return metrics
+
+  def step(self) -> np.ndarray:
+    """A whole step; returns the policy's log-probabilities before it."""
+    experience = self.scores()
+    self.update(experience)
+    return experience.logp
 
   def experience(
     self, old: np.ndarray, advantages: np.ndarray
@@ -176,37 +215,51 @@ def _policy_duel(config, params, rows, length, checkpointing) -> duel.Duel:
   )
 
 
-def _step_duel(config, params, replays) -> duel.Duel:
+def _same_scores(mask: np.ndarray, mine: np.ndarray, theirs: np.ndarray):
+  """Compares log-probabilities of the policy's tokens before any update."""
+  apart = np.abs(mine - theirs)[mask > 0]
+  if not apart.mean() <= 0.02:
+    raise types.UserError(f"log-probabilities are {apart.mean():.3f} apart")
+
+
+def _our_step(
+  config, params, batch, estimator="gae", kind=learner.Learner
+) -> Ours:
+  """The learner in rows that torch can afford as well."""
+  # Two padded rows a pass: with four, torch beside us takes more than 24 GB.
+  # A packed row of ours has about four fifths of their real tokens.
+  return Ours(config, params, batch, estimator, 1, row_length(batch), kind)
+
+
+def _step_duel(config, params, replays, estimator, goal) -> duel.Duel:
+  """A whole step of ours beside torch's."""
   from stepsearch_jax.bench import torch_ppo
 
   batch = batch_of(replays, config.vocab_size)
-  # Two padded rows a pass: with four, torch beside us takes more than 24 GB.
-  # A packed row of ours has about four fifths of their real tokens.
-  ours = Ours(config, params, batch, "gae", 1, 2048)
-  theirs = torch_ppo.TorchPpo(config, params, 2, True)
+  ours = _our_step(config, params, batch, estimator)
+  has_value = estimators.find(estimator).needs_values
+  theirs = torch_ppo.TorchPpo(config, params, 2, True, has_value)
   _, advantages = _made_up(batch)
+  name = {"gae": "PPO", "grpo": "GRPO"}[estimator]
+  return duel.Duel(
+    f"{name} step, {len(replays)} trajectories", workload.describe(replays),
+    "torch, padded, full logits, checkpointing", ours.step,
+    lambda: theirs.step(batch, advantages),
+    functools.partial(_same_scores, batch.policy_mask), goal=goal,
+    warm_up=False,  # Minutes, of them seconds compiling.
+  )
 
-  def padded():
-    old = theirs.scores(batch)
-    theirs.update_policy(batch, old, advantages)
-    theirs.update_value(batch, advantages)
-    return old
 
-  def packed():
-    experience = ours.scores()
-    ours.update(experience)
-    return experience.logp
-
-  def same(mine, theirs):
-    """Log-probabilities of the policy's tokens before any update."""
-    apart = np.abs(mine - theirs)[batch.policy_mask > 0]
-    if apart.mean() > 0.02:
-      raise types.UserError(f"log-probabilities are {apart.mean():.3f} apart")
-
+def _sharing_duel(config, params, replays) -> duel.Duel:
+  """A whole step of ours beside one that shares no prefix."""
+  batch = batch_of(replays, config.vocab_size)
+  ours = _our_step(config, params, batch)
+  whole = _our_step(config, params, batch, kind=WholeLearner)
   return duel.Duel(
     f"PPO step, {len(replays)} trajectories", workload.describe(replays),
-    "torch, padded, full logits, checkpointing", packed, padded, same,
-    goal="1.8, aim 2.5", warm_up=False,  # Minutes, of them seconds compiling.
+    "ours without shared prefixes", ours.step, whole.step,
+    functools.partial(_same_scores, batch.policy_mask), goal="1.2",
+    warm_up=False,  # Minutes, of them seconds compiling, on both sides.
   )
 
 
@@ -253,7 +306,7 @@ def duels(path: str | None) -> Iterator[duel.Duel]:
     "torch, full logits, checkpointing",
     lambda: _peak("ours"), lambda: _peak("theirs"),
     lambda mine, norm: np.testing.assert_allclose(mine, norm, rtol=1e-2),
-    goal="3.3", unit="GB", warm_up=False,
+    goal="4, aim 5", unit="GB", warm_up=False,
   )
   config = peers.smollm2()
   params = peers.policy(config)
@@ -262,12 +315,24 @@ def duels(path: str | None) -> Iterator[duel.Duel]:
       yield _policy_duel(config, params, rows, length, checkpointing)
 
 
-def steps(path: str | None) -> Iterator[duel.Duel]:
-  """Policy, value and reference work of whole PPO steps; ours is packed."""
-  config = peers.smollm2()
+def steps(
+  path: str | None, config: decoder.DecoderConfig | None = None
+) -> Iterator[duel.Duel]:
+  """Policy, value and reference work of whole steps; ours is packed.
+
+  Args:
+    path: recorded workloads (JSON); None makes similar ones up.
+    config: shape; None is SmolLM2-135M's, float32.
+  """
+  config = config or peers.smollm2()
   params = peers.policy(config)
-  for count in (8, 32):
-    yield _step_duel(config, params, workload.load(path, count))
+  recorded = workload.load(path, 32)
+  template = workload.behind(recorded, workload.STEPSEARCH)
+  grouped = workload.behind(recorded, workload.STEPSEARCH, rollouts=4)
+  yield _sharing_duel(config, params, template)  # Needs no torch.
+  for replays in (workload.load(path, 8), recorded, template):
+    yield _step_duel(config, params, replays, "gae", "2.5, aim 3")
+  yield _step_duel(config, params, grouped, "grpo", "2.6, aim 3.2")
 
 
 if __name__ == "__main__":

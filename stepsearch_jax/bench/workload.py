@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -36,6 +37,83 @@ class Replay:
   def generated(self) -> int:
     """Tokens that the policy writes."""
     return sum(turn[0] for turn in self.turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """Lengths in tokens of prompts that differ in their question alone.
+
+  Attributes:
+    prompt: of a whole prompt.
+    common: of what stands in front of every question.
+  """
+
+  prompt: int
+  common: int
+
+
+STEPSEARCH = Template(prompt=271, common=244)  # As released; `env/prompts`.
+
+
+def behind(
+  replays: Sequence[Replay], template: Template, rollouts: int = 1
+) -> list[Replay]:
+  """Returns the turns of a workload behind other prompts.
+
+  Args:
+    replays: the workload; its turns stay as they are.
+    template: of the prompts.
+    rollouts: trajectories per question, side by side; they have one prompt.
+
+  Raises:
+    ValueError: the trajectories are no whole groups.
+  """
+  if len(replays) % rollouts:
+    raise ValueError(
+      f"{len(replays)} trajectories are no whole groups of {rollouts}"
+    )
+  return [
+    Replay(template.prompt, replay.turns, template.common, place // rollouts)
+    for place, replay in enumerate(replays)
+  ]
+
+
+def questions(replays: Sequence[Replay]) -> np.ndarray:
+  """Numbers the questions of a workload in the order of their appearance.
+
+  Returns:
+    [B] int32, equal for trajectories of one question.
+  """
+  numbers: dict[tuple[bool, int], int] = {}
+  found = []
+  for row, replay in enumerate(replays):
+    alone = replay.question is None
+    key = alone, row if alone else replay.question
+    found.append(numbers.setdefault(key, len(numbers)))
+  return np.array(found, np.int32)
+
+
+def prompts(replays: Sequence[Replay], vocab: int) -> list[np.ndarray]:
+  """Draws the prompts of a workload, the same ones in every call.
+
+  Args:
+    replays: the workload.
+    vocab: size of the vocabulary.
+
+  Returns:
+    Tokens [prompt] int32 of each trajectory, 1 to `vocab` - 1, common where
+    the workload says so.
+  """
+  longest = max(replay.common for replay in replays)
+  template = np.random.default_rng(1).integers(1, vocab, longest)
+  found = []
+  for replay, number in zip(replays, questions(replays), strict=True):
+    own = np.random.default_rng((2, number)).integers(
+      1, vocab, replay.prompt - replay.common
+    )
+    whole = np.concatenate([template[: replay.common], own])
+    found.append(whole.astype(np.int32))
+  return found
 
 
 def made_up(count: int, searches: tuple[int, int] = (1, 3), seed: int = 0,
@@ -80,8 +158,15 @@ def load(path: str | None, count: int) -> list[Replay]:
 
 
 def describe(replays: list[Replay]) -> str:
-  """Size of a workload in words."""
-  return (
+  """Returns the size of a workload in words."""
+  words = (
     f"{len(replays)} trajectories, {sum(r.total for r in replays)} tokens, "
     f"{sum(r.generated for r in replays)} of them sampled"
   )
+  common = min(replay.common for replay in replays)
+  if common:
+    words += f", prompts of {replays[0].prompt}, {common} of them common"
+  asked = len(set(questions(replays).tolist()))
+  if asked < len(replays):
+    words += f", {asked} questions x {len(replays) // asked}"
+  return words

@@ -4,10 +4,11 @@
   stepsearch bench --suite=rewards --json=rewards.json
 
 Suites with a peer: rewards, retrieval, rollout (replay, decode, prefill),
-update (and its memory), step (whole PPO steps), tpu_programs (compiled for a
-TPU that need not be there). Without one: growth (of cost with tokens), training
-(reads a finished run), accelerator (shares of a device's peaks), attention
-(kernels side by side), parity (this device beside the CPU).
+update (and its memory), step (whole steps of PPO and GRPO), tpu_programs
+(compiled for a TPU that need not be there). Without one: growth (of cost with
+tokens), training (reads a finished run, on the machine where it ran),
+accelerator (shares of a device's peaks), attention (kernels side by side),
+parity (this device beside the CPU).
 
 Ours and the peer alternate; medians and ratios of at least three repeats are
 printed with the workload and the versions, after the results were found equal.
