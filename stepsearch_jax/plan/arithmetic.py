@@ -21,8 +21,9 @@ import numpy as np
 from stepsearch_jax.models import attention, decoder, heads
 from stepsearch_jax.models.weights import hf
 from stepsearch_jax.parallel import sharding
+from stepsearch_jax.plan import rows as packed_rows
 from stepsearch_jax.plan.machines import Machine
-from stepsearch_jax.ppo import estimators, learner, logprobs, trainable
+from stepsearch_jax.ppo import estimators, learner, logprobs, specs, trainable
 from stepsearch_jax.rollout import layout
 from stepsearch_jax.rollout import programs as rollout_programs
 from stepsearch_jax.run.settings import Settings
@@ -115,9 +116,7 @@ def _bytes(shapes, shardings) -> int:
 
 def parameter_count(model: decoder.DecoderConfig) -> int:
   """Returns the number of a policy's parameters."""
-  shapes = jax.eval_shape(
-    functools.partial(heads.init_policy, model), jax.random.key(0)
-  )
+  shapes = trainable.Trainable("policy", model).shapes()
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -164,14 +163,59 @@ def resident(config: ml_collections.ConfigDict) -> dict[str, float]:
 _ROLLOUT_PARTS = ("merged policy", "decode weights", "slot cache")
 
 
+def _has_kernel(model, platform, length) -> bool:
+  """Whether attention of packed rows is one kernel, as it says itself."""
+  backend = attention.backend_of(platform)
+  if backend == "cudnn":
+    return jnp.dtype(model.dtype).itemsize == 2
+  return backend == "splash" and length % 128 == model.head_dim % 64 == 0
+
+
+def layer_bytes(
+  model: decoder.DecoderConfig, platform: str, length: int, tensor: int
+) -> dict[decoder.Remat, float]:
+  """Returns what training keeps of a layer, bytes per token and chip.
+
+  Args:
+    model: the decoder.
+    platform: that it runs on.
+    length: tokens of a packed row.
+    tensor: chips that share heads and MLP.
+  """
+  width = jnp.dtype(model.dtype).itemsize
+  hidden, mlp = model.hidden_size, model.intermediate_size / tensor
+  heads = model.num_heads / tensor
+  query = heads * model.head_dim
+  key = model.num_kv_heads / tensor * model.head_dim
+  # The layer's input; and what goes into and comes out of q, k, v, o, gate and
+  # up, apart from what a norm or the attention makes of it.
+  dots = 2 * hidden + query + 2 * key + 2 * mlp
+  # Both norms: their input in float32, its multiple and the result in `width`.
+  # MLP: gate, its sigmoid, their product, up, both factors of down.
+  every = 2 * hidden * (4 + 2 * width) + 6 * mlp * width
+  if _has_kernel(model, platform, length):
+    # q, k, v, the result in two layouts, the logarithm of its norm.
+    every += (3 * query + 2 * key) * width + 4 * heads
+  else:
+    # Blocks of queries, each with a copy of the keys that it sees; weights in
+    # float32 and as factors.
+    seen = (length + min(length, 128)) / 2
+    every += (2 * query + 2 * key * seen / min(length, 128)) * width
+    every += heads * seen * (4 + width)
+  return {
+    decoder.Remat.FULL: hidden * width, decoder.Remat.DOTS: dots * width,
+    decoder.Remat.NONE: every,
+  }
+
+
 def _temporary(
-  config: ml_collections.ConfigDict, parts: Mapping[str, float]
+  config: ml_collections.ConfigDict, machine: Machine,
+  parts: Mapping[str, float],
 ) -> dict[str, float]:
   """Estimated temporaries of each program, in bytes per chip.
 
-  Update: the hidden state of every layer (rematerialized), one layer's own
-  activations and gathered weights, a chunk of logits and, with plain
-  attention, a block of scores.
+  Update: what every layer keeps, one layer's own activations and gathered
+  weights, a chunk of logits.
   """
   model = model_shape(config)
   mesh = config.mesh
@@ -187,19 +231,17 @@ def _temporary(
   chunk = 4 * 4 * logprobs.chunk_size(model.vocab_size) * vocab
   gathered = 2 * 4 * layer + width * vocab * model.hidden_size
   forward = 2 * hidden + inside + chunk + gathered
-  # Full: a layer's input; dots: what its matrices give; none: everything.
-  wide = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
-  dots = tokens * width * (
-    2 * model.hidden_size
-    + (wide + 2 * model.intermediate_size) / mesh.tensor
+  of_layer = layer_bytes(
+    model, machine.platform, config.rollout.context, mesh.tensor
   )
-  kept = model.num_layers * {
-    decoder.Remat.FULL: hidden, decoder.Remat.DOTS: hidden + dots,
-    decoder.Remat.NONE: hidden + inside,
-  }[model.remat]
+  kept = tokens * model.num_layers * of_layer[model.remat]
+  if model.remat == decoder.Remat.NONE:
+    kept += parts["reference"]  # Its weights in the compute type.
   # The head's gradient is summed over the chips at the end, not per chunk.
   head = 4 * vocab * model.hidden_size
-  update = kept + 2 * inside + chunk + 2 * gathered + head
+  # Scores are more than all else where no kernel keeps them to itself.
+  own = max(2 * inside, tokens * of_layer[decoder.Remat.NONE])
+  update = kept + own + chunk + 2 * gathered + head
 
   shards = mesh.data * mesh.fsdp
   rollout = config.rollout
@@ -211,17 +253,19 @@ def _temporary(
   decode = 4 * 3 * rollout.slots / shards * vocab
   found = {
     "extend": extend, "decode_block": decode, "reference_forward": forward,
-    "policy_update": update + parts["policy"],
+    # Gradients: the sum so far, and those of the micro-batch.
+    "policy_update": update + 2 * parts["policy"],
   }
   if "value" in parts:
     found |= {
-      "value_forward": forward, "value_update": update + parts["value"]
+      "value_forward": forward, "value_update": update + 2 * parts["value"]
     }
   return found
 
 
 def program_peaks(
-  config: ml_collections.ConfigDict, programs: Mapping[str, Mapping[str, int]]
+  config: ml_collections.ConfigDict, machine: Machine,
+  programs: Mapping[str, Mapping[str, int]],
 ) -> dict[str, float]:
   """Bytes per chip while each program runs: resident parts and its own."""
   parts = resident(config)
@@ -236,7 +280,7 @@ def program_peaks(
       if name.endswith(("_update", "_apply")):
         own[name] += parts[name.split("_")[0]]  # The gradients.
   else:
-    own = _temporary(config, parts)
+    own = _temporary(config, machine, parts)
   in_rollout = ("extend", "decode_block")
   return {
     name: always + size + (rolling if name in in_rollout else 0.0)
@@ -244,10 +288,26 @@ def program_peaks(
   }
 
 
+def step_rows(
+  config: ml_collections.ConfigDict, tokens: int
+) -> dict[str, packed_rows.Rows]:
+  """Returns the packed rows of a step's scoring and of an epoch of updates.
+
+  Args:
+    config: run settings with a resolved mesh.
+    tokens: mean tokens of a trajectory.
+  """
+  settings = _settings(config)
+  return packed_rows.of_batch(
+    settings.learner(settings.total_steps(1)), settings.batch.trajectories,
+    tokens, packed_rows.data_shards(sharding.abstract_mesh(**config.mesh)),
+  )
+
+
 def step_times(
   config: ml_collections.ConfigDict, machine: Machine, tokens: int, share: float
 ) -> dict[str, dict[str, Any]]:
-  """Roofline of a step's phases.
+  """Roofline of a step's phases, the padding of packed rows included.
 
   Args:
     config: run settings with a resolved mesh.
@@ -259,29 +319,35 @@ def step_times(
     {phase: {"flops", "seconds", "bound"}} over all chips.
   """
   model, parts = model_shape(config), resident(config)
-  weights = parameter_count(model)
   trajectories = config.batch.questions * config.batch.rollouts
   total = trajectories * tokens
   written = total * share
   # Each token meets half its context in attention, on average.
-  per_token = 2 * weights + (
-    4 * model.num_layers * model.num_heads * model.head_dim * tokens / 2
+  attending = 4 * model.num_layers * model.num_heads * model.head_dim * (
+    tokens / 2
   )
+  per_token = 2 * parameter_count(model) + attending
   models = 2 if "value" in parts else 1
   slots = min(config.rollout.slots, trajectories)
   cache = parts["slot cache"] * tokens / 2 / config.rollout.context
   decode_steps = written / slots
-  # Forward, backward (twice the forward), and the forward once more.
-  backward = 4.0 if model.remat == decoder.Remat.FULL else 3.0
+  rows = step_rows(config, tokens)
+  # Forward and backward (twice the forward), and what is computed again.
+  trained = 3 * per_token + {
+    decoder.Remat.FULL: per_token, decoder.Remat.DOTS: attending,
+    decoder.Remat.NONE: 0.0,
+  }[model.remat]
+  # The policy's, unless recorded while sampling, the reference's, the values.
+  passes = models + (config.ppo.old_logp != specs.OldLogp.ROLLOUT)
   work = {
     # Phase: (FLOPs of all chips, bytes of one chip).
     "rollout extend": (per_token * (total - written), 0.0),
     "rollout decode": (
       per_token * written, decode_steps * (parts["decode weights"] + cache)
     ),
-    "scores": (per_token * total * (1 + models), 0.0),
+    "scores": (passes * per_token * rows["scores"].tokens, 0.0),
     "updates": (
-      backward * per_token * total * models * config.ppo.epochs, 0.0
+      models * trained * rows["updates"].tokens * config.ppo.epochs, 0.0
     ),
   }
   found = {}

@@ -14,6 +14,7 @@ from etils import epath
 from stepsearch_jax import types
 
 GB = 1e9
+_USABLE = 0.95  # Of a chip's memory; the runtime keeps the rest.
 
 # Memory GB, dense bfloat16 TFLOP/s and memory GB/s per chip, from the vendors'
 # data sheets; "cpu": measured in float32 on the project's 2-core machine.
@@ -50,6 +51,11 @@ class Machine:
   bandwidth: float
   platform: str
   topology: str
+
+  @property
+  def usable(self) -> float:
+    """Bytes per chip that a run can have."""
+    return _USABLE * self.memory
 
 
 # What a device calls itself, in the order of looking.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
 import tqdm
+from absl import logging
 
 from stepsearch_jax import types
 from stepsearch_jax.plan import arithmetic as planning
-from stepsearch_jax.plan import machines
+from stepsearch_jax.plan import machines, remat
+
+# Estimates of less than this many times the memory are worth a look.
+_DOUBT = 1.25
 
 
 def topology_devices(machine: machines.Machine) -> Sequence[jax.Device]:
@@ -44,7 +48,8 @@ def compile_programs(
   """Bytes per chip of every program, by the TPU compiler.
 
   Returns:
-    {program: {"arguments", "outputs", "aliased", "temporary"}}.
+    {program: {"arguments", "outputs", "aliased", "temporary"}}; temporaries of
+    all of a chip's memory where the compiler refuses a program for its memory.
   """
   learner, rollout, chunk = planning.build(
     config, machine, topology_devices(machine)
@@ -54,12 +59,63 @@ def compile_programs(
   # With adapters, rollouts run on the merged policy: shaped like the reference.
   adapter = learner.spec.policy.adapter
   policy = state.policy.params if adapter is None else state.reference
-  lowered = rollout.lowered(*chunk, policy) | lowered
+  return compiled_memory(rollout.lowered(*chunk, policy) | lowered, machine)
+
+
+def compile_faster(
+  config: ml_collections.ConfigDict, machine: machines.Machine,
+  programs: remat.Programs,
+) -> dict[remat.Remat, dict[str, dict[str, int]]]:
+  """Compiles the updates of runs that rematerialize less than this one.
+
+  The fastest comes first, and none behind the first that fits. What would need
+  far more than a chip has, by the estimate, is left out.
+
+  Args:
+    config: run settings.
+    machine: where they run.
+    programs: from `compile_programs`.
+
+  Returns:
+    {value of `model.remat`: updates as in `compile_programs`}.
+  """
+  found = {}
+  order = remat.FASTEST_FIRST
+  for word in order[: order.index(config.model.remat)]:
+    guess = remat.choose(config, machine, word, programs)
+    if guess.peak > _DOUBT * machine.memory:
+      continue
+    learner = planning.build(
+      remat.with_remat(config, word), machine, topology_devices(machine)
+    ).training
+    updates = {
+      name: program for name, program in learner.lowered().items()
+      if remat.is_update(name)
+    }
+    found[word] = compiled_memory(updates, machine)
+    if remat.choose(config, machine, word, programs, found[word]).fits:
+      break
+  return found
+
+
+def compiled_memory(
+  lowered: Mapping[str, jax.stages.Lowered], machine: machines.Machine
+) -> dict[str, dict[str, int]]:
+  """Compiles programs; see `compile_programs`."""
   found = {}
   bar = tqdm.tqdm(lowered.items(), desc="compile", unit="program")
   for name, program in bar:
     bar.set_postfix_str(name)
-    memory = program.compile().memory_analysis()
+    try:
+      memory = program.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      logging.warning("%s: %s", name, types.first_line(error))
+      found[name] = dict(
+        arguments=0, outputs=0, aliased=0, temporary=int(machine.memory)
+      )
+      continue
     found[name] = {
       "arguments": memory.argument_size_in_bytes,
       "outputs": memory.output_size_in_bytes,

@@ -3,8 +3,9 @@
   stepsearch plan --topology=v5e:4x4 --config=stepsearch_qwen2_5_3b
 
 compiles every program of the run with the real TPU compiler (package libtpu;
-no TPU needed) and prints memory per chip, the roofline of a step and whether
-it fits. `--topology=gpu-h100x8` or `cpu` does the arithmetic without compiling.
+no TPU needed) and prints memory per chip, the roofline of a step, whether it
+fits and which `model.remat` is the fastest that does. `--topology=gpu-h100x8`
+or `cpu` does the arithmetic without compiling.
 """
 
 from __future__ import annotations
@@ -43,16 +44,17 @@ def main() -> None:
   config = _CONFIG.value
   machine = machines.parse_topology(_TOPOLOGY.value)
   planning.resolve_mesh(config, machine.chips)
-  programs = {}
+  programs, updates = {}, {}
   if machine.topology and _COMPILE.value:
     with contextlib.ExitStack() as stack:
       # Programs of another machine are of no use to the next start here.
       stack.callback(jax.config.update, "jax_enable_compilation_cache", True)
       jax.config.update("jax_enable_compilation_cache", False)
       programs = tpu_compiler.compile_programs(config, machine)
+      updates = tpu_compiler.compile_faster(config, machine, programs)
   plan = report.make_plan(
     config, machine, programs,
-    _TOKENS.value or config.rollout.context // 2, _POLICY_SHARE.value,
+    _TOKENS.value or config.rollout.context // 2, _POLICY_SHARE.value, updates,
   )
   print(report.render(plan))
   if _JSON.value:
