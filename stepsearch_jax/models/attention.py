@@ -21,7 +21,6 @@ from stepsearch_jax.parallel import sharding
 PREFIX = -1  # Segment id of tokens that all segments of a packed row see.
 
 _QUERY_BLOCK = 128  # Largest query block whose scores stay in cache on CPU.
-_CUDNN_TYPES = (jnp.bfloat16, jnp.float16)
 _MASKED = -1e30  # Finite, so that a fully masked row stays free of NaN.
 
 
@@ -99,7 +98,7 @@ def cached_attention(
     return _held_only(kernel, q, entries, positions, cache)
   k, v = cache_lib.read(entries, kv_length, cache)
   even = q.shape[1] % 2 == v.shape[2] % 2 == 0
-  if backend == "cudnn" and even and q.dtype in _CUDNN_TYPES:
+  if backend == "cudnn" and even and q.dtype in cudnn.TYPES:
     return _cudnn_cached(q, k, v, positions)
   grouped = _grouped(q, k.shape[1])
   k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -337,7 +336,7 @@ def packed_attention(
     [B, S, H, D].
   """
   backend = backend or backend_of(jax.default_backend())
-  if backend == "cudnn" and q.dtype in _CUDNN_TYPES:
+  if backend == "cudnn" and q.dtype in cudnn.TYPES:
     return _cudnn_packed(q, k, v, segment_ids)
   if backend == "splash" and q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0:
     return _splash_packed(q, k, v, segment_ids)

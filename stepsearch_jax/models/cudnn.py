@@ -24,6 +24,8 @@ from absl import logging
 
 from stepsearch_jax import types
 
+TYPES = (jnp.bfloat16, jnp.float16)  # That the kernel takes.
+
 # A row with more segments than one per so many tokens takes the caller's other
 # path: the kernel's workspace grows with the bound on their number.
 _TOKENS_PER_SEGMENT = 256
@@ -265,7 +267,7 @@ def decodes(q: types.Leaf, k: types.Leaf, v: types.Leaf) -> bool:
   alike = k.shape == v.shape and q.dtype == k.dtype == v.dtype
   return (
     alike and q.shape[:2] == (v.shape[0], 1)
-    and q.dtype in (jnp.bfloat16, jnp.float16)
+    and q.dtype in TYPES
     and v.shape[3] % 8 == 0 and kernel() is not None
   )
 

@@ -1,10 +1,10 @@
 """Keeps a program's first run apart from other threads' work on the device.
 
 On its first run a program loads its kernels, and cuDNN captures graphs while it
-does so. Whatever another thread asks of the GPU meanwhile breaks the capture: a
-search that embedded its query beside the first prefill ended the process (seen
-on an H200, jax 0.11.2). So such a thread works under `alone`, and so does
-everybody's first run.
+does so. On an H200 (jax 0.11.2) searches that embedded queries in their threads
+beside the first run of a prefill ended the process, by an error that names such
+a capture or by a segmentation fault. So those threads say when they are
+`working`, and a first run waits until none is and lets none begin.
 
 This module must not know what runs.
 """
@@ -13,17 +13,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-_LOCK = threading.Lock()
+_gate = threading.Condition()
+_working: set[int] = set()  # Threads, by their ids.
 
 
-def alone() -> contextlib.AbstractContextManager:
-  """A block during which no program runs for the first time elsewhere."""
-  return _LOCK
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+  """A block during which no program runs for the first time elsewhere.
+
+  Any number of threads work beside each other.
+  """
+  own = threading.get_ident()
+  with _gate:
+    _working.add(own)
+  try:
+    yield
+  finally:
+    with _gate:
+      _working.discard(own)
+      _gate.notify_all()
 
 
 class FirstAlone:
@@ -42,7 +55,8 @@ class FirstAlone:
     """
     if id(program) in self._ran:
       return program(*args)
-    with alone():
+    with _gate:
+      _gate.wait_for(lambda: not _working)
       result = jax.block_until_ready(program(*args))
     self._ran.add(id(program))
     return result

@@ -264,6 +264,11 @@ def batch(mesh: DeviceMesh) -> NamedSharding:
   return NamedSharding(mesh.mesh, PartitionSpec(axes or None))
 
 
+def batch_shards(mesh: DeviceMesh) -> int:
+  """Returns the parts into which a mesh splits the rows of a batch."""
+  return mesh.size // batch(mesh).shard_shape((mesh.size,))[0]
+
+
 def replicated(mesh: DeviceMesh) -> NamedSharding:
   """Returns the sharding under which every device holds all of it."""
   return NamedSharding(mesh.mesh, PartitionSpec())

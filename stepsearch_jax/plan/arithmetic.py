@@ -300,7 +300,7 @@ def step_rows(
   settings = _settings(config)
   return packed_rows.of_batch(
     settings.learner(settings.total_steps(1)), settings.batch.trajectories,
-    tokens, packed_rows.data_shards(sharding.abstract_mesh(**config.mesh)),
+    tokens, sharding.batch_shards(sharding.abstract_mesh(**config.mesh)),
   )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from stepsearch_jax.parallel import sharding
 from stepsearch_jax.ppo import batching, specs
 
 
@@ -39,11 +38,6 @@ class Rows:
     return 1 - self.filled / self.computed
 
 
-def data_shards(mesh: sharding.DeviceMesh) -> int:
-  """Returns the parts into which a mesh splits the rows of a batch."""
-  return mesh.size // sharding.batch(mesh).shard_shape((mesh.size,))[0]
-
-
 def of_batch(
   spec: specs.LearnerSpec, trajectories: int, tokens: float, shards: int
 ) -> dict[str, Rows]:
@@ -70,13 +64,10 @@ def of_batch(
 def _packed(spec, counts, tokens, shards) -> Rows:
   """Rows of passes over so many trajectories each."""
   batch, filled, computed = spec.batch, 0.0, 0
-  tail = batch.tail_rows(shards)
-  if spec.loss.micro_weighting == specs.MicroWeighting.MICRO_MEAN:
-    tail = batch.micro_rows  # As in `Packer`.
   for count in counts:
     own = count * tokens / batch.row_length
     filled += own
     computed += sum(
-      batching.micro_sizes(math.ceil(own), batch.micro_rows, tail)
+      batching.micro_sizes(math.ceil(own), *spec.pass_rows(shards))
     )
   return Rows(filled, computed, batch.row_length)

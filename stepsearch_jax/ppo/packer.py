@@ -22,12 +22,7 @@ class Packer:
   def __init__(self, spec: specs.LearnerSpec, mesh: sharding.DeviceMesh):
     """Nothing was packed yet."""
     self._spec, self._mesh = spec, mesh
-    devices = mesh.mesh.size
-    shards = devices // sharding.batch(mesh).shard_shape((devices,))[0]
-    whole, tail = spec.batch.micro_rows, spec.batch.tail_rows(shards)
-    if spec.loss.micro_weighting == specs.MicroWeighting.MICRO_MEAN:
-      tail = whole  # A mean over micro-batches of one size.
-    self._sizes = whole, tail
+    self._sizes = spec.pass_rows(sharding.batch_shards(mesh))
     self._met: set[str] = set()  # See `both_sizes`.
 
   def packing(

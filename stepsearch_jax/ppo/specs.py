@@ -325,3 +325,14 @@ class LearnerSpec:
   def __post_init__(self):
     within("rollout.temperature", self.temperature, 0, above=True)
     within("ppo.critic_warmup", self.critic_warmup, 0)
+
+  def pass_rows(self, shards: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and of those that end a mini-batch.
+
+    Args:
+      shards: data shards of the mesh.
+    """
+    whole = self.batch.micro_rows
+    if self.loss.micro_weighting == MicroWeighting.MICRO_MEAN:
+      return whole, whole  # A mean over micro-batches of one size.
+    return whole, self.batch.tail_rows(shards)

@@ -137,8 +137,9 @@ class SlotCache:
       self._write_missing([s for s in ready if s.phase is Phase.WRITING])
       self._rows.update((slot.place, slot) for slot in ready)
       waiting = [slot for slot in waiting if slot not in ready]
-    if jax.default_backend() == "cpu":  # To tell writing from decoding;
-      jax.block_until_ready(self._state.position)  # elsewhere a needless wait.
+    # Tells writing from decoding; an accelerator would wait for nothing.
+    if jax.default_backend() == "cpu":
+      jax.block_until_ready(self._state.position)
     self._stats.extend_seconds += time.perf_counter() - began
 
   def _take_over(self, waiting: Sequence[Slot]) -> list[Slot]:

@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 from stepsearch_jax.parallel import first_run
 
 
@@ -13,24 +15,31 @@ def in_a_thread(call):
   return thread, found
 
 
+def ends(thread):
+  thread.join(5)
+  return not thread.is_alive()
+
+
+def work():
+  with first_run.working():
+    return "embedded"
+
+
 def test_a_first_run_waits_for_others_and_a_later_one_does_not():
   run = first_run.FirstAlone()
   program = lambda x: x + 1  # noqa: E731
-  with first_run.alone():
+  with first_run.working():
     thread, found = in_a_thread(lambda: run(program, 1))
     thread.join(0.2)
     assert not found
-  thread.join(5)
-  assert found == [2]
-  with first_run.alone():
+  assert ends(thread) and found == [2]
+  with first_run.working():
     again, later = in_a_thread(lambda: run(program, 2))
-    again.join(5)
-    assert later == [3]
+    assert ends(again) and later == [3]
     other, found = in_a_thread(lambda: run(lambda x: -x, 1))
     other.join(0.2)
     assert not found  # Another program has not run yet.
-  other.join(5)
-  assert found == [-1]
+  assert ends(other) and found == [-1]
 
 
 def test_nobody_works_beside_a_first_run():
@@ -43,37 +52,39 @@ def test_nobody_works_beside_a_first_run():
 
   thread, found = in_a_thread(lambda: first_run.FirstAlone()(program))
   assert running.wait(5)
-
-  def work():
-    with first_run.alone():
-      return "embedded"
-
   searching, embedded = in_a_thread(work)
   searching.join(0.2)
   assert not embedded
   go.set()
-  searching.join(5)
-  thread.join(5)
+  assert ends(searching) and ends(thread)
   assert found == [7] and embedded == ["embedded"]
 
 
-def test_a_program_that_failed_is_still_a_first_run():
+def test_others_work_beside_each_other():
+  with first_run.working():
+    thread, embedded = in_a_thread(work)
+    assert ends(thread) and embedded == ["embedded"]
+    run, found = in_a_thread(lambda: first_run.FirstAlone()(lambda: 1))
+    run.join(0.2)
+    assert not found  # One of them is still at it.
+  assert ends(run) and found == [1]
+
+
+def test_what_failed_leaves_nobody_waiting_and_is_still_a_first_run():
   run, calls = first_run.FirstAlone(), []
 
   def program():
-    calls.append(first_run.alone().locked())
+    calls.append(1)
     if len(calls) == 1:
       raise RuntimeError("no memory")
     return 1
 
-  try:
+  with pytest.raises(RuntimeError, match="no memory"):
     run(program)
-  except RuntimeError:
-    pass
-  assert not first_run.alone().locked()
-  assert run(program) == 1
-  with first_run.alone():
+  with pytest.raises(RuntimeError, match="embed"), first_run.working():
+    raise RuntimeError("embed")
+  with first_run.working():
     thread, found = in_a_thread(lambda: run(program))
-    thread.join(5)
-    assert found == [1]
-  assert calls[:2] == [True, True]
+    thread.join(0.2)
+    assert not found
+  assert ends(thread) and found == [1]

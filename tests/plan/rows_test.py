@@ -60,7 +60,7 @@ def test_a_mean_over_micro_batches_wants_whole_ones():
   (dict(data=2, fsdp=4, tensor=1, rules="batch=data"), 2),
 ])
 def test_rows_are_split_as_the_mesh_says(mesh, shards):
-  assert rows.data_shards(sharding.abstract_mesh(**mesh)) == shards
+  assert sharding.batch_shards(sharding.abstract_mesh(**mesh)) == shards
 
 
 @pytest.mark.parametrize("scope", ["policy", "attended"])
@@ -77,7 +77,7 @@ def test_the_learner_pads_as_planned(count, micro_rows, scope):
   batch = parts.rollout_batch(np.ones((count, width)))
   packing = packer.Packer(spec, mesh).packing(batch, range(count))
   for found in rows.of_batch(
-    spec, count, width, rows.data_shards(mesh)
+    spec, count, width, sharding.batch_shards(mesh)
   ).values():
     assert found.computed == len(packing.source)
     np.testing.assert_allclose(found.padding_share, packing.padding_share)

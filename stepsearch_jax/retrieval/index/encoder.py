@@ -272,7 +272,7 @@ class BertEncoder:
       mask[row, : len(own)] = True
     if self._where is not None and rows == self._rows[-1]:
       tokens, mask = jax.device_put((tokens, mask), self._where)
-    with first_run.alone():
+    with first_run.working():
       found = np.asarray(self._embed(self._params, tokens, mask))
     return found[: len(ids)]
 
